@@ -1,0 +1,179 @@
+"""Strict loading: every tensor of a checkpoint is accounted for, or there is no model.
+
+The card's own `load_state_dict(strict=False)` hides a missing value head and scores with a random
+one. Here the expected names and shapes come from transformers' own model built from the same
+config, on the meta device; a tensor that is missing, unexpected or of another shape is an error
+that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
+
+from .backbone import RewardModel
+from .errors import CheckpointError
+
+MODEL_TYPES = ("qwen2_5_vl",)
+VALUE_HEAD_FILE = "value_head.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Matrices that the model reads as one, in the order in which their rows are stacked.
+_JOINED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+_PART_OF = {part: (whole, parts) for whole, parts in _JOINED.items() for part in parts}
+_PART = re.compile(r"\b(" + "|".join(_PART_OF) + r")\b")
+
+# Present in every checkpoint, read by no score.
+_UNREAD = re.compile(r"^lm_head\.")
+
+
+def load_config(checkpoint: Path) -> Any:
+    """The checkpoint's model configuration.
+
+    Raises:
+        CheckpointError: there is none, or the architecture is not one of `MODEL_TYPES`.
+    """
+    path = checkpoint / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; is {checkpoint} a checkpoint's folder?")
+    model_type = json.loads(path.read_text()).get("model_type")
+    if model_type not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise CheckpointError(f"{path}: model_type {model_type!r} is not supported, only {known}")
+    return AutoConfig.from_pretrained(checkpoint)
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The safetensors files that hold the model, value head last.
+
+    Raises:
+        CheckpointError: a file is missing.
+    """
+    index = checkpoint / INDEX_FILE
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files = [checkpoint / name for name in [*names, VALUE_HEAD_FILE]]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file")
+    return files
+
+
+def verify(checkpoint: Path) -> None:
+    """Check names and shapes of all tensors without reading any data.
+
+    Raises:
+        CheckpointError: naming the first tensors that are missing, unexpected, twice there or of
+            a wrong shape.
+    """
+    expected = _expected_shapes(load_config(checkpoint))
+    found: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(checkpoint):
+        with _open(file, "cpu") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping, only named like one
+                name = canonical_name(key)
+                if name in found:
+                    raise CheckpointError(f"{file}: tensor {key!r} is there twice")
+                found[name] = tuple(tensors.get_slice(key).get_shape())
+    _raise_for("missing", checkpoint, expected.keys() - found.keys())
+    _raise_for("unexpected", checkpoint, found.keys() - expected.keys())
+    for name in sorted(found):
+        if found[name] != expected[name]:
+            raise CheckpointError(
+                f"{checkpoint}: tensor {name!r} has shape {list(found[name])}, "
+                f"the configuration asks for {list(expected[name])}"
+            )
+
+
+def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> RewardModel:
+    """Load a verified model for inference.
+
+    Args:
+        checkpoint: folder with config, processor and weights.
+        dtype: of weights and activations; the value head stays float32.
+        device: where the weights go, file by file.
+
+    Raises:
+        CheckpointError: see `verify`.
+    """
+    verify(checkpoint)
+    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    with torch.device("meta"):
+        model = RewardModel(load_config(checkpoint), processor.image_mean, processor.image_std)
+    state: dict[str, Tensor] = {}
+    for name, tensor in _join(_tensors(weight_files(checkpoint), device)):
+        state[name] = tensor.to(torch.float32 if name.startswith("v_head.") else dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def canonical_name(key: str) -> str:
+    """Our name for a checkpoint's tensor.
+
+    transformers < 4.52 wrote `model.layers…` and `visual…`, later ones
+    `model.language_model.layers…` and `model.visual…`; both are in use.
+    """
+    key = re.sub(r"^model\.(visual|language_model)\.", r"\1.", key)
+    return re.sub(r"^model\.", "language_model.", key)
+
+
+def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        reference = Qwen2_5_VLForConditionalGeneration(config)
+    shapes = {canonical_name(k): tuple(v.shape) for k, v in reference.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    hidden = config.text_config.hidden_size
+    return shapes | {"v_head.summary.weight": (1, hidden), "v_head.summary.bias": (1,)}
+
+
+def _open(file: Path, device: str) -> Any:
+    try:
+        return safe_open(file, framework="pt", device=device)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: not a safetensors file, or cut short: {error}") from None
+
+
+def _tensors(files: Iterable[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        with _open(file, str(device)) as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                if not _UNREAD.match(key):
+                    yield canonical_name(key), tensors.get_tensor(key)
+
+
+def _join(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Stack the matrices of `_JOINED` as soon as all parts of one have come by."""
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        match = _PART.search(name)
+        if match is None:
+            yield name, tensor
+            continue
+        whole, parts = _PART_OF[match[0]]
+        joined = name[: match.start()] + whole + name[match.end() :]
+        group = waiting.setdefault(joined, {})
+        group[match[0]] = tensor
+        if len(group) == len(parts):
+            yield joined, torch.cat([group[part] for part in parts])
+            del waiting[joined]
+
+
+def _raise_for(problem: str, checkpoint: Path, names: Iterable[str]) -> None:
+    first, *rest = [*sorted(names), None]
+    if first is not None:
+        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        raise CheckpointError(f"{checkpoint}: {problem} tensor {first!r}{more}")

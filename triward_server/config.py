@@ -1,0 +1,83 @@
+"""What a model's `config.pbtxt` decides, read from its `parameters` into frozen dataclasses.
+
+Triton hands parameters over as strings. Every key must be known and every value must fit, or
+loading stops with a `ConfigError` that names the parameter. Nothing is clamped or guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from .errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+_STRICT = ConfigDict(extra="forbid")
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PreprocessConfig:
+    """Limits on one request, checked before anything is decoded.
+
+    Attributes:
+        max_responses: candidate responses in one request.
+        max_text_bytes: bytes of `messages`, and of all `responses` together.
+        max_media: media items in one request.
+        max_media_bytes: bytes of one encoded media item.
+        max_image_pixels: pixels of one image as encoded, before it is resized.
+    """
+
+    max_responses: Positive = 256
+    max_text_bytes: Positive = 4 * 1024 * 1024
+    max_media: Positive = 64
+    max_media_bytes: Positive = 64 * 1024 * 1024
+    max_image_pixels: Positive = 64_000_000
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ForwardConfig:
+    """How the model runs.
+
+    Attributes:
+        dtype: dtype of weights and activations; scores are float32 always.
+        device: `cpu`, `cuda` or `cuda:N`; plain `cuda` is the GPU of Triton's instance.
+        max_batch_tokens: tokens that one forward pass computes at most; a larger batch is cut
+            into micro-batches, and a single longer conversation runs alone.
+        max_batch_patches: the same for the patches of the vision tower.
+        threads: CPU threads of torch; 0 leaves torch's own choice.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cuda"
+    max_batch_tokens: Positive = 32_768
+    max_batch_patches: Positive = 65_536
+    threads: Annotated[int, Field(ge=0)] = 0
+
+    def on_instance(self, device_id: str) -> ForwardConfig:
+        """This config with plain `cuda` made the GPU that Triton gave to the instance."""
+        return replace(self, device=f"cuda:{device_id}") if self.device == "cuda" else self
+
+
+def from_parameters(config_type: type[ConfigT], parameters: dict[str, Any]) -> ConfigT:
+    """Build a config from Triton's `{"key": {"string_value": "…"}}` mapping.
+
+    Raises:
+        ConfigError: an unknown key or a value that does not fit, by name.
+    """
+    return from_strings(config_type, {key: str(v["string_value"]) for key, v in parameters.items()})
+
+
+def from_strings(config_type: type[ConfigT], values: dict[str, str]) -> ConfigT:
+    """Build a config from plain strings; raises `ConfigError` as `from_parameters` does."""
+    try:
+        return TypeAdapter(config_type).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        message = f"parameter {name!r} = {first['input']!r}: {first['msg']}"
+        raise ConfigError(message) from None

@@ -1,0 +1,209 @@
+"""Wire bytes -> a validated `Conversation`. Nothing is decoded, opened or resized here.
+
+The wire carries the model card's `messages`, media values taken out: an image part says how to
+resize, its bytes are the next entry of `media`. A part never names a path or a URL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from .config import PreprocessConfig
+from .errors import InvalidRequest
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TextPart(_Wire):
+    """A run of text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class MediaPart(_Wire):
+    """What images and videos have in common: the size limits of qwen-vl-utils.
+
+    `min_pixels` and `max_pixels` bound the resized area in pixels. `resized_height` and
+    `resized_width` ask for a size instead, and come together.
+    """
+
+    min_pixels: Positive | None = None
+    max_pixels: Positive | None = None
+    resized_height: Positive | None = None
+    resized_width: Positive | None = None
+
+    @model_validator(mode="after")
+    def _size_is_whole(self) -> MediaPart:
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise ValueError("resized_height and resized_width come together, only one is given")
+        return self
+
+
+class ImagePart(MediaPart):
+    """The place of one image; its bytes are the next entry of `media`."""
+
+    type: Literal["image"]
+
+
+class VideoPart(MediaPart):
+    """The place of one video; its bytes are the next entry of `media`."""
+
+    type: Literal["video"]
+    total_pixels: Positive | None = None
+    fps: Annotated[float, Field(gt=0)] | None = None
+    nframes: Positive | None = None
+    min_frames: Positive | None = None
+    max_frames: Positive | None = None
+    video_start: Annotated[float, Field(ge=0)] | None = None
+    video_end: Annotated[float, Field(ge=0)] | None = None
+
+
+# Tags in angle brackets are pydantic's names for union members; `_path` leaves them out.
+def _part_tag(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{kind}>"
+
+
+def _content_tag(value: Any) -> str:
+    if isinstance(value, str):
+        return "<string>"
+    return "<parts>" if isinstance(value, (list, tuple)) else "<neither>"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image>")]
+    | Annotated[VideoPart, Tag("<video>")],
+    Discriminator(
+        _part_tag,
+        custom_error_type="unknown_part",
+        custom_error_message="a part's type must be 'text', 'image' or 'video'",
+    ),
+]
+Content = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[tuple[Part, ...], Tag("<parts>")],
+    Discriminator(
+        _content_tag,
+        custom_error_type="unknown_content",
+        custom_error_message="content must be a string or an array of parts",
+    ),
+]
+
+
+class Message(_Wire):
+    """One chat message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Content
+
+
+_MESSAGES = TypeAdapter(tuple[Message, ...])
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One request: a prompt, the media that its parts stand for, and N candidate responses."""
+
+    messages: tuple[Message, ...]
+    responses: tuple[str, ...]
+    media: tuple[bytes, ...]
+
+    def media_parts(self) -> list[tuple[str, MediaPart]]:
+        """Media parts in order of appearance, each with its path in the request."""
+        return list(_media_parts(self.messages))
+
+
+def parse_conversation(
+    messages: bytes, responses: Sequence[bytes], media: Sequence[bytes], limits: PreprocessConfig
+) -> Conversation:
+    """Check one request against the wire contract and the limits.
+
+    Args:
+        messages: JSON array of the chat messages before the response, UTF-8.
+        responses: N >= 1 candidate assistant messages, UTF-8; any may be empty.
+        media: encoded files, one for each media part.
+        limits: what one request may hold.
+
+    Raises:
+        InvalidRequest: naming the field, the value and the limit.
+    """
+    _at_most("responses", len(responses), limits.max_responses, "responses")
+    if not responses:
+        raise InvalidRequest("responses", "0 responses were given; at least 1 is needed")
+    _at_most("media", len(media), limits.max_media, "entries")
+    _at_most("messages", len(messages), limits.max_text_bytes, "bytes")
+    _at_most("responses", sum(map(len, responses)), limits.max_text_bytes, "bytes in all")
+    for index, item in enumerate(media):
+        _at_most(f"media[{index}]", len(item), limits.max_media_bytes, "bytes")
+
+    conversation = Conversation(
+        messages=_parse_messages(_utf8("messages", messages)),
+        responses=tuple(_utf8(f"responses[{i}]", text) for i, text in enumerate(responses)),
+        media=tuple(media),
+    )
+    parts = len(conversation.media_parts())
+    if parts != len(media):
+        raise InvalidRequest(
+            "media", f"{len(media)} entries were given for {parts} media parts in messages"
+        )
+    return conversation
+
+
+def _parse_messages(text: str) -> tuple[Message, ...]:
+    try:
+        return _MESSAGES.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        problem = first["msg"].removeprefix("Value error, ")
+        value = repr(first["input"])
+        if first["type"] != "json_invalid":
+            problem += f", got {value if len(value) <= 80 else value[:77] + '...'}"
+        raise InvalidRequest(_path(first["loc"]), problem) from None
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    path = "messages"
+    for step in loc:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not step.startswith("<"):
+            path += f".{step}"
+    return path
+
+
+def _media_parts(messages: Sequence[Message]) -> Iterator[tuple[str, MediaPart]]:
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message.content):
+            if isinstance(part, MediaPart):
+                yield f"messages[{i}].content[{j}]", part
+
+
+def _utf8(field: str, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"not valid UTF-8 at byte {error.start} of {len(raw)}: {error.reason}"
+        raise InvalidRequest(field, problem) from None
+
+
+def _at_most(field: str, value: int, limit: int, unit: str) -> None:
+    if value > limit:
+        raise InvalidRequest(field, f"{value} {unit}, the limit is {limit}")

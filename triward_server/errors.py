@@ -1,0 +1,64 @@
+"""Every error that the server raises on purpose.
+
+    TriwardError
+    ├── InvalidRequest      the caller's input cannot be scored        INVALID_ARGUMENT
+    ├── Unavailable         no room for the request now                UNAVAILABLE
+    ├── NonFiniteScore      the model answered NaN or infinity         INTERNAL
+    ├── ForwardError        the forward pass itself failed             INTERNAL
+    ├── ConfigError         a model parameter or flag is wrong         at load or export
+    ├── CheckpointError     the weights are not the model's            at load or export
+    └── LaunchError         tritonserver cannot be started or died     at launch
+
+The first four answer single requests; the code beside each is the gRPC status its caller sees.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TriwardError(Exception):
+    """Base of all errors raised on purpose; `code` is the gRPC status name a caller sees."""
+
+    code: ClassVar[str] = "INTERNAL"
+
+
+class InvalidRequest(TriwardError):
+    """The request cannot be scored as it is; the message names the field, the value and the limit.
+
+    Args:
+        field: where in the request, for example `messages[0].content[1]`.
+        problem: what is wrong there, with the value and the limit.
+    """
+
+    code = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class Unavailable(TriwardError):
+    """The server has no room for this request at present."""
+
+    code = "UNAVAILABLE"
+
+
+class NonFiniteScore(TriwardError):
+    """The model produced NaN or infinity for a conversation, which is never a reward."""
+
+
+class ForwardError(TriwardError):
+    """The forward pass raised; the request may be fine, the server is not."""
+
+
+class ConfigError(TriwardError):
+    """A parameter of a model's configuration, or a flag at export, has a wrong value."""
+
+
+class CheckpointError(TriwardError):
+    """A checkpoint's files do not hold exactly the tensors that its configuration asks for."""
+
+
+class LaunchError(TriwardError):
+    """`tritonserver` cannot be found or started, or it stopped by itself."""

@@ -1,0 +1,95 @@
+"""Names, dtypes and shapes of every tensor on the wire, and `Features`, their typed form.
+
+The one place on the server's side: `model_repository/*/config.pbtxt` and the client's
+`triward/protocol.py` repeat these, and a test compares all three. A dimension of -1 is variable;
+the leading dimension of a request, always 1, is not listed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32Array = NDArray[np.int32]
+UInt8Array = NDArray[np.uint8]
+Float32Array = NDArray[np.float32]
+Array = NDArray[Any]
+
+ENSEMBLE = "reward"
+PREPROCESS = "reward_preprocess"
+FORWARD = "reward_forward"
+
+MAX_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a model: Triton's name for it, its Triton datatype and its dimensions."""
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...]
+
+
+MESSAGES = TensorSpec("messages", "BYTES", (1,))
+RESPONSES = TensorSpec("responses", "BYTES", (-1,))
+MEDIA = TensorSpec("media", "BYTES", (-1,))
+
+INPUT_IDS = TensorSpec("input_ids", "INT32", (-1,))
+SEGMENT_LENGTHS = TensorSpec("segment_lengths", "INT32", (-1,))
+PIXELS = TensorSpec("pixels", "UINT8", (-1,))
+GRIDS = TensorSpec("grids", "INT32", (-1, 3))
+
+SCORES = TensorSpec("scores", "FP32", (-1,))
+TOKEN_COUNTS = TensorSpec("token_counts", "INT32", (-1,))
+
+REWARD_INPUTS = (MESSAGES, RESPONSES, MEDIA)
+REWARD_OUTPUTS = (SCORES, TOKEN_COUNTS)
+FORWARD_INPUTS = (INPUT_IDS, SEGMENT_LENGTHS, PIXELS, GRIDS)
+
+
+class Grid(NamedTuple):
+    """A media item's size in vision patches: frames in pairs, rows, columns (`grid_thw`)."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def patches(self) -> int:
+        """Rows that the item takes in the vision tower."""
+        return self.t * self.h * self.w
+
+
+@dataclass(frozen=True)
+class Features:
+    """One request as the model reads it: N conversations that share a prompt and its images.
+
+    Attributes:
+        prompt_ids: int32 [P], the tokens that all conversations begin with, media placeholders
+            expanded; P may be 0.
+        response_ids: N arrays int32 [L_i], L_i >= 1: what follows the prompt in conversation i.
+            Conversation i is `prompt_ids + response_ids[i]`, scored at its last token.
+        images: uint8 [H, W, 3] each, resized so that H and W are multiples of the vision
+            tower's merged patch; in the order of their placeholders in `prompt_ids`.
+    """
+
+    prompt_ids: Int32Array
+    response_ids: tuple[Int32Array, ...]
+    images: tuple[UInt8Array, ...] = ()
+
+    @property
+    def token_counts(self) -> list[int]:
+        """Tokens of each conversation, prompt included."""
+        return [len(self.prompt_ids) + len(ids) for ids in self.response_ids]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The answer to one request: `scores` float32 [N] and `token_counts` int32 [N]."""
+
+    scores: Float32Array
+    token_counts: Int32Array

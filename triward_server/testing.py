@@ -1,0 +1,89 @@
+"""For tests, the demo and benchmarks: the reference that every score is judged by.
+
+`Oracle` is the model card's published code, with the two changes that today's packages force on
+it (named below). It needs the extra `reference`; nothing that serves imports this module.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from qwen_vl_utils import process_vision_info
+from safetensors import safe_open
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import cached_file
+
+Messages = Sequence[dict[str, Any]]
+
+
+class Oracle:
+    """Skywork-VL-Reward-7B's model card, as code.
+
+    Changes against the card: the value-head class is imported from where trl keeps it now, and
+    dtype, device and attention implementation are arguments.
+
+    Args:
+        checkpoint: a folder or a Hugging Face id.
+        dtype: of weights and activations; the card uses bfloat16.
+        device: where it runs.
+        attention: transformers' attention implementation.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        attention: str = "sdpa",
+    ) -> None:
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+        from trl.experimental.ppo.modeling_value_head import AutoModelForCausalLMWithValueHead
+
+        checkpoint = str(checkpoint)
+        self.device = device
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        backbone = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=dtype, device_map=device, attn_implementation=attention
+        )
+        self.model = AutoModelForCausalLMWithValueHead.from_pretrained(backbone)
+        value_head = cached_file(checkpoint, "value_head.safetensors")
+        with safe_open(value_head, framework="pt", device="cpu") as tensors:
+            parameters = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        self.model.load_state_dict(parameters, strict=False)
+        self.model.to(device)
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    def inputs(self, conversations: Sequence[Messages]) -> Any:
+        """The processor's padded batch for whole conversations, responses included."""
+        texts = [
+            self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=False
+            )
+            for messages in conversations
+        ]
+        images, videos = process_vision_info(list(conversations))
+        return self.processor(
+            text=texts, images=images, videos=videos, padding=True, return_tensors="pt"
+        ).to(self.device)
+
+    def score_inputs(self, inputs: Any) -> list[float]:
+        """The value head at each row's last token."""
+        with torch.inference_mode():
+            values = self.model(**inputs, return_dict=True, use_cache=False)[-1]
+        last = inputs["attention_mask"].sum(dim=-1, keepdim=True) - 1
+        scores: list[float] = values.gather(dim=-1, index=last)[:, 0].float().tolist()
+        return scores
+
+    def score(self, messages: Messages) -> float:
+        """The card's number for one conversation whose last message is the assistant's."""
+        return self.score_inputs(self.inputs([messages]))[0]
+
+
+def fp32_budget(score: float) -> float:
+    """How far a float32 score may be from the oracle's: 1e-4, relative above 1."""
+    return 1e-4 * max(1.0, abs(score))

@@ -1,0 +1,214 @@
+"""Triton requests <-> the dataclasses, and the one place where exceptions become answers.
+
+Two backends, one for each `model_repository/*/1/model.py`, which hands over Triton's
+`triton_python_backend_utils` module (it exists only inside Triton's stub process).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from . import schema
+from .config import ForwardConfig, PreprocessConfig, from_parameters
+from .errors import InvalidRequest, TriwardError
+from .packing import Geometry
+from .preprocess import Preprocessor
+from .schema import Array, Features, Grid, Scores, TensorSpec, UInt8Array
+from .scoring import Scorer
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_DIRECTORY = "checkpoint"
+T = TypeVar("T")
+
+
+class PreprocessBackend:
+    """`reward_preprocess`: wire tensors in, `Features` as tensors out.
+
+    Args:
+        args: what Triton passes to `initialize`.
+        pb_utils: Triton's module.
+    """
+
+    def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
+        _log_to_stderr(schema.PREPROCESS)
+        # Several instances share the machine, one thread each; images are resized in it.
+        torch.set_num_threads(1)
+        self._pb = pb_utils
+        parameters = json.loads(args["model_config"])["parameters"]
+        self._preprocessor = Preprocessor(
+            _checkpoint(args), from_parameters(PreprocessConfig, parameters)
+        )
+        self._preprocessor.warm_up()
+        gc.freeze()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer a dynamic batch, each request for itself."""
+        return [_answer(self._pb, partial(self._one, request)) for request in requests]
+
+    def _one(self, request: Any) -> Any:
+        messages, responses, media = (
+            _row(self._pb, request, spec) for spec in schema.REWARD_INPUTS
+        )
+        features = self._preprocessor.features(messages[0], list(responses), list(media))
+        return _response(self._pb, features_to_arrays(features, self._preprocessor.patch_size))
+
+
+class ForwardBackend:
+    """`reward_forward`: `Features` as tensors in, scores out.
+
+    Args:
+        args: what Triton passes to `initialize`.
+        pb_utils: Triton's module.
+    """
+
+    def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
+        _log_to_stderr(schema.FORWARD)
+        self._pb = pb_utils
+        parameters = json.loads(args["model_config"])["parameters"]
+        config = from_parameters(ForwardConfig, parameters)
+        self._scorer = Scorer(
+            _checkpoint(args), config.on_instance(args["model_instance_device_id"])
+        )
+        self._scorer.warm_up()
+        gc.freeze()  # what is loaded stays; later collections need not walk it
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer a dynamic batch with one call of the scorer."""
+        parsed = [_capture(partial(self._parse, request)) for request in requests]
+        scored = iter(self._scorer.score([item for item in parsed if isinstance(item, Features)]))
+        results = [next(scored) if isinstance(item, Features) else item for item in parsed]
+        return [_answer(self._pb, partial(self._respond, result)) for result in results]
+
+    def _parse(self, request: Any) -> Features:
+        arrays = [_row(self._pb, request, spec) for spec in schema.FORWARD_INPUTS]
+        return arrays_to_features(*arrays, geometry=self._scorer.geometry)
+
+    def _respond(self, result: Scores | Exception) -> Any:
+        if isinstance(result, Exception):
+            raise result
+        return _response(
+            self._pb, {schema.SCORES: result.scores, schema.TOKEN_COUNTS: result.token_counts}
+        )
+
+
+def features_to_arrays(features: Features, patch_size: int) -> dict[TensorSpec, Array]:
+    """The tensors of `reward_forward` for one request, without the leading dimension.
+
+    Segment 0 of `segment_lengths` is the prompt; `pixels` is all images flattened, one behind the
+    other; `grids` has a row (t, h, w) in patches for each.
+    """
+    segments = [features.prompt_ids, *features.response_ids]
+    grids = [(1, i.shape[0] // patch_size, i.shape[1] // patch_size) for i in features.images]
+    flat = [np.empty(0, np.uint8), *(image.reshape(-1) for image in features.images)]
+    return {
+        schema.INPUT_IDS: np.concatenate(segments),
+        schema.SEGMENT_LENGTHS: np.array([len(s) for s in segments], np.int32),
+        schema.PIXELS: np.concatenate(flat),
+        schema.GRIDS: np.array(grids, np.int32).reshape(-1, 3),
+    }
+
+
+def arrays_to_features(
+    input_ids: Array, segment_lengths: Array, pixels: Array, grids: Array, *, geometry: Geometry
+) -> Features:
+    """The inverse of `features_to_arrays`; a trainer may have made the arrays itself.
+
+    Raises:
+        InvalidRequest: the arrays' sizes contradict each other.
+    """
+    lengths = segment_lengths.tolist()
+    if not lengths or min(lengths) < 0 or sum(lengths) != len(input_ids):
+        raise InvalidRequest(
+            "segment_lengths",
+            f"{lengths} do not add up to the {len(input_ids)} tokens of input_ids",
+        )
+    prompt, *responses = np.split(input_ids, np.cumsum(lengths)[:-1])
+    return Features(prompt, tuple(responses), _split_images(pixels, grids, geometry))
+
+
+def _split_images(pixels: Array, grids: Array, geometry: Geometry) -> tuple[UInt8Array, ...]:
+    shapes = []
+    for index, row in enumerate(grids.tolist()):
+        grid = Grid(*row)
+        merge = geometry.merge_size
+        if grid.t != 1 or min(grid) <= 0 or grid.h % merge or grid.w % merge:
+            raise InvalidRequest(
+                f"grids[{index}]", f"{row}; an image is 1 x h x w, both multiples of {merge}"
+            )
+        shapes.append((grid.h * geometry.patch_size, grid.w * geometry.patch_size, 3))
+    sizes = [height * width * 3 for height, width, _ in shapes]
+    if sum(sizes) != len(pixels):
+        raise InvalidRequest(
+            "pixels", f"{len(pixels)} values were given, the images in grids have {sum(sizes)}"
+        )
+    parts = np.split(pixels, np.cumsum(sizes)[:-1]) if shapes else []
+    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def _row(pb_utils: Any, request: Any, spec: TensorSpec) -> Array:
+    """One input without its leading dimension, which must be 1."""
+    array: Array = pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
+    if array.shape[0] != 1:
+        raise InvalidRequest(spec.name, f"{array.shape[0]} rows were given, a request is 1 row")
+    row: Array = array[0]
+    return row
+
+
+def _response(pb_utils: Any, arrays: dict[TensorSpec, Array]) -> Any:
+    tensors = [pb_utils.Tensor(spec.name, array[None]) for spec, array in arrays.items()]
+    return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def _capture(function: Callable[[], T]) -> T | Exception:
+    try:
+        return function()
+    except Exception as error:
+        return error
+
+
+def _answer(pb_utils: Any, respond: Callable[[], Any]) -> Any:
+    """Run one request's part; an exception answers that request alone."""
+    result = _capture(respond)
+    if not isinstance(result, Exception):
+        return result
+    code = pb_utils.TritonError.INTERNAL
+    if isinstance(result, TriwardError):
+        code = _codes(pb_utils)[result.code]
+        message = str(result)
+    else:
+        logger.error("a request failed", exc_info=result)
+        message = f"internal error: {type(result).__name__}: {result}"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def _codes(pb_utils: Any) -> dict[str, Any]:
+    error = pb_utils.TritonError
+    return {
+        "INVALID_ARGUMENT": error.INVALID_ARG,
+        "UNAVAILABLE": error.UNAVAILABLE,
+        "INTERNAL": error.INTERNAL,
+    }
+
+
+def _checkpoint(args: dict[str, str]) -> Path:
+    return Path(args["model_repository"], args["model_version"], CHECKPOINT_DIRECTORY)
+
+
+def _log_to_stderr(name: str) -> None:
+    """Triton's stub shows what a model writes to stderr; Python's default shows warnings only."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format=f"{name}: %(levelname)s %(message)s"
+    )
+    for noisy in ("httpx", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

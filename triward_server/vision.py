@@ -1,0 +1,243 @@
+"""Pixels -> image embeddings: Qwen2.5-VL's vision tower over all images of a batch, packed.
+
+Every image is a run of patches in one row. Most blocks attend within windows of 112 x 112 pixels,
+a few within the whole image (arXiv:2502.13923, section 2.1.1); both are one `varlen` call a block.
+Patches are kept in window order from the start, so that a window is a run of the row too.
+
+Parameter names are the checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import Layout, make_layout, varlen
+from .packing import Int64Array
+from .schema import Grid
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in float32: x [T, H, D], cos and sin [T, D / 2]; the halves are paired."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv:1910.07467), computed in float32 and rounded once."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202); gate and up projections are one matrix."""
+
+    def __init__(self, dim: int, inner: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(dim, 2 * inner, bias=bias)
+        self.down_proj = nn.Linear(inner, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, dim] -> [T, dim]."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
+        return out
+
+
+class VisionAttention(nn.Module):
+    """Attention with axial rotary positions."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        """[T, dim] -> [T, dim]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        out: Tensor = self.proj(
+            varlen(rotate(q, *rotary), rotate(k, *rotary), v, layout).flatten(1)
+        )
+        return out
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm2 = RMSNorm(config.hidden_size, eps=1e-6)
+        self.attn = VisionAttention(config.hidden_size, config.num_heads)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        """[T, dim] -> [T, dim]."""
+        x = x + self.attn(self.norm1(x), rotary, layout)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel: one matrix product over flattened patches."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(
+            config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False
+        )
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[T, channels * frames * patch * patch] -> [T, dim]."""
+        weight = self.proj.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight)
+
+
+class PatchMerger(nn.Module):
+    """Joins each square of merge x merge patches into one token of the language model."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.merged = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = RMSNorm(config.hidden_size, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.merged, self.merged),
+            nn.GELU(),
+            nn.Linear(self.merged, config.out_hidden_size),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, dim] -> [T / merge², out]."""
+        out: Tensor = self.mlp(self.ln_q(x).view(-1, self.merged))
+        return out
+
+
+class VisionTower(nn.Module):
+    """The whole tower.
+
+    Args:
+        config: transformers' `Qwen2_5_VLVisionConfig`.
+        mean: the image processor's normalisation, per channel of values in 0 … 1.
+        std: likewise.
+    """
+
+    def __init__(self, config: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+        # As the processor has it: (x - 255 mean) / (255 std), on values 0 … 255.
+        self.mean = tuple(255 * m for m in mean)
+        self.std = tuple(255 * s for s in std)
+
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
+        """Encode images.
+
+        Args:
+            images: uint8 [H, W, 3] each, on the tower's device.
+
+        Returns:
+            [M, out]: the images' tokens one image behind the other, rows before columns.
+        """
+        config = self.config
+        side = config.patch_size
+        grids = [Grid(1, image.shape[0] // side, image.shape[1] // side) for image in images]
+        plans = [_plan(grid, config.spatial_merge_size, self._window_side()) for grid in grids]
+        device = self.merger.ln_q.weight.device
+
+        # Units (merged squares of patches) in window order, counted over the whole row.
+        first = np.cumsum([0, *(len(order) for order, _ in plans)])
+        units = torch.from_numpy(
+            np.concatenate([order + at for (order, _), at in zip(plans, first, strict=False)])
+        ).to(device, non_blocking=True)
+        in_windows = self._layout([n for _, lengths in plans for n in lengths])
+        in_images = self._layout([grid.h * grid.w for grid in grids for _ in range(grid.t)])
+
+        patches = torch.cat([self._patchify(image) for image in images])
+        x = self.patch_embed(self._by_unit(patches)[units].flatten(0, 1))
+        angles = self._by_unit(self._angles(grids, device))[units].flatten(0, 1)
+        rotary = (angles.cos(), angles.sin())
+        for index, block in enumerate(self.blocks):
+            whole = index in config.fullatt_block_indexes
+            x = block(x, rotary, in_images if whole else in_windows)
+        merged = self.merger(x)
+        out = torch.empty_like(merged)
+        out[units] = merged
+        return out
+
+    def _window_side(self) -> int:
+        config = self.config
+        return int(config.window_size // config.spatial_merge_size // config.patch_size)
+
+    def _layout(self, lengths: Sequence[int]) -> Layout:
+        weight = self.merger.ln_q.weight
+        return make_layout(lengths, causal=False, device=weight.device, dtype=weight.dtype)
+
+    def _by_unit(self, rows: Tensor) -> Tensor:
+        units: Tensor = rows.unflatten(0, (-1, self.config.spatial_merge_size**2))
+        return units
+
+    def _patchify(self, image: Tensor) -> Tensor:
+        """uint8 [H, W, 3] -> normalised float32 [T, 3 * frames * patch * patch], by unit.
+
+        A still image fills both frames of a temporal patch.
+        """
+        side, merge = self.config.patch_size, self.config.spatial_merge_size
+        squares = image.unflatten(1, (-1, merge, side)).unflatten(0, (-1, merge, side))
+        # row, merge, side, column, merge, side, channel
+        patches: Tensor = squares.permute(0, 3, 1, 4, 6, 2, 5).flatten(0, 3)
+        mean, std = (image.new_tensor(v, dtype=torch.float32) for v in (self.mean, self.std))
+        patches = (patches.float() - mean[:, None, None]) / std[:, None, None]
+        frames = self.config.temporal_patch_size
+        return patches[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1)
+
+    def _angles(self, grids: Sequence[Grid], device: torch.device) -> Tensor:
+        """Rotary angles float32 [T, head_dim / 2]: rows take the first half, columns the second."""
+        config = self.config
+        half = config.hidden_size // config.num_heads // 2
+        theta = config.rope_parameters["rope_theta"]
+        inverse = 1.0 / theta ** (
+            torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
+        )
+        places = np.concatenate([_places(grid, config.spatial_merge_size) for grid in grids])
+        angles: Tensor = torch.from_numpy(places).to(device)[..., None].float() * inverse
+        return angles.flatten(1)
+
+
+@lru_cache(maxsize=1024)
+def _plan(grid: Grid, merge: int, window: int) -> tuple[Int64Array, tuple[int, ...]]:
+    """Order of an image's units by window, and the patches of each window.
+
+    Windows are cut from the top left corner; those at the right and lower edge are smaller.
+    """
+    rows, columns = grid.h // merge, grid.w // merge
+    t, row, column = np.indices((grid.t, rows, columns)).reshape(3, -1)
+    across, down = -(-columns // window), -(-rows // window)
+    index = (t * down + row // window) * across + column // window
+    order = np.argsort(index, kind="stable")
+    return order, tuple((np.bincount(index) * merge**2).tolist())
+
+
+@lru_cache(maxsize=1024)
+def _places(grid: Grid, merge: int) -> Int64Array:
+    """Row and column int64 [T, 2] of each patch, in the order of `_patchify`."""
+    place = np.moveaxis(np.indices((grid.h, grid.w)), 0, -1)
+    blocks = place.reshape(grid.h // merge, merge, grid.w // merge, merge, 2)
+    return np.tile(blocks.swapaxes(1, 2).reshape(-1, 2), (grid.t, 1))
