@@ -1,0 +1,303 @@
+"""Checkpoint -> ready-to-serve Triton model repository.
+
+    python export/build_repository.py --checkpoint DIR_OR_HUB_ID --output DIR
+
+Checks every tensor first, so that nothing random is ever served. Writes to a temporary folder
+beside the output and renames it, so that there is never half a repository. The result holds
+everything but Python packages and can be moved or mounted elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from google.protobuf import text_format
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tritonclient.grpc import model_config_pb2
+
+from triward_server import __version__, checkpoint, schema
+from triward_server.config import ForwardConfig, PreprocessConfig, from_strings
+from triward_server.errors import ConfigError, TriwardError
+from triward_server.preprocess import Preprocessor
+from triward_server.triton_io import CHECKPOINT_DIRECTORY
+
+SOURCE = Path(__file__).resolve().parent.parent / "model_repository"
+MANIFEST = "manifest.json"
+VERSION = "1"
+
+# What the processor and the configuration are read from; weights come on top.
+PROCESSOR_FILES = (
+    "config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt",
+)  # fmt: skip
+PACKAGES = ("torch", "transformers", "tokenizers", "qwen-vl-utils", "pillow", "numpy")
+
+
+class Weights(str, Enum):
+    """How weight files get into the repository."""
+
+    LINK = "link"
+    COPY = "copy"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the repository's models run."""
+
+    preprocess: PreprocessConfig
+    forward: ForwardConfig
+    preprocess_instances: int
+    queue_delay_us: int
+    weights: Weights
+
+
+def build(source: str, revision: str | None, output: Path, options: Options, force: bool) -> None:
+    """Write the repository.
+
+    Args:
+        source: a local folder, or a Hugging Face id that is resolved through the hub's cache.
+        revision: branch, tag or commit on the hub.
+        output: folder to create.
+        options: how its models run.
+        force: replace a repository that is already there.
+
+    Raises:
+        TriwardError: the checkpoint or an option is wrong; nothing was written.
+    """
+    _check_output(output, force)
+    folder, commit = _resolve(source, revision)
+    checkpoint.verify(folder)
+    Preprocessor(folder, options.preprocess).warm_up()
+    with _written_whole(output) as draft:
+        shutil.copytree(
+            SOURCE, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__*")
+        )
+        (draft / schema.ENSEMBLE / VERSION).mkdir(exist_ok=True)
+        _configure(draft, options)
+        weights = checkpoint.weight_files(folder)
+        files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
+        index = [p for p in [folder / checkpoint.INDEX_FILE] if p.is_file()]
+        _place(files, draft / schema.PREPROCESS / VERSION / CHECKPOINT_DIRECTORY, Weights.COPY)
+        target = draft / schema.FORWARD / VERSION / CHECKPOINT_DIRECTORY
+        _place([*files, *index], target, Weights.COPY)
+        _place(weights, target, options.weights)
+        manifest = _manifest(source, commit, [*files, *index, *weights], options)
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if not output.exists():
+        return
+    if not force:
+        raise ConfigError(f"{output} exists; --force replaces it")
+    if not (output / MANIFEST).is_file():
+        raise ConfigError(f"{output} is not a repository (it has no {MANIFEST}) and is left alone")
+
+
+def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """The local folder of a checkpoint, and its commit if it came from the hub."""
+    if Path(source).is_dir():
+        return Path(source).resolve(), None
+    try:
+        patterns = [*PROCESSOR_FILES, "*.safetensors", checkpoint.INDEX_FILE]
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{source}: neither a folder nor available on the hub: {reason}"
+        ) from None
+    return folder, folder.name
+
+
+@contextmanager
+def _written_whole(output: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `output` if the block succeeds and vanishes if not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    draft.chmod(0o755)
+    try:
+        yield draft
+        if output.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+            output.rename(replaced / output.name)
+            draft.rename(output)
+            shutil.rmtree(replaced)
+        else:
+            draft.rename(output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _configure(draft: Path, options: Options) -> None:
+    path = draft / schema.PREPROCESS / "config.pbtxt"
+    model = _read_config(path)
+    _set_parameters(model, asdict(options.preprocess))
+    model.instance_group[0].count = options.preprocess_instances
+    _write_config(path, model)
+
+    path = draft / schema.FORWARD / "config.pbtxt"
+    model = _read_config(path)
+    _set_parameters(model, asdict(options.forward))
+    group = model.instance_group[0]
+    cpu = options.forward.device == "cpu"
+    group.kind = group.KIND_CPU if cpu else group.KIND_GPU
+    model.dynamic_batching.max_queue_delay_microseconds = options.queue_delay_us
+    _write_config(path, model)
+
+
+def _read_config(path: Path) -> Any:
+    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+
+
+def _write_config(path: Path, model: Any) -> None:
+    path.write_text(text_format.MessageToString(model))
+
+
+def _set_parameters(model: Any, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        model.parameters[key].string_value = str(value)
+
+
+def _place(files: Iterable[Path], folder: Path, how: Weights) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if how is Weights.LINK and _hard_link(file.resolve(), folder / file.name):
+            continue
+        shutil.copyfile(file, folder / file.name)
+
+
+def _hard_link(source: Path, target: Path) -> bool:
+    """Whether a link could be made: it cannot across file systems, and not on all of them."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        typer.echo(f"{source.name}: copied, a link is not possible ({error.strerror})", err=True)
+        return False
+    return True
+
+
+def _manifest(
+    source: str, commit: str | None, files: Iterable[Path], options: Options
+) -> dict[str, Any]:
+    return {
+        "source": source,
+        "revision": commit,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "triward_server": __version__,
+        "python": sys.version.split()[0],
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "options": {
+            "preprocess": asdict(options.preprocess),
+            "forward": asdict(options.forward),
+            "preprocess_instances": options.preprocess_instances,
+            "queue_delay_us": options.queue_delay_us,
+        },
+        "sha256": {file.name: _sha256(file) for file in files},
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+_PREPROCESS = PreprocessConfig()
+_FORWARD = ForwardConfig()
+
+
+def main(
+    checkpoint: Annotated[str, typer.Option(help="Local folder or Hugging Face id.")],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = _FORWARD.dtype,
+    device: Annotated[str, typer.Option(help="cuda, cuda:N or cpu.")] = _FORWARD.device,
+    preprocess_instances: Annotated[
+        int, typer.Option(min=1, help="Processes that decode, resize and tokenize.")
+    ] = 4,
+    queue_delay_us: Annotated[
+        int, typer.Option(min=0, help="How long the forward model waits to fill a batch.")
+    ] = 1000,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="Tokens of one forward pass.")
+    ] = _FORWARD.max_batch_tokens,
+    max_batch_patches: Annotated[
+        int, typer.Option(help="Vision patches of one forward pass.")
+    ] = _FORWARD.max_batch_patches,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads of the forward model; 0: torch's choice.")
+    ] = _FORWARD.threads,
+    max_responses: Annotated[
+        int, typer.Option(help="Responses in one request.")
+    ] = _PREPROCESS.max_responses,
+    max_text_bytes: Annotated[
+        int, typer.Option(help="Bytes of messages, and of all responses, in one request.")
+    ] = _PREPROCESS.max_text_bytes,
+    max_media: Annotated[
+        int, typer.Option(help="Media items in one request.")
+    ] = _PREPROCESS.max_media,
+    max_media_bytes: Annotated[
+        int, typer.Option(help="Bytes of one encoded media item.")
+    ] = _PREPROCESS.max_media_bytes,
+    max_image_pixels: Annotated[
+        int, typer.Option(help="Pixels of one image before it is resized.")
+    ] = _PREPROCESS.max_image_pixels,
+    weights: Annotated[
+        Weights, typer.Option(help="Hard-link weight files (same file system) or copy them.")
+    ] = Weights.LINK,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing repository.")] = False,
+) -> None:
+    """Turn a checkpoint into a Triton model repository."""
+    preprocess = {
+        "max_responses": max_responses,
+        "max_text_bytes": max_text_bytes,
+        "max_media": max_media,
+        "max_media_bytes": max_media_bytes,
+        "max_image_pixels": max_image_pixels,
+    }
+    forward = {
+        "dtype": dtype,
+        "device": device,
+        "max_batch_tokens": max_batch_tokens,
+        "max_batch_patches": max_batch_patches,
+        "threads": threads,
+    }
+    try:
+        options = Options(
+            preprocess=from_strings(PreprocessConfig, {k: str(v) for k, v in preprocess.items()}),
+            forward=from_strings(ForwardConfig, {k: str(v) for k, v in forward.items()}),
+            preprocess_instances=preprocess_instances,
+            queue_delay_us=queue_delay_us,
+            weights=weights,
+        )
+        build(checkpoint, revision, output, options, force)
+    except (TriwardError, OSError) as error:
+        typer.echo(f"build_repository: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{output}: ready; serve it with: triward-server serve --repository {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
