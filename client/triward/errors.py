@@ -1,0 +1,78 @@
+"""Everything that a call to the server can raise.
+
+    TriwardError
+    ├── InvalidRequest      the input is wrong (also a ValueError); the same request fails again
+    │   └── MediaError      an image or video cannot be read by the client
+    ├── ServerUnavailable   overloaded, not reachable, or the model is not ready
+    ├── DeadlineExceeded    the caller's timeout ran out (also a TimeoutError)
+    └── ServerError         the server failed, or its answer is malformed or not finite
+
+What tritonclient raised is never seen by the caller, except as the cause of one of these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tritonclient.utils import InferenceServerException
+
+# Triton's words for a request whose `timeout` parameter expired in a queue. Its status is
+# UNAVAILABLE, but what ran out is the caller's time.
+_QUEUE_TIMEOUT = "Request timeout expired"
+
+_ENSEMBLE_PREFIX = re.compile(r"^(?:in ensemble '[^']*', )+")
+
+
+class TriwardError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidRequest(TriwardError, ValueError):
+    """The request cannot be scored, whoever asks and however often."""
+
+
+class MediaError(InvalidRequest):
+    """An image or video is missing, unreadable, or too large to fetch."""
+
+
+class ServerUnavailable(TriwardError):
+    """The server is overloaded, not reachable, or has no model ready. Asking later may succeed."""
+
+
+class DeadlineExceeded(TriwardError, TimeoutError):
+    """The timeout ran out while media was read or while the server worked."""
+
+
+class ServerError(TriwardError):
+    """The server failed, or answered with something that is no score."""
+
+
+def located(error: TriwardError, place: str) -> TriwardError:
+    """The same error with the place in the caller's input in front of its message."""
+    return type(error)(f"{place}: {error}")
+
+
+def from_triton(error: InferenceServerException, *, model: str, url: str) -> TriwardError:
+    """Translate what tritonclient raised for a call of `model` at `url`."""
+    code = str(error.status()).rpartition(".")[2]
+    message = _ENSEMBLE_PREFIX.sub("", error.message() or f"no details, status {code}")
+    if code == "INVALID_ARGUMENT":
+        return InvalidRequest(message)
+    if code == "DEADLINE_EXCEEDED" or (code == "UNAVAILABLE" and _QUEUE_TIMEOUT in message):
+        return DeadlineExceeded(message)
+    if code == "UNAVAILABLE":
+        return ServerUnavailable(f"{url}: {message}")
+    if code == "NOT_FOUND":
+        return ServerError(f"{url} does not serve the model {model!r}: {message}")
+    return ServerError(f"{code}: {message}")
+
+
+@contextmanager
+def triton_errors(*, model: str, url: str) -> Iterator[None]:
+    """Raise this package's errors in place of tritonclient's, chained to them."""
+    try:
+        yield
+    except InferenceServerException as error:
+        raise from_triton(error, model=model, url=url) from error

@@ -1,0 +1,75 @@
+"""RewardRequest -> arguments of tritonclient's `infer`; its result -> checked scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import InferInput, InferRequestedOutput
+
+from triward import protocol
+from triward.conversation import RewardRequest
+from triward.errors import InvalidRequest, ServerError
+
+# gRPC counts the bytes of a message in a signed 32-bit integer. The slack is for names and shapes.
+_MESSAGE_LIMIT = 2**31 - 1 - 64 * 2**10
+
+
+def infer_arguments(request: RewardRequest, *, model: str, remaining: float) -> dict[str, Any]:
+    """Keyword arguments of `infer`, the same for tritonclient's blocking and asyncio clients.
+
+    Args:
+        request: the row to send.
+        model: name of the ensemble.
+        remaining: seconds left. gRPC gives up after them, and Triton drops a request that is older.
+
+    Raises:
+        InvalidRequest: the request is larger than a gRPC message can be.
+    """
+    fields = ((request.messages,), request.responses, request.media)
+    size = sum(4 + len(value) for values in fields for value in values)
+    if size > _MESSAGE_LIMIT:
+        raise InvalidRequest(f"the request holds {size} bytes, gRPC allows {_MESSAGE_LIMIT}")
+    return {
+        "model_name": model,
+        "inputs": [_input(spec, values) for spec, values in zip(protocol.INPUTS, fields)],
+        "outputs": [InferRequestedOutput(protocol.SCORES.name)],
+        "client_timeout": remaining,
+        "timeout": max(1, int(remaining * 1e6)),
+    }
+
+
+def read_scores(result: Any, count: int) -> list[float]:
+    """The scores of an `InferResult`, in the order of the request's responses.
+
+    Args:
+        result: has `as_numpy(name)`, with `scores` FP32 [1, count].
+        count: how many responses were sent.
+
+    Raises:
+        ServerError: the answer is not `count` finite numbers.
+    """
+    name = protocol.SCORES.name
+    try:
+        scores = result.as_numpy(name)
+    except ValueError as error:
+        raise ServerError(f"the server's {name!r} cannot be read: {error}") from error
+    if scores is None:
+        raise ServerError(f"the server's answer has no {name!r}")
+    if scores.dtype != np.float32 or scores.shape != (1, count):
+        got = f"{scores.dtype} {list(scores.shape)}"
+        raise ServerError(f"the server's {name!r} must be float32 [1, {count}], got {got}")
+    if not np.isfinite(scores).all():
+        raise ServerError(f"the server's {name!r} are not all finite: {scores[0].tolist()}")
+    return [float(score) for score in scores[0]]
+
+
+def _input(spec: protocol.TensorSpec, values: Sequence[bytes]) -> Any:
+    # Element by element into an object array: any other dtype strips trailing NULs.
+    array = np.empty((1, len(values)), dtype=np.object_)
+    for column, value in enumerate(values):
+        array[0, column] = value
+    tensor = InferInput(spec.name, list(array.shape), spec.datatype)
+    tensor.set_data_from_numpy(array)
+    return tensor

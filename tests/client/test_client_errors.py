@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import triward
+from tritonclient.utils import InferenceServerException
+from triward import errors
+
+
+def from_triton(message, status):
+    error = InferenceServerException(message, status=status)
+    return errors.from_triton(error, model="reward", url="host:1")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("INVALID_ARGUMENT", triward.InvalidRequest),
+        ("UNAVAILABLE", triward.ServerUnavailable),
+        ("DEADLINE_EXCEEDED", triward.DeadlineExceeded),
+        *[
+            (code, triward.ServerError)
+            for code in (
+                "ABORTED",
+                "ALREADY_EXISTS",
+                "CANCELLED",
+                "DATA_LOSS",
+                "FAILED_PRECONDITION",
+                "INTERNAL",
+                "NOT_FOUND",
+                "OUT_OF_RANGE",
+                "PERMISSION_DENIED",
+                "RESOURCE_EXHAUSTED",
+                "UNAUTHENTICATED",
+                "UNIMPLEMENTED",
+                "UNKNOWN",
+            )
+        ],
+    ],
+)
+def test_every_grpc_code_has_one_error(code, kind):
+    error = from_triton("what went wrong", f"StatusCode.{code}")
+    assert type(error) is kind
+    assert "what went wrong" in str(error)
+
+
+def test_every_grpc_code_is_covered():
+    import grpc
+
+    known = {code.name for code in grpc.StatusCode} - {"OK"}
+    mark = test_every_grpc_code_has_one_error.pytestmark[0]
+    assert {code for code, _ in mark.args[1]} == known
+
+
+def test_an_error_without_status_or_message_is_a_server_error():
+    assert type(from_triton("x", None)) is triward.ServerError
+    assert "INTERNAL" in str(from_triton(None, "StatusCode.INTERNAL"))
+
+
+def test_the_ensemble_prefix_is_dropped():
+    text = "in ensemble 'reward', responses: holds 0 responses"
+    assert str(from_triton(text, "StatusCode.INVALID_ARGUMENT")) == "responses: holds 0 responses"
+
+
+def test_a_prefix_inside_the_sentence_stays():
+    text = "media[0]: in ensemble 'reward', twice"
+    assert str(from_triton(text, "StatusCode.INVALID_ARGUMENT")) == text
+
+
+def test_a_queue_timeout_is_a_deadline_though_triton_says_unavailable():
+    error = from_triton("in ensemble 'reward', Request timeout expired", "StatusCode.UNAVAILABLE")
+    assert type(error) is triward.DeadlineExceeded
+
+
+def test_a_missing_model_is_named_with_the_server():
+    error = from_triton("unknown model", "StatusCode.NOT_FOUND")
+    assert "'reward'" in str(error)
+    assert "host:1" in str(error)
+
+
+def test_the_original_is_chained():
+    original = InferenceServerException("no", status="StatusCode.INTERNAL")
+    with (
+        pytest.raises(triward.ServerError) as caught,
+        errors.triton_errors(model="reward", url="host:1"),
+    ):
+        raise original
+    assert caught.value.__cause__ is original
+
+
+def test_other_exceptions_pass_through():
+    with pytest.raises(KeyError), errors.triton_errors(model="reward", url="host:1"):
+        raise KeyError("x")
+
+
+def test_the_hierarchy():
+    assert issubclass(triward.InvalidRequest, ValueError)
+    assert issubclass(triward.MediaError, triward.InvalidRequest)
+    assert issubclass(triward.DeadlineExceeded, TimeoutError)
+    for kind in (triward.ServerUnavailable, triward.DeadlineExceeded, triward.ServerError):
+        assert issubclass(kind, triward.TriwardError)
+        assert not issubclass(kind, ValueError)
+
+
+@pytest.mark.parametrize("kind", [triward.MediaError, triward.DeadlineExceeded])
+def test_errors_survive_a_process_boundary_and_a_place(kind):
+    error = pickle.loads(pickle.dumps(errors.located(kind("bad"), "messages[0]")))
+    assert type(error) is kind
+    assert str(error) == "messages[0]: bad"
