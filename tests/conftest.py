@@ -1,0 +1,134 @@
+"""One tiny checkpoint, one oracle and one real Triton server for the whole session."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a model hub
+
+import psutil
+import pytest
+from PIL import Image
+from triward import RewardClient
+
+from tests.conversations import Messages, conversations
+from triward_server.launch import Endpoints, TritonServer
+from triward_server.random_checkpoint import make_checkpoint
+from triward_server.testing import Oracle
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCAL = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """After the last test no process and no shared memory of ours may be there."""
+    before = set(Path("/dev/shm").iterdir())
+    yield
+    children = psutil.Process().children(recursive=True)
+    assert [c for c in children if "triton" in c.name()] == []
+    assert [p for p in set(Path("/dev/shm").iterdir()) - before if "tri" in p.name] == []
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    make_checkpoint("tiny", 0, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs export/build_repository.py as a user does."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        script = ROOT / "export" / "build_repository.py"
+        return subprocess.run(
+            [sys.executable, str(script), *map(str, arguments)],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def build(
+    export: Callable[..., subprocess.CompletedProcess[str]],
+    checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """Exports the tiny checkpoint for the CPU; extra flags are passed on."""
+
+    def run(*flags: str) -> Path:
+        output = tmp_path_factory.mktemp("repository") / "models"
+        result = export(
+            "--checkpoint", checkpoint, "--output", output, "--device=cpu",
+            "--preprocess-instances=2", *flags,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def repository(build: Callable[..., Path]) -> Path:
+    return build("--dtype=float32")
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    log = tmp_path_factory.mktemp("log") / "triton.log"
+    with log.open("w") as file, TritonServer(repository, LOCAL, log=file) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: TritonServer) -> Iterator[RewardClient]:
+    with RewardClient(server.endpoints.grpc, timeout=120) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Path) -> Oracle:
+    return Oracle(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Messages]:
+    return conversations(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def reference(oracle: Oracle, cases: dict[str, Messages]) -> dict[str, float]:
+    """The model card's fp32 score of every case."""
+    return {name: oracle.score(messages) for name, messages in cases.items()}
+
+
+@pytest.fixture(scope="session")
+def metric(server: TritonServer) -> Callable[[str, str], float]:
+    """Reads one of Triton's Prometheus counters, summed over versions and devices."""
+
+    def read(name: str, model: str) -> float:
+        url = f"http://127.0.0.1:{server.endpoints.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as response:
+            text = response.read().decode()
+        lines = re.findall(rf'^{name}{{[^}}]*model="{model}"[^}}]*}} (\S+)$', text, re.MULTILINE)
+        assert lines, f"{name} of {model} is not exported"
+        return sum(map(float, lines))
+
+    return read
+
+
+def encode(image: Image.Image, format_: str = "PNG") -> bytes:
+    """An image file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format_)
+    return buffer.getvalue()

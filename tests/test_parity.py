@@ -1,0 +1,226 @@
+"""The served score is the model card's, whatever is sent and in whatever company."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from triward import RewardClient
+
+from tests.conftest import LOCAL
+from tests.conversations import Messages
+from triward_server import packing
+from triward_server.config import ForwardConfig
+from triward_server.launch import TritonServer
+from triward_server.schema import Features
+from triward_server.scoring import Scorer
+from triward_server.testing import Oracle, fp32_budget
+
+THREADS = 32
+
+
+@pytest.fixture(scope="module")
+def one_by_one(client: RewardClient, cases: dict[str, Messages]) -> dict[str, float]:
+    return {name: client.score(messages) for name, messages in cases.items()}
+
+
+def test_there_are_at_least_sixty_cases(cases: dict[str, Messages]) -> None:
+    assert len(cases) >= 60
+    scored = [messages[-1]["content"] for messages in cases.values()]
+    assert "" in scored and any(text.startswith("\n") for text in scored)
+
+
+def test_long_response_has_4000_tokens(oracle: Oracle, cases: dict[str, Messages]) -> None:
+    text = cases["text/4000-tokens"][-1]["content"]
+    assert len(oracle.processor.tokenizer(text)["input_ids"]) >= 4000
+
+
+def test_served_scores_equal_the_oracle_in_fp32(
+    one_by_one: dict[str, float], reference: dict[str, float]
+) -> None:
+    wrong = {
+        name: (one_by_one[name], expected)
+        for name, expected in reference.items()
+        if abs(one_by_one[name] - expected) > fp32_budget(expected)
+    }
+    assert wrong == {}
+    assert np.std(list(reference.values())) > 1, "scores that do not differ would prove nothing"
+
+
+@pytest.mark.parametrize("order", ["as-listed", "shuffled"])
+def test_single_equals_batch(
+    order: str,
+    client: RewardClient,
+    cases: dict[str, Messages],
+    one_by_one: dict[str, float],
+    metric: Callable[[str, str], float],
+) -> None:
+    names = list(cases)
+    if order == "shuffled":
+        random.Random(7).shuffle(names)
+    executions = metric("nv_inference_exec_count", "reward_forward")
+    inferences = metric("nv_inference_count", "reward_forward")
+    with ThreadPoolExecutor(THREADS) as pool:
+        together = dict(zip(names, pool.map(client.score, map(cases.get, names)), strict=True))
+    executions = metric("nv_inference_exec_count", "reward_forward") - executions
+    inferences = metric("nv_inference_count", "reward_forward") - inferences
+
+    assert inferences == len(names)
+    assert executions < inferences, "nothing was batched, so nothing was compared"
+    for name in names:
+        assert together[name] == pytest.approx(one_by_one[name], rel=1e-5, abs=1e-5), name
+
+
+def test_dynamic_batching_is_real(
+    client: RewardClient, cases: dict[str, Messages], metric: Callable[[str, str], float]
+) -> None:
+    """Mixed shapes from 32 threads share forward passes: fewer than half as many as requests."""
+    mixed = [m for name, m in cases.items() if name.split("/")[0] in ("format", "images", "turns")]
+    load = [mixed[index % len(mixed)] for index in range(8 * THREADS)]
+    executions = metric("nv_inference_exec_count", "reward_forward")
+    inferences = metric("nv_inference_count", "reward_forward")
+    scores = client.score_many(load, concurrency=THREADS)
+    executions = metric("nv_inference_exec_count", "reward_forward") - executions
+    inferences = metric("nv_inference_count", "reward_forward") - inferences
+    assert len(scores) == inferences == len(load)
+    assert executions < inferences / 2
+
+
+def test_responses_of_one_request_score_as_alone(
+    client: RewardClient, cases: dict[str, Messages]
+) -> None:
+    prompt = cases["images/3"][:-1]
+    responses = [cases[name][-1]["content"] for name in cases if name.startswith("text/")]
+    together = client.score_responses(prompt, responses)
+    for response, score in zip(responses, together, strict=True):
+        alone = client.score([*prompt, {"role": "assistant", "content": response}])
+        assert score == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    assert client.rank(prompt, responses)[0] == int(np.argmax(together))
+
+
+@pytest.fixture(scope="module")
+def client16(
+    build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RewardClient]:
+    log = tmp_path_factory.mktemp("log16") / "triton.log"
+    with (
+        log.open("w") as file,
+        TritonServer(build("--dtype=bfloat16"), LOCAL, log=file) as server,
+        RewardClient(server.endpoints.grpc, timeout=120) as client,
+    ):
+        yield client
+
+
+def test_served_bf16_scores_are_within_the_oracles_own_spread(
+    client16: RewardClient,
+    checkpoint: Path,
+    cases: dict[str, Messages],
+    reference: dict[str, float],
+) -> None:
+    """bf16 is judged by the card's own distance from its fp32 scores, on the same cases."""
+    card = Oracle(checkpoint, dtype=torch.bfloat16)
+    exact = np.array(list(reference.values()))
+    spread = np.abs(np.array([card.score(m) for m in cases.values()]) - exact)
+    ours = np.abs(np.array(client16.score_many(cases.values())) - exact)
+    print(
+        f"bf16 to fp32, max and rms: card {spread.max():.4f} {_rms(spread):.4f}, "
+        f"served {ours.max():.4f} {_rms(ours):.4f}"
+    )
+    assert spread.max() > 10 * fp32_budget(1), "bf16 noise is there to be measured"
+    assert ours.max() <= spread.max()
+    assert _rms(ours) <= _rms(spread)
+
+
+def _rms(values: np.ndarray) -> float:
+    return math.sqrt(np.mean(np.square(values)))
+
+
+# Mistakes that peers make, as controls: parity must notice each, or it proves nothing.
+
+
+@pytest.fixture(scope="module")
+def scorer(checkpoint: Path) -> Scorer:
+    return Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def features(scorer: Scorer) -> Features:
+    rng = np.random.default_rng(3)
+    pad = scorer.geometry.image_token_id
+    text = rng.integers(0, 700, 60).astype(np.int32)
+    prompt = np.concatenate([text[:20], np.full(30, pad, np.int32), text[20:40]])
+    image = rng.integers(0, 256, (140, 168, 3), dtype=np.uint8)
+    return Features(prompt, (text[40:],), (image,))
+
+
+def test_control_positions_at_the_token_count(
+    scorer: Scorer, features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = _score(scorer, features)
+
+    def by_token(ids: np.ndarray, *_: object) -> np.ndarray:
+        return packing.text_positions(0, len(ids))
+
+    monkeypatch.setattr(packing, "mrope_positions", by_token)
+    assert abs(_score(scorer, features) - right) > 10 * fp32_budget(right)
+
+
+def test_control_attention_that_is_not_causal(
+    scorer: Scorer, features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = _score(scorer, features)
+    from triward_server import backbone
+
+    make_layout = backbone.make_layout
+    monkeypatch.setattr(
+        backbone,
+        "make_layout",
+        lambda lengths, causal, **rest: make_layout(lengths, causal=False, **rest),
+    )
+    assert abs(_score(scorer, features) - right) > 10 * fp32_budget(right)
+
+
+def test_control_attention_across_conversations(
+    scorer: Scorer, features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = _score(scorer, features)
+    from triward_server import backbone
+
+    make_layout = backbone.make_layout
+    monkeypatch.setattr(
+        backbone,
+        "make_layout",
+        lambda lengths, **rest: make_layout([sum(lengths)], **rest),
+    )
+    other = Features(np.arange(50, dtype=np.int32), (np.arange(9, dtype=np.int32),))
+    _, second = scorer.score([other, features])
+    assert abs(second.scores[0] - right) > 10 * fp32_budget(right)
+
+
+def test_control_windows_that_are_ignored(
+    scorer: Scorer, features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = _score(scorer, features)
+    tower = scorer._model.visual
+    monkeypatch.setattr(tower.config, "fullatt_block_indexes", [*range(tower.config.depth)])
+    assert abs(_score(scorer, features) - right) > 10 * fp32_budget(right)
+
+
+def test_control_images_in_the_wrong_order(scorer: Scorer, features: Features) -> None:
+    pad = np.full(30, scorer.geometry.image_token_id, np.int32)
+    prompt = np.concatenate([features.prompt_ids, pad])
+    images = (features.images[0], features.images[0][::-1].copy())
+    right = _score(scorer, Features(prompt, features.response_ids, images))
+    swapped = _score(scorer, Features(prompt, features.response_ids, images[::-1]))
+    assert abs(swapped - right) > 10 * fp32_budget(right)
+
+
+def _score(scorer: Scorer, features: Features) -> float:
+    (result,) = scorer.score([features])
+    return float(result.scores[0])  # type: ignore[union-attr]
