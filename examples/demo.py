@@ -19,8 +19,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 from rich.console import Console
 from rich.table import Table
-from triward import RewardClient
 
+from triward import RewardClient
 from triward_server.launch import Endpoints, TritonServer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -226,8 +226,10 @@ def _sha256(path: Path) -> str:
 
 _PREPROCESS = PreprocessConfig()
 _FORWARD = ForwardConfig()
+app = typer.Typer(add_completion=False)
 
 
+@app.command()
 def main(
     checkpoint: Annotated[str, typer.Option(help="Local folder or Hugging Face id.")],
     output: Annotated[Path, typer.Option(help="Folder to create.")],
@@ -300,4 +302,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a model hub
@@ -16,14 +17,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a model hub
 import psutil
 import pytest
 from PIL import Image
-from triward import RewardClient
+from typer.testing import CliRunner
 
 from tests.conversations import Messages, conversations
+from triward import RewardClient
 from triward_server.launch import Endpoints, TritonServer
 from triward_server.random_checkpoint import make_checkpoint
 from triward_server.testing import Oracle
 
 ROOT = Path(__file__).resolve().parent.parent
+EXPORT = ROOT / "export" / "build_repository.py"
 LOCAL = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
 
 
@@ -44,23 +47,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def export() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs export/build_repository.py as a user does."""
+@dataclass(frozen=True)
+class Exit:
+    """How a command ended."""
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        script = ROOT / "export" / "build_repository.py"
-        return subprocess.run(
-            [sys.executable, str(script), *map(str, arguments)],
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+    code: int
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def export() -> Callable[..., Exit]:
+    """Runs the command of export/build_repository.py in this process: imports take seconds."""
+    spec = importlib.util.spec_from_file_location("build_repository", EXPORT)
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+
+    def run(*arguments: object) -> Exit:
+        result = CliRunner().invoke(script.app, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Exit(result.exit_code, result.stderr)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def build(
-    export: Callable[..., subprocess.CompletedProcess[str]],
+    export: Callable[..., Exit],
     checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
@@ -72,7 +87,7 @@ def build(
             "--checkpoint", checkpoint, "--output", output, "--device=cpu",
             "--preprocess-instances=2", *flags,
         )  # fmt: skip
-        assert result.returncode == 0, result.stderr
+        assert result.code == 0, result.stderr
         return output
 
     return run

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from triward import RewardClient
 
 from tests.conftest import LOCAL
 from tests.conversations import Messages
+from triward import RewardClient
 from triward_server import packing
 from triward_server.config import ForwardConfig
 from triward_server.launch import TritonServer

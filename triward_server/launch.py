@@ -35,7 +35,7 @@ from .errors import LaunchError
 
 _PR_SET_PDEATHSIG = 1
 _SHARED_MEMORY = Path("/dev/shm")
-_EXIT_TIMEOUT = 40.0  # Triton gives requests in flight 30 s
+_EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class TritonServer:
         raise LaunchError(f"tritonserver stopped by itself ({_describe_exit(code)})")
 
     def stop(self) -> None:
-        """Let requests in flight finish, then end the server and all its processes."""
+        """Forward SIGTERM, wait for Triton's own exit, then end what is left of its processes."""
         process = getattr(self, "_process", None)
         if process is not None:
             with _signals_ignored():

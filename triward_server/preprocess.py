@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 from .config import PreprocessConfig
-from .conversation import parse_conversation
+from .conversation import Conversation, parse_conversation
+from .errors import CheckpointError
 from .media import ImageLoader
 from .schema import Features
 from .tokenization import ConversationTokenizer
@@ -26,8 +28,7 @@ class Preprocessor:
     """
 
     def __init__(self, checkpoint: Path, config: PreprocessConfig) -> None:
-        processor = AutoProcessor.from_pretrained(checkpoint)
-        model = AutoConfig.from_pretrained(checkpoint)
+        processor, model = _load(checkpoint)
         self._config = config
         self.patch_size = int(processor.image_processor.patch_size)
         self._merged_patch = self.patch_size * int(processor.image_processor.merge_size)
@@ -44,7 +45,22 @@ class Preprocessor:
         Raises:
             InvalidRequest: naming the field, the value and the limit.
         """
-        conversation = parse_conversation(messages, responses, media, self._config)
+        return self._features(parse_conversation(messages, responses, media, self._config))
+
+    def warm_up(self) -> None:
+        """Run one request with an image, so that the first real one does not pay for set-up.
+
+        At export this also shows that the processor's files fit together.
+        """
+        picture = BytesIO()
+        Image.new("RGB", (1, 1)).save(picture, "PNG")
+        messages = b'[{"role":"user","content":[{"type":"image"},{"type":"text","text":"?"}]}]'
+        # One pixel is within every limit of the loader; the request's own limits do not apply.
+        self._features(
+            parse_conversation(messages, [b"yes"], [picture.getvalue()], PreprocessConfig())
+        )
+
+    def _features(self, conversation: Conversation) -> Features:
         parts = conversation.media_parts()
         images = tuple(
             self._images.load(f"media[{i}]", data, path, part)
@@ -57,9 +73,19 @@ class Preprocessor:
         tokens = self._tokenizer.tokenize(conversation, placeholders)
         return Features(tokens.prompt_ids, tokens.response_ids, images)
 
-    def warm_up(self) -> None:
-        """Run one request with an image, so that the first real one does not pay for set-up."""
-        picture = BytesIO()
-        Image.new("RGB", (64, 64)).save(picture, "JPEG")
-        messages = b'[{"role":"user","content":[{"type":"image"},{"type":"text","text":"?"}]}]'
-        self.features(messages, [b"yes"], [picture.getvalue()])
+
+def _load(checkpoint: Path) -> tuple[Any, Any]:
+    """The checkpoint's processor and model configuration.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; transformers raises many types for that.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        model = AutoConfig.from_pretrained(checkpoint)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint}: the processor cannot be loaded: {reason}") from error
+    if processor.chat_template is None:
+        raise CheckpointError(f"{checkpoint}: the processor has no chat template")
+    return processor, model

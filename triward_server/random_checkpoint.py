@@ -227,7 +227,8 @@ def _random(name: str, shape: torch.Size, seed: int, device: str) -> Tensor:
     two implementations would prove little. Much wider weights make the network chaotic: rounding
     grows from layer to layer until bfloat16 and float32 disagree altogether.
     """
-    generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+    # torch's CPU generator looks at the low 32 bits only, so seed and name are mixed there.
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     noise = torch.randn(shape, generator=generator, device=device)
     if "norm" in name or ".ln_q." in name:
         noise = 1 + 0.2 * noise

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from tritonclient.utils import deserialize_bytes_tensor
+
 from triward import RewardClient
 from triward.deadline import Deadline
 

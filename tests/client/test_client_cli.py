@@ -6,6 +6,7 @@ import runpy
 import sys
 
 import pytest
+
 import triward.cli
 from triward import (
     DeadlineExceeded,

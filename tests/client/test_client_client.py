@@ -7,9 +7,10 @@ import threading
 
 import numpy as np
 import pytest
-import triward.deadline
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
+
+import triward.deadline
 from triward import (
     DeadlineExceeded,
     InvalidRequest,

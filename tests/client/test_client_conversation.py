@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from triward import InvalidRequest, MediaError
 from triward.conversation import (
     build_request,

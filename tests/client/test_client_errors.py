@@ -3,8 +3,9 @@ from __future__ import annotations
 import pickle
 
 import pytest
-import triward
 from tritonclient.utils import InferenceServerException
+
+import triward
 from triward import errors
 
 

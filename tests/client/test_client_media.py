@@ -8,6 +8,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from triward import DeadlineExceeded, MediaError
 from triward.deadline import Deadline
 from triward.media import read_media

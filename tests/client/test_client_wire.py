@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import triward.wire
 from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.utils import deserialize_bytes_tensor
+
+import triward.wire
 from triward import InvalidRequest, ServerError, protocol
 from triward.conversation import RewardRequest
 from triward.wire import infer_arguments, read_scores

@@ -1,0 +1,125 @@
+"""The rules of DESIGN that keep the code readable: who imports whom, and one wire contract."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from tests.conftest import ROOT
+from triward import protocol
+from triward_server import schema
+
+# In the order in which data flows; a module imports only what stands above it.
+ORDER = (
+    "errors", "schema", "config", "conversation", "media", "tokenization", "preprocess",
+    "packing", "attention", "vision", "backbone", "checkpoint", "scoring", "triton_io",
+    "launch", "random_checkpoint", "testing", "cli",
+)  # fmt: skip
+PACKAGE = ROOT / "triward_server"
+MODELS = ROOT / "model_repository"
+ADAPTERS = sorted(MODELS.glob("*/1/model.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of triward_server that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            names |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names]
+            names |= {m.split(".")[1] for m in modules if m and m.startswith("triward_server.")}
+    return names
+
+
+def test_every_module_has_its_place() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_modules_above_it(name: str) -> None:
+    below = set(ORDER[ORDER.index(name) :])
+    assert imported(PACKAGE / f"{name}.py") & below == set()
+
+
+def test_serving_does_not_import_the_test_code() -> None:
+    users = [n for n in ORDER if {"testing", "random_checkpoint"} & imported(PACKAGE / f"{n}.py")]
+    assert users == []
+
+
+def test_tritons_module_is_imported_by_adapters_alone() -> None:
+    files = [p for p in ROOT.glob("*/**/*.py") if not {".venv", "build"} & set(p.parts)]
+    needle = "import triton_python_" + "backend_utils"
+    assert sorted(p for p in files if needle in p.read_text()) == ADAPTERS
+    assert len(ADAPTERS) == 2
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.parts[-3])
+def test_adapters_hold_no_logic(path: Path) -> None:
+    logic = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.comprehension, ast.BoolOp)
+    assert [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, logic)] == []
+
+
+def test_the_client_loads_nothing_heavy() -> None:
+    code = "import sys, triward; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert {"torch", "transformers", "PIL", "triward_server"} & set(modules) == set()
+
+
+def read_config(name: str) -> model_config_pb2.ModelConfig:
+    return text_format.Parse(
+        (MODELS / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
+    )
+
+
+def specs(tensors: object) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """(name, datatype, dims) of config.pbtxt's, the schema's or the client's tensors."""
+    result = []
+    for t in tensors:  # type: ignore[attr-defined]
+        if hasattr(t, "data_type"):
+            kind = model_config_pb2.DataType.Name(t.data_type).removeprefix("TYPE_")
+            result.append((t.name, "BYTES" if kind == "STRING" else kind, tuple(t.dims)))
+        else:
+            result.append((t.name, t.datatype, tuple(t.dims)))
+    return tuple(result)
+
+
+def test_client_and_server_agree_on_the_wire() -> None:
+    assert specs(protocol.INPUTS) == specs(schema.REWARD_INPUTS)
+    assert specs(protocol.OUTPUTS) == specs(schema.REWARD_OUTPUTS)
+    assert protocol.MODEL == schema.ENSEMBLE
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "outputs"),
+    [
+        (schema.ENSEMBLE, schema.REWARD_INPUTS, schema.REWARD_OUTPUTS),
+        (schema.PREPROCESS, schema.REWARD_INPUTS, schema.FORWARD_INPUTS),
+        (schema.FORWARD, schema.FORWARD_INPUTS, schema.REWARD_OUTPUTS),
+    ],
+)
+def test_config_and_schema_agree(
+    model: str, inputs: tuple[schema.TensorSpec, ...], outputs: tuple[schema.TensorSpec, ...]
+) -> None:
+    config = read_config(model)
+    assert config.name == model
+    assert config.max_batch_size == schema.MAX_BATCH_SIZE
+    assert specs(config.input) == specs(inputs)
+    assert specs(config.output) == specs(outputs)
+
+
+@pytest.mark.parametrize("model", [schema.PREPROCESS, schema.FORWARD])
+def test_requests_of_all_shapes_can_share_a_batch(model: str) -> None:
+    config = read_config(model)
+    assert config.HasField("dynamic_batching")
+    # An empty list means "wait for a full batch"; none at all means "take what is there".
+    assert list(config.dynamic_batching.preferred_batch_size) == []
+    for tensor in config.input:
+        assert tensor.allow_ragged_batch == (-1 in tensor.dims), tensor.name

@@ -1,0 +1,205 @@
+"""Repositories are complete, exact, never half-written and never overwritten by accident."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import text_format
+from safetensors.torch import load_file, save_file
+from tritonclient.grpc import model_config_pb2
+
+from tests.conftest import EXPORT, Exit
+
+Export = Callable[..., Exit]
+
+
+def config(repository: Path, model: str) -> model_config_pb2.ModelConfig:
+    text = (repository / model / "config.pbtxt").read_text()
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def parameters(repository: Path, model: str) -> dict[str, str]:
+    return {k: v.string_value for k, v in config(repository, model).parameters.items()}
+
+
+def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+    result = export(
+        "--checkpoint", checkpoint, "--output", output, "--dtype=float32", "--device=cpu",
+        "--preprocess-instances=3", "--queue-delay-us=777", "--max-batch-tokens=4096",
+        "--max-batch-patches=9999", "--threads=1", "--max-responses=8", "--max-text-bytes=1000",
+        "--max-media=5", "--max-media-bytes=2000", "--max-image-pixels=3000",
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    assert parameters(output, "reward_forward") == {
+        "dtype": "float32", "device": "cpu", "max_batch_tokens": "4096",
+        "max_batch_patches": "9999", "threads": "1",
+    }  # fmt: skip
+    assert parameters(output, "reward_preprocess") == {
+        "max_responses": "8", "max_text_bytes": "1000", "max_media": "5",
+        "max_media_bytes": "2000", "max_image_pixels": "3000",
+    }  # fmt: skip
+    forward = config(output, "reward_forward")
+    assert forward.dynamic_batching.max_queue_delay_microseconds == 777
+    assert [(g.kind, g.count) for g in forward.instance_group] == [
+        (model_config_pb2.ModelInstanceGroup.KIND_CPU, 1)
+    ]
+    assert config(output, "reward_preprocess").instance_group[0].count == 3
+    assert config(output, "reward").platform == "ensemble"
+
+
+def test_defaults_are_for_a_gpu(checkpoint: Path, export: Export, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+    assert export("--checkpoint", checkpoint, "--output", output).code == 0
+    assert parameters(output, "reward_forward")["dtype"] == "bfloat16"
+    kind = config(output, "reward_forward").instance_group[0].kind
+    assert kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
+
+
+def test_manifest_accounts_for_every_file(checkpoint: Path, repository: Path) -> None:
+    manifest = json.loads((repository / "manifest.json").read_text())
+    assert manifest["source"] == str(checkpoint)
+    assert set(manifest["packages"]) >= {"torch", "transformers", "qwen-vl-utils", "pillow"}
+    for folder in ("reward_forward", "reward_preprocess"):
+        for file in (repository / folder / "1" / "checkpoint").iterdir():
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            assert manifest["sha256"][file.name] == digest
+    assert set(manifest["sha256"]) == {file.name for file in checkpoint.iterdir()}
+
+
+@pytest.mark.parametrize("how", ["link", "copy"])
+def test_weights_are_linked_or_copied(
+    how: str, checkpoint: Path, export: Export, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
+    output = tmp_path / "models"
+    assert export("--checkpoint", source, "--output", output, "--weights", how).code == 0
+    served = output / "reward_forward/1/checkpoint/value_head.safetensors"
+    assert served.samefile(source / served.name) == (how == "link")
+    shutil.rmtree(source)  # the repository stands by itself
+    assert load_file(served).keys() == {"v_head.summary.weight", "v_head.summary.bias"}
+
+
+def test_refuses_to_overwrite(checkpoint: Path, export: Export, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+    arguments = ("--checkpoint", checkpoint, "--output", output, "--device=cpu")
+    assert export(*arguments).code == 0
+    (output / "mark").touch()
+    again = export(*arguments)
+    assert again.code == 1 and "exists" in again.stderr and "--force" in again.stderr
+    assert (output / "mark").exists()
+    assert export(*arguments, "--force").code == 0
+    assert not (output / "mark").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_force_replaces_repositories_only(checkpoint: Path, export: Export, tmp_path: Path) -> None:
+    precious = tmp_path / "thesis.tex"
+    precious.touch()
+    result = export("--checkpoint", checkpoint, "--output", tmp_path, "--force")
+    assert result.code == 1 and "not a repository" in result.stderr
+    assert precious.exists()
+
+
+def break_head(folder: Path) -> None:
+    (folder / "value_head.safetensors").unlink()
+
+
+def break_tensor(folder: Path) -> None:
+    file = folder / "value_head.safetensors"
+    tensors = load_file(file)
+    tensors["v_head.summary.weight"] = tensors["v_head.summary.weight"][:, :-1].contiguous()
+    save_file(tensors, file)
+
+
+def break_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+def break_processor(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(break_head, "value_head.safetensors"), (break_tensor, "shape [1, 127]"),
+     (break_tokenizer, "processor cannot be loaded"),
+     (break_processor, "processor cannot be loaded")],
+)  # fmt: skip
+def test_nothing_is_written_for_a_broken_checkpoint(
+    damage: Callable[[Path], None], words: str, checkpoint: Path, export: Export, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
+    damage(source)
+    result = export("--checkpoint", source, "--output", tmp_path / "out" / "models")
+    assert result.code == 1 and words in result.stderr
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The script as a user runs it."""
+    command = [sys.executable, str(EXPORT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_a_write_that_fails_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """As on a full disk: the first weight file cannot be written to its end."""
+    limit = 300_000
+    assert (checkpoint / "model-00001-of-00004.safetensors").stat().st_size > limit
+    result = run(
+        "--checkpoint", checkpoint, "--output", tmp_path / "models", "--weights=copy",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.startswith("build_repository: ") and "File too large" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_neither_folder_nor_hub_id(export: Export, tmp_path: Path) -> None:
+    result = export("--checkpoint", tmp_path / "nowhere", "--output", tmp_path / "models")
+    assert result.code == 1 and "nowhere" in result.stderr
+    assert not (tmp_path / "models").exists()
+
+
+def test_hub_id_is_resolved_through_the_cache(checkpoint: Path, tmp_path: Path) -> None:
+    """The cache's own layout, as a download leaves it; the hub is not asked."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--Skywork--Skywork-VL-Reward-7B"
+    shutil.copytree(checkpoint, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    output = tmp_path / "models"
+    result = run(
+        "--checkpoint", "Skywork/Skywork-VL-Reward-7B", "--output", output, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["source"] == "Skywork/Skywork-VL-Reward-7B"
+    assert manifest["revision"] == commit
+
+
+def test_hub_id_that_is_not_there(export: Export, tmp_path: Path) -> None:
+    result = export("--checkpoint", "Skywork/Not-There", "--output", tmp_path / "other")
+    assert result.code == 1 and "Skywork/Not-There: neither" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--dtype=int8", "dtype"), ("--device=tpu", "device"), ("--max-batch-tokens=0", "max_batch")],
+)
+def test_wrong_options_are_named(
+    flag: str, words: str, checkpoint: Path, export: Export, tmp_path: Path
+) -> None:
+    result = export("--checkpoint", checkpoint, "--output", tmp_path / "models", flag)
+    assert result.code == 1 and words in result.stderr

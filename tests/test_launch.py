@@ -1,0 +1,326 @@
+"""The launcher says what is wrong in one sentence, stops when told, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from tests.conftest import LOCAL, ROOT
+from triward import RewardClient, ServerUnavailable
+from triward_server import launch
+from triward_server.errors import LaunchError
+from triward_server.launch import Endpoints, TritonServer, find_triton
+
+BIN = Path(sys.executable).parent
+ASK: list[dict[str, Any]] = [
+    {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
+]  # fmt: skip
+
+
+class Command:
+    """A command in a process group of its own, with its output as it comes."""
+
+    def __init__(self, *arguments: object, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [*map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | environment | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
+        )  # fmt: skip
+        self.output = ""
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Read until a line matches."""
+        while (line := self._lines.get(timeout=120)) is not None:
+            self.output += line
+            if match := re.search(pattern, line):
+                return match
+        raise AssertionError(f"ended without {pattern!r}:\n{self.output}")
+
+    def wait(self) -> int:
+        while (line := self._lines.get(timeout=120)) is not None:
+            self.output += line
+        return self.process.wait(timeout=120)
+
+    def family(self) -> list[psutil.Process]:
+        """The process and all below it."""
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children(recursive=True)]
+
+    def kill(self) -> None:
+        if self.process.poll() is None:  # the test failed
+            for member in self.family():
+                member.kill()
+            remove_regions(self.process.pid)
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., Command]]:
+    with ExitStack() as stack:
+
+        def run(*arguments: object, **environment: str) -> Command:
+            started = Command(*arguments, **environment)
+            stack.callback(started.kill)
+            return started
+
+        yield run
+
+
+@pytest.fixture
+def serve(command: Callable[..., Command], repository: Path) -> Callable[..., Command]:
+    def run(*flags: object, repository: Path = repository, **environment: str) -> Command:
+        ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
+        return command(
+            BIN / "triward-server", "serve", "--repository", repository, "--host=127.0.0.1",
+            *ports, *flags, **environment,
+        )  # fmt: skip
+
+    return run
+
+
+def assert_gone(family: list[psutil.Process], shm: set[Path]) -> None:
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == []
+    assert shared_memory() - shm == set()
+
+
+def shared_memory() -> set[Path]:
+    return {path for path in Path("/dev/shm").iterdir() if path.name.startswith("triward-")}
+
+
+def remove_regions(launcher: int) -> None:
+    for region in shared_memory():
+        if region.name.startswith(f"triward-{launcher}-"):
+            region.unlink(missing_ok=True)
+
+
+def free(port: str) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", int(port))) != 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_until_told_to_stop(number: int, serve: Callable[..., Command]) -> None:
+    shm = shared_memory()
+    running = serve("--", "--log-verbose=0")
+    grpc = running.wait_for(r"ready\s+grpc\s+(127.0.0.1:\d+)")[1]
+    http = running.wait_for(r"http\s+http://127.0.0.1:(\d+)")[1]
+    metrics = running.wait_for(r"metrics\s+http://127.0.0.1:(\d+)/metrics")[1]
+    with RewardClient(grpc) as client:
+        assert np.isfinite(client.score(ASK))
+    family = running.family()
+    assert sum("stub" in p.name() or "python_b" in p.name() for p in family) == 3
+    assert shared_memory() - shm, "the regions are where this test looks for them"
+    os.killpg(running.process.pid, number)  # a terminal's Ctrl-C reaches the whole group
+    assert running.wait() == 0
+    assert_gone(family, shm)
+    assert all(map(free, [grpc.split(":")[1], http, metrics]))
+    with RewardClient(grpc, timeout=5) as client, pytest.raises(ServerUnavailable):
+        client.score(ASK)
+
+
+def test_death_of_the_launcher_stops_the_server(serve: Callable[..., Command]) -> None:
+    running = serve()
+    running.wait_for(r"ready\s+grpc")
+    family = running.family()
+    running.process.kill()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == []
+    remove_regions(running.process.pid)  # nobody is left who could have
+
+
+def test_death_of_the_server_is_reported(serve: Callable[..., Command]) -> None:
+    shm = shared_memory()
+    running = serve()
+    running.wait_for(r"ready\s+grpc")
+    family = running.family()
+    next(p for p in family if p.name() == "tritonserver").kill()
+    assert running.wait() == 1
+    assert "triward-server: tritonserver stopped by itself (signal SIGKILL)" in running.output
+    assert_gone(family, shm)
+
+
+@pytest.mark.parametrize("name", ["grpc", "http", "metrics"])
+def test_port_in_use(name: str, repository: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        endpoints = Endpoints("127.0.0.1", **{"grpc_port": 0, "http_port": 0, "metrics_port": 0,
+                                              f"{name}_port": port})  # fmt: skip
+        with (
+            pytest.raises(LaunchError, match=rf"^{name} port {port} on 127.0.0.1: .*in use"),
+            TritonServer(repository, endpoints),
+        ):
+            pass
+
+
+def test_port_in_use_is_one_sentence_and_a_code(serve: Callable[..., Command]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        failed = serve(f"--grpc-port={port}")
+        assert failed.wait() == 1
+    assert failed.output.splitlines() == [
+        f"triward-server: grpc port {port} on 127.0.0.1: Address already in use"
+    ]
+
+
+def test_a_model_that_fails_to_load(
+    serve: Callable[..., Command], repository: Path, tmp_path: Path
+) -> None:
+    shm = shared_memory()
+    broken = Path(shutil.copytree(repository, tmp_path / "broken"))
+    (broken / "reward_forward/1/checkpoint/value_head.safetensors").unlink()
+    failed = serve(repository=broken)
+    assert failed.wait() == 1
+    last = failed.output.splitlines()[-1]
+    assert last.startswith("triward-server: reward_forward: ")
+    assert "CheckpointError" in last and "value_head.safetensors: no such file" in last
+    assert shared_memory() == shm
+
+
+def test_a_wrong_parameter(serve: Callable[..., Command], repository: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(repository, tmp_path / "broken"))
+    config = broken / "reward_preprocess" / "config.pbtxt"
+    config.write_text(config.read_text().replace('"256"', '"many"'))
+    failed = serve(repository=broken)
+    assert failed.wait() == 1
+    assert "parameter 'max_responses' = 'many'" in failed.output.splitlines()[-1]
+
+
+def test_not_a_repository(serve: Callable[..., Command], tmp_path: Path) -> None:
+    failed = serve(repository=tmp_path)
+    assert failed.wait() == 1
+    assert failed.output.splitlines() == [
+        f"triward-server: {tmp_path} is not a repository (no reward/config.pbtxt)"
+    ]
+
+
+def test_flags_behind_the_dashes_reach_tritonserver(serve: Callable[..., Command]) -> None:
+    failed = serve("--", "--no-such-flag=1")
+    assert failed.wait() == 1
+    assert "--no-such-flag" in failed.output
+
+
+def test_tritonserver_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The container's own is used as it is: no flags, no changed environment."""
+    fake = tmp_path / "tritonserver"
+    fake.write_text("#!/bin/sh\nexit 7\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with ExitStack() as cleanup:
+        found = find_triton(cleanup)
+    assert (found.executable, found.flags) == (str(fake), ())
+    assert found.environment == dict(os.environ)
+
+
+def test_server_that_exits_at_once(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_tritonserver_on_path_comes_first(tmp_path, monkeypatch)
+    with pytest.raises(LaunchError, match="exit code 7"), TritonServer(repository, LOCAL):
+        pass
+
+
+def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as cleanup, monkeypatch.context() as patch:
+        patch.setattr(launch, "version", lambda name: "2.1.0")
+        with pytest.raises(LaunchError, match=r"numpy 2\.1\.0.*pip install 'numpy<2'"):
+            find_triton(cleanup)
+    with ExitStack() as cleanup, monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(LaunchError, match=r"pip install 'triward-server\[embedded\]'"):
+            find_triton(cleanup)
+    with ExitStack() as cleanup, monkeypatch.context() as patch:
+        patch.setattr(launch.sysconfig, "get_config_var", lambda name: "/nowhere")
+        with pytest.raises(LaunchError, match=r"libpython3\.\d+\.so\.1\.0 \(looked in /nowhere\)"):
+            find_triton(cleanup)
+
+
+def test_cli_scores(server: TritonServer, client: RewardClient) -> None:
+    """`triward score`, as DESIGN has it, against the real server."""
+    chart = ROOT / "examples" / "chart.png"
+    result = subprocess.run(
+        [BIN / "triward", "score", "--url", server.endpoints.grpc, "--image", chart,
+         "--prompt", "Is Purple the highest value?", "--response", "Yes.", "--response", "No.",
+         "--json"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    prompt = [
+        {"role": "user", "content": [{"type": "image", "image": str(chart)},
+                                     {"type": "text", "text": "Is Purple the highest value?"}]}
+    ]  # fmt: skip
+    expected = client.score_responses(prompt, ["Yes.", "No."])
+    assert json.loads(result.stdout)["scores"] == pytest.approx(expected, rel=1e-5)
+    broken = subprocess.run(
+        [BIN / "triward", "score", "--url", server.endpoints.grpc, "--image", ROOT / "LICENSE",
+         "--prompt", "?", "--response", "Yes."],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert broken.returncode == 2
+    assert broken.stderr.count("\n") == 1 and "media[0]" in broken.stderr
+
+
+def test_demo_shows_both_columns(command: Callable[..., Command]) -> None:
+    shm = shared_memory()
+    demo = command(sys.executable, ROOT / "examples" / "demo.py", COLUMNS="100")
+    assert demo.wait() == 0
+    rows = re.findall(r"The answer is: (\w) │\s+(\S+) │\s+(\S+) │", demo.output)
+    assert [answer for answer, *_ in rows] == ["B", "A"]
+    for _, served, card in rows:
+        assert float(served) == pytest.approx(float(card), rel=1e-4, abs=1e-4)
+    assert "random" in demo.output
+    assert "--checkpoint Skywork/Skywork-VL-Reward-7B" in demo.output
+    assert "triward-server serve --repository" in demo.output
+    assert shared_memory() == shm
+
+
+@pytest.mark.parametrize("moment", ["3/4", "4/4"])
+def test_ctrl_c_during_the_demo(
+    moment: str, command: Callable[..., Command], tmp_path: Path
+) -> None:
+    shm = shared_memory()
+    demo = command(sys.executable, ROOT / "examples" / "demo.py", TMPDIR=str(tmp_path))
+    demo.wait_for(moment)
+    family = demo.family()
+    os.killpg(demo.process.pid, signal.SIGINT)
+    demo.wait()
+    assert_gone(family, shm)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_chart_is_what_its_script_draws() -> None:
+    spec = importlib.util.spec_from_file_location("draw_chart", ROOT / "examples/draw_chart.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with Image.open(ROOT / "examples" / "chart.png") as shipped:
+        assert np.asarray(shipped.convert("RGB")).tobytes() == np.asarray(script.draw()).tobytes()

@@ -1,0 +1,204 @@
+"""The scorer: budgets, isolation of failures, and a model that reacts to all it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triward_server.attention import Layout, make_layout, varlen
+from triward_server.config import ForwardConfig, from_parameters
+from triward_server.errors import ConfigError, ForwardError, InvalidRequest, NonFiniteScore
+from triward_server.packing import Geometry
+from triward_server.schema import Features, Scores
+from triward_server.scoring import Scorer, plan
+from triward_server.testing import fp32_budget
+
+GEOMETRY = Geometry(image_token_id=9, patch_size=14, merge_size=2, vocab_size=99, max_tokens=999)
+
+
+@pytest.fixture(scope="module")
+def scorer(checkpoint: Path) -> Scorer:
+    return Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+
+
+def request(prompt: int, *responses: int, images: int = 0, seed: int = 0) -> Features:
+    rng = np.random.default_rng(seed)
+    draw = lambda n: rng.integers(0, 700, n).astype(np.int32)  # noqa: E731
+    pictures = tuple(rng.integers(0, 256, (56, 84, 3), dtype=np.uint8) for _ in range(images))
+    return Features(draw(prompt), tuple(map(draw, responses)), pictures)
+
+
+def with_image(scorer: Scorer, seed: int = 0) -> Features:
+    """100 tokens around an image of 6 x 5 tokens, and a response of 40."""
+    rng = np.random.default_rng(seed)
+    text = rng.integers(0, 700, 140).astype(np.int32)
+    pad = np.full(30, scorer.geometry.image_token_id, np.int32)
+    image = rng.integers(0, 256, (140, 168, 3), dtype=np.uint8)
+    return Features(np.concatenate([text[:50], pad, text[50:100]]), (text[100:],), (image,))
+
+
+def scores(result: Any) -> np.ndarray:
+    assert isinstance(result, Scores), result
+    return result.scores
+
+
+def test_scores_react_to_every_token(scorer: Scorer) -> None:
+    features = with_image(scorer)
+    base = scores(scorer.score([features])[0])[0]
+    text = np.flatnonzero(features.prompt_ids != scorer.geometry.image_token_id)
+    changed = []
+    for at in text:
+        prompt = features.prompt_ids.copy()
+        prompt[at] = (prompt[at] + 1) % 700
+        changed.append(Features(prompt, features.response_ids, features.images))
+    for at in range(40):
+        response = features.response_ids[0].copy()
+        response[at] = (response[at] + 1) % 700
+        changed.append(Features(features.prompt_ids, (response,), features.images))
+    deltas = np.array([abs(scores(r)[0] - base) for r in scorer.score(changed)])
+    noise = abs(scores(scorer.score([features, features])[1])[0] - base)
+    assert deltas.min() > max(1e-4, 10 * noise), f"token {deltas.argmin()} moves nothing"
+    assert np.median(deltas) > 0.1
+
+
+def test_scores_react_to_every_pixel(scorer: Scorer) -> None:
+    """One channel of one pixel of each 14 x 14 patch, changed by half its range."""
+    features = with_image(scorer)
+    base = scores(scorer.score([features])[0])[0]
+    rng = np.random.default_rng(5)
+    changed = []
+    for row in range(10):
+        for column in range(12):
+            image = features.images[0].copy()
+            y, x, channel = 14 * row + rng.integers(14), 14 * column + rng.integers(14), row % 3
+            image[y, x, channel] ^= 128
+            changed.append(Features(features.prompt_ids, features.response_ids, (image,)))
+    noise = abs(scores(scorer.score([features, features])[1])[0] - base)
+    deltas = np.array([abs(scores(r)[0] - base) for r in scorer.score(changed)])
+    assert deltas.min() > max(1e-5, 10 * noise), f"patch {deltas.argmin()} moves nothing"
+    assert np.median(deltas) > fp32_budget(base)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 60), st.lists(st.integers(1, 40), min_size=1, max_size=9),
+            st.integers(0, 3),
+        ),
+        min_size=1, max_size=8,
+    ),
+    st.integers(1, 150),
+    st.integers(1, 80),
+)  # fmt: skip
+def test_plan_keeps_budgets_and_order(
+    shapes: list[tuple[int, list[int], int]], tokens: int, patches: int
+) -> None:
+    batch = {i: request(p, *r, images=n) for i, (p, r, n) in enumerate(shapes)}
+    config = ForwardConfig(max_batch_tokens=tokens, max_batch_patches=patches)
+    micro_batches = plan(batch, GEOMETRY, config)
+    seen = [
+        (work.request, work.first + offset)
+        for micro_batch in micro_batches
+        for work in micro_batch
+        for offset in range(len(work.features.response_ids))
+    ]
+    assert seen == [(i, k) for i, f in batch.items() for k in range(len(f.response_ids))]
+    for micro_batch in micro_batches:
+        conversations = sum(len(work.features.response_ids) for work in micro_batch)
+        used = sum(sum(work.features.token_counts) for work in micro_batch)
+        encoded = sum(24 * len(work.features.images) for work in micro_batch)
+        assert conversations == 1 or (used <= tokens and encoded <= patches)
+    for work in (work for micro_batch in micro_batches for work in micro_batch):
+        whole = batch[work.request].response_ids[work.first :]
+        assert all(a is b for a, b in zip(work.features.response_ids, whole, strict=False))
+
+
+def test_micro_batches_do_not_change_scores(checkpoint: Path, scorer: Scorer) -> None:
+    small = ForwardConfig(
+        dtype="float32", device="cpu", max_batch_tokens=400, max_batch_patches=200
+    )
+    tight = Scorer(checkpoint, small)
+    batch = [with_image(scorer, seed) for seed in range(5)]
+    batch += [request(50, 9, 80, 3, 200, 31, seed=9), request(0, 30)]
+    for whole, cut in zip(scorer.score(batch), tight.score(batch), strict=True):
+        np.testing.assert_allclose(scores(whole), scores(cut), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bad_request_leaves_its_neighbours_alone(scorer: Scorer) -> None:
+    good, bad = request(20, 5), request(20, 5, images=1)
+    expected = scores(scorer.score([good])[0])
+    first, error, last = scorer.score([good, bad, good])
+    assert isinstance(error, InvalidRequest)
+    np.testing.assert_allclose([scores(first), scores(last)], [expected, expected], rtol=1e-5)
+
+
+def test_a_score_that_is_not_finite_is_an_error(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+    scorer._model.language_model.embed_tokens.weight[5] = float("nan")
+    poisoned = Features(np.array([1], np.int32), (np.array([5], np.int32),))
+    both = Features(np.array([1], np.int32), (np.array([2], np.int32), np.array([5], np.int32)))
+    fine, first, second = scorer.score([request(3, 4), poisoned, both])
+    if 5 in request(3, 4).prompt_ids:
+        pytest.fail("the good request must not hold the poisoned token")
+    assert np.isfinite(scores(fine)).all()
+    assert isinstance(first, NonFiniteScore)
+    assert isinstance(second, NonFiniteScore) and "responses[1]" in str(second)
+
+
+def test_a_failing_forward_pass_is_an_error_of_its_micro_batch(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ForwardConfig(dtype="float32", device="cpu", max_batch_tokens=30)
+    scorer = Scorer(checkpoint, config)
+    forward = scorer._forward
+
+    def fail_on_long(features: Any) -> Any:
+        if sum(sum(f.token_counts) for f in features) > 50:
+            raise RuntimeError("no kernel")
+        return forward(features)
+
+    monkeypatch.setattr(scorer, "_forward", fail_on_long)
+    before, failed, after = scorer.score([request(5, 5), request(30, 30), request(6, 6)])
+    assert isinstance(failed, ForwardError) and "no kernel" in str(failed)
+    assert len(scores(before)) == len(scores(after)) == 1
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_varlen_equals_attention_written_out(causal: bool, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 3, 1, 7, 7, 7, 2]
+    total = sum(lengths)
+    q = torch.randn(total, 4, 8, generator=generator)
+    k, v = (torch.randn(total, 4 // groups, 8, generator=generator) for _ in range(2))
+    layout = make_layout(lengths, causal, torch.device("cpu"), torch.float32)
+    assert isinstance(layout, Layout) and layout.kernel == "sdpa"
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = owner[:, None] == owner[None]
+    if causal:
+        allowed &= torch.ones(total, total).tril().bool()
+    logits = torch.einsum("thd,shd->hts", q, k.repeat_interleave(groups, 1)) / 8**0.5
+    weights = logits.masked_fill(~allowed, float("-inf")).softmax(-1)
+    expected = torch.einsum("hts,shd->thd", weights, v.repeat_interleave(groups, 1))
+    torch.testing.assert_close(varlen(q, k, v, layout), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_config_errors_name_the_parameter() -> None:
+    with pytest.raises(ConfigError, match="'dtype' = 'int8'"):
+        from_parameters(ForwardConfig, {"dtype": {"string_value": "int8"}})
+    with pytest.raises(ConfigError, match="'max_batch_tokens' = '0'"):
+        from_parameters(ForwardConfig, {"max_batch_tokens": {"string_value": "0"}})
+    with pytest.raises(ConfigError, match="'colour'"):
+        from_parameters(ForwardConfig, {"colour": {"string_value": "red"}})
+    assert ForwardConfig().on_instance("3").device == "cuda:3"
+    assert ForwardConfig(device="cuda:1").on_instance("3").device == "cuda:1"
+    assert ForwardConfig(device="cpu").on_instance("3").device == "cpu"
