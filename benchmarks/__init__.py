@@ -1,0 +1,1 @@
+"""Measurements, side by side in one run. Ratios count; absolute numbers belong to their machine."""
