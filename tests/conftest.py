@@ -33,11 +33,10 @@ LOCAL = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """After the last test no process and no shared memory of ours may be there."""
-    before = set(Path("/dev/shm").iterdir())
     yield
     children = psutil.Process().children(recursive=True)
     assert [c for c in children if "triton" in c.name()] == []
-    assert [p for p in set(Path("/dev/shm").iterdir()) - before if "tri" in p.name] == []
+    assert list(Path("/dev/shm").glob(f"triward-{os.getpid()}-*")) == []
 
 
 @pytest.fixture(scope="session")

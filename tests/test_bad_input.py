@@ -108,6 +108,15 @@ BAD = {
         ("messages[0].content[0]", "9000", "8000"),
         part(type="image", min_pixels=9000, max_pixels=8000), media=(JPEG,),
     ),
+    "min_pixels beyond all measure": Bad(
+        ("messages[0].content[0]", "min_pixels 1000000000", "64000000"),
+        part(type="image", min_pixels=10**9, max_pixels=10**9), media=(JPEG,),
+    ),
+    "images beyond all positions": Bad(
+        ("media[1]", "tokens", "16384"),
+        [{"role": "user", "content": [{"type": "image", "min_pixels": 9_000_000}] * 40}],
+        media=(JPEG,) * 40,
+    ),
     "max_pixels below one patch": Bad(
         ("media[0]",), part(type="image", min_pixels=1, max_pixels=2), media=(JPEG,)
     ),

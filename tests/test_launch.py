@@ -75,7 +75,8 @@ class Command:
         if self.process.poll() is None:  # the test failed
             for member in self.family():
                 member.kill()
-            remove_regions(self.process.pid)
+            for region in regions(self.process.pid):
+                region.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -102,20 +103,16 @@ def serve(command: Callable[..., Command], repository: Path) -> Callable[..., Co
     return run
 
 
-def assert_gone(family: list[psutil.Process], shm: set[Path]) -> None:
+def assert_gone(family: list[psutil.Process]) -> None:
+    """No process of a launcher and none of its shared memory is there any more."""
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
-    assert shared_memory() - shm == set()
+    assert regions(family[0].pid) == []
 
 
-def shared_memory() -> set[Path]:
-    return {path for path in Path("/dev/shm").iterdir() if path.name.startswith("triward-")}
-
-
-def remove_regions(launcher: int) -> None:
-    for region in shared_memory():
-        if region.name.startswith(f"triward-{launcher}-"):
-            region.unlink(missing_ok=True)
+def regions(launcher: int) -> list[Path]:
+    """A launcher's regions; other servers may run on this machine."""
+    return list(Path("/dev/shm").glob(f"triward-{launcher}-*"))
 
 
 def free(port: str) -> bool:
@@ -126,7 +123,6 @@ def free(port: str) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serve_until_told_to_stop(number: int, serve: Callable[..., Command]) -> None:
-    shm = shared_memory()
     running = serve("--", "--log-verbose=0")
     grpc = running.wait_for(r"ready\s+grpc\s+(127.0.0.1:\d+)")[1]
     http = running.wait_for(r"http\s+http://127.0.0.1:(\d+)")[1]
@@ -135,10 +131,10 @@ def test_serve_until_told_to_stop(number: int, serve: Callable[..., Command]) ->
         assert np.isfinite(client.score(ASK))
     family = running.family()
     assert sum("stub" in p.name() or "python_b" in p.name() for p in family) == 3
-    assert shared_memory() - shm, "the regions are where this test looks for them"
+    assert len(regions(running.process.pid)) == 3, "they are where this test looks for them"
     os.killpg(running.process.pid, number)  # a terminal's Ctrl-C reaches the whole group
     assert running.wait() == 0
-    assert_gone(family, shm)
+    assert_gone(family)
     assert all(map(free, [grpc.split(":")[1], http, metrics]))
     with RewardClient(grpc, timeout=5) as client, pytest.raises(ServerUnavailable):
         client.score(ASK)
@@ -151,18 +147,18 @@ def test_death_of_the_launcher_stops_the_server(serve: Callable[..., Command]) -
     running.process.kill()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
-    remove_regions(running.process.pid)  # nobody is left who could have
+    for region in regions(running.process.pid):  # nobody is left who could have
+        region.unlink(missing_ok=True)
 
 
 def test_death_of_the_server_is_reported(serve: Callable[..., Command]) -> None:
-    shm = shared_memory()
     running = serve()
     running.wait_for(r"ready\s+grpc")
     family = running.family()
     next(p for p in family if p.name() == "tritonserver").kill()
     assert running.wait() == 1
     assert "triward-server: tritonserver stopped by itself (signal SIGKILL)" in running.output
-    assert_gone(family, shm)
+    assert_gone(family)
 
 
 @pytest.mark.parametrize("name", ["grpc", "http", "metrics"])
@@ -195,7 +191,6 @@ def test_port_in_use_is_one_sentence_and_a_code(serve: Callable[..., Command]) -
 def test_a_model_that_fails_to_load(
     serve: Callable[..., Command], repository: Path, tmp_path: Path
 ) -> None:
-    shm = shared_memory()
     broken = Path(shutil.copytree(repository, tmp_path / "broken"))
     (broken / "reward_forward/1/checkpoint/value_head.safetensors").unlink()
     failed = serve(repository=broken)
@@ -203,7 +198,7 @@ def test_a_model_that_fails_to_load(
     last = failed.output.splitlines()[-1]
     assert last.startswith("triward-server: reward_forward: ")
     assert "CheckpointError" in last and "value_head.safetensors: no such file" in last
-    assert shared_memory() == shm
+    assert regions(failed.process.pid) == []
 
 
 def test_a_wrong_parameter(serve: Callable[..., Command], repository: Path, tmp_path: Path) -> None:
@@ -290,7 +285,6 @@ def test_cli_scores(server: TritonServer, client: RewardClient) -> None:
 
 
 def test_demo_shows_both_columns(command: Callable[..., Command]) -> None:
-    shm = shared_memory()
     demo = command(sys.executable, ROOT / "examples" / "demo.py", COLUMNS="100")
     assert demo.wait() == 0
     rows = re.findall(r"The answer is: (\w) │\s+(\S+) │\s+(\S+) │", demo.output)
@@ -300,20 +294,19 @@ def test_demo_shows_both_columns(command: Callable[..., Command]) -> None:
     assert "random" in demo.output
     assert "--checkpoint Skywork/Skywork-VL-Reward-7B" in demo.output
     assert "triward-server serve --repository" in demo.output
-    assert shared_memory() == shm
+    assert regions(demo.process.pid) == []
 
 
 @pytest.mark.parametrize("moment", ["3/4", "4/4"])
 def test_ctrl_c_during_the_demo(
     moment: str, command: Callable[..., Command], tmp_path: Path
 ) -> None:
-    shm = shared_memory()
     demo = command(sys.executable, ROOT / "examples" / "demo.py", TMPDIR=str(tmp_path))
     demo.wait_for(moment)
     family = demo.family()
     os.killpg(demo.process.pid, signal.SIGINT)
     demo.wait()
-    assert_gone(family, shm)
+    assert_gone(family)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -127,15 +127,17 @@ class RewardModel(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Scores float32 [C] of a packed batch, on the model's device."""
         device, language = self.device, self.language_model
-        x: Tensor = language.embed_tokens(torch.from_numpy(batch.input_ids).to(device))
+        x: Tensor = language.embed_tokens(torch.from_numpy(batch.input_ids).to(device)).float()
         if batch.images:
             images = [torch.from_numpy(image).to(device) for image in batch.images]
             rows, tokens = (
                 torch.from_numpy(index).to(device)
                 for index in (batch.image_rows, batch.image_tokens)
             )
-            x[rows] = self.visual(images)[tokens]
-        layout = make_layout(batch.lengths.tolist(), causal=True, device=device, dtype=x.dtype)
+            x[rows] = self.visual(images)[tokens].float()
+        layout = make_layout(
+            batch.lengths.tolist(), causal=True, device=device, dtype=language.norm.weight.dtype
+        )
         hidden = language(x, torch.from_numpy(batch.positions).to(device), layout)
         scored = torch.from_numpy(batch.scored).to(device)
         scores: Tensor = self.v_head(language.norm(hidden[scored]))

@@ -29,7 +29,7 @@ class PreprocessConfig:
         max_text_bytes: bytes of `messages`, and of all `responses` together.
         max_media: media items in one request.
         max_media_bytes: bytes of one encoded media item.
-        max_image_pixels: pixels of one image as encoded, before it is resized.
+        max_image_pixels: pixels of one image as encoded; also the largest `min_pixels`.
     """
 
     max_responses: Positive = 256

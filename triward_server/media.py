@@ -35,7 +35,7 @@ class ImageLoader:
 
     Args:
         image_processor: the checkpoint's `Qwen2VLImageProcessor`.
-        max_image_pixels: largest image, as encoded, that is decoded.
+        max_image_pixels: largest image that is decoded, and that one may be enlarged to.
     """
 
     def __init__(self, image_processor: Any, max_image_pixels: int) -> None:
@@ -102,12 +102,14 @@ class ImageLoader:
             )
 
     def _check_limits(self, field: str, limits: dict[str, int]) -> None:
-        """qwen-vl-utils asserts this, with its defaults for the limit that is not given."""
+        """qwen-vl-utils asserts the first, with its defaults for the limit that is not given."""
         area = self._factor**2
         low = limits.get("min_pixels", vision_process.IMAGE_MIN_TOKEN_NUM * area)
         high = limits.get("max_pixels", vision_process.IMAGE_MAX_TOKEN_NUM * area)
         if low > high:
             raise InvalidRequest(field, f"min_pixels {low} is above max_pixels {high}")
+        if low > self._max_pixels:  # a tiny image would be blown up to that size
+            raise InvalidRequest(field, f"min_pixels {low}, the limit is {self._max_pixels}")
 
     def _apply_processor_limits(self, image: Image.Image) -> UInt8Array:
         """The processor's own resize, on the contiguous [1, 3, H, W] tensor it would build."""

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoProcessor
 
 from .config import PreprocessConfig
 from .conversation import Conversation, parse_conversation
-from .errors import CheckpointError
+from .errors import CheckpointError, InvalidRequest
 from .media import ImageLoader
-from .schema import Features
+from .schema import Features, UInt8Array
 from .tokenization import ConversationTokenizer
 
 
@@ -33,9 +33,8 @@ class Preprocessor:
         self.patch_size = int(processor.image_processor.patch_size)
         self._merged_patch = self.patch_size * int(processor.image_processor.merge_size)
         self._images = ImageLoader(processor.image_processor, config.max_image_pixels)
-        self._tokenizer = ConversationTokenizer(
-            processor, max_tokens=model.text_config.max_position_embeddings
-        )
+        self._max_tokens = int(model.text_config.max_position_embeddings)
+        self._tokenizer = ConversationTokenizer(processor, self._max_tokens)
 
     def features(
         self, messages: bytes, responses: Sequence[bytes], media: Sequence[bytes]
@@ -61,17 +60,20 @@ class Preprocessor:
         )
 
     def _features(self, conversation: Conversation) -> Features:
-        parts = conversation.media_parts()
-        images = tuple(
-            self._images.load(f"media[{i}]", data, path, part)
-            for i, (data, (path, part)) in enumerate(zip(conversation.media, parts, strict=True))
-        )
-        placeholders = [
-            (image.shape[0] // self._merged_patch) * (image.shape[1] // self._merged_patch)
-            for image in images
-        ]
+        images: list[UInt8Array] = []
+        placeholders: list[int] = []
+        for i, (path, part) in enumerate(conversation.media_parts()):
+            image = self._images.load(f"media[{i}]", conversation.media[i], path, part)
+            images.append(image)
+            placeholders.append(image.size // 3 // self._merged_patch**2)
+            if sum(placeholders) > self._max_tokens:  # many small files can be very many pixels
+                raise InvalidRequest(
+                    f"media[{i}]",
+                    f"the images take {sum(placeholders)} tokens up to here, "
+                    f"the limit is {self._max_tokens}",
+                )
         tokens = self._tokenizer.tokenize(conversation, placeholders)
-        return Features(tokens.prompt_ids, tokens.response_ids, images)
+        return Features(tokens.prompt_ids, tokens.response_ids, tuple(images))
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:

@@ -31,7 +31,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv:1910.07467), computed in float32 and rounded once."""
+    """Root mean square norm (arXiv:1910.07467): float32 in, the weight's dtype out.
+
+    Its input is the residual stream, which both towers keep in float32 whatever their dtype: what
+    is added up over dozens of layers is where bf16 would lose most.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -40,7 +44,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        normed = F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(self.weight.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -104,9 +109,9 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[T, channels * frames * patch * patch] -> [T, dim]."""
+        """[T, channels * frames * patch * patch] -> float32 [T, dim]."""
         weight = self.proj.weight.flatten(1)
-        return F.linear(patches.to(weight.dtype), weight)
+        return F.linear(patches.to(weight.dtype), weight).float()
 
 
 class PatchMerger(nn.Module):
