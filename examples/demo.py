@@ -16,6 +16,7 @@ from typing import Any
 # No model hub is needed, and none is asked.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ["NO_PROXY"] = "127.0.0.1"  # a proxy for the outside is of no use here
 
 from rich.console import Console
 from rich.table import Table

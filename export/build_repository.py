@@ -108,13 +108,19 @@ def _check_output(output: Path, force: bool) -> None:
         return
     if not force:
         raise ConfigError(f"{output} exists; --force replaces it")
-    if not (output / MANIFEST).is_file():
-        raise ConfigError(f"{output} is not a repository (it has no {MANIFEST}) and is left alone")
+    try:
+        ours = "triward_server" in json.loads((output / MANIFEST).read_text())
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise ConfigError(f"{output} is not a repository (no {MANIFEST} of ours) and is left alone")
 
 
 def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
     """The local folder of a checkpoint, and its commit if it came from the hub."""
     if Path(source).is_dir():
+        if revision is not None:
+            raise ConfigError(f"--revision {revision}: {source} is a folder and has no revisions")
         return Path(source).resolve(), None
     try:
         patterns = [*PROCESSOR_FILES, "*.safetensors", checkpoint.INDEX_FILE]
@@ -135,13 +141,18 @@ def _written_whole(output: Path) -> Iterator[Path]:
     draft.chmod(0o755)
     try:
         yield draft
-        if output.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-            output.rename(replaced / output.name)
+        if not output.exists():
             draft.rename(output)
-            shutil.rmtree(replaced)
-        else:
+            return
+        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+        output.rename(aside / output.name)
+        try:
             draft.rename(output)
+        except BaseException:
+            (aside / output.name).rename(output)
+            raise
+        finally:
+            shutil.rmtree(aside)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -157,8 +168,9 @@ def _configure(draft: Path, options: Options) -> None:
     model = _read_config(path)
     _set_parameters(model, asdict(options.forward))
     group = model.instance_group[0]
-    cpu = options.forward.device == "cpu"
-    group.kind = group.KIND_CPU if cpu else group.KIND_GPU
+    device, _, number = options.forward.device.partition(":")
+    group.kind = group.KIND_CPU if device == "cpu" else group.KIND_GPU
+    group.gpus[:] = [int(number)] if number else []  # none listed: one instance on every GPU
     model.dynamic_batching.max_queue_delay_microseconds = options.queue_delay_us
     _write_config(path, model)
 

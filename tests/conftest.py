@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a model hub
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 
 import psutil
 import pytest

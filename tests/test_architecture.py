@@ -19,7 +19,7 @@ from triward_server import schema
 ORDER = (
     "errors", "schema", "config", "conversation", "media", "tokenization", "preprocess",
     "packing", "attention", "vision", "backbone", "checkpoint", "scoring", "triton_io",
-    "launch", "random_checkpoint", "testing", "cli",
+    "installation", "launch", "random_checkpoint", "testing", "cli",
 )  # fmt: skip
 PACKAGE = ROOT / "triward_server"
 MODELS = ROOT / "model_repository"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import EXPORT, Exit
+from triward_server.checkpoint import verify
 
 Export = Callable[..., Exit]
 
@@ -106,6 +107,7 @@ def test_refuses_to_overwrite(checkpoint: Path, export: Export, tmp_path: Path) 
 def test_force_replaces_repositories_only(checkpoint: Path, export: Export, tmp_path: Path) -> None:
     precious = tmp_path / "thesis.tex"
     precious.touch()
+    (tmp_path / "manifest.json").write_text('{"name": "somebody else\'s web app"}')
     result = export("--checkpoint", checkpoint, "--output", tmp_path, "--force")
     assert result.code == 1 and "not a repository" in result.stderr
     assert precious.exists()
@@ -173,20 +175,29 @@ def test_neither_folder_nor_hub_id(export: Export, tmp_path: Path) -> None:
 
 def test_hub_id_is_resolved_through_the_cache(checkpoint: Path, tmp_path: Path) -> None:
     """The cache's own layout, as a download leaves it; the hub is not asked."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
+    commit, other = "0123456789abcdef0123456789abcdef01234567", "f" * 40
     cached = tmp_path / "hub" / "models--Skywork--Skywork-VL-Reward-7B"
-    shutil.copytree(checkpoint, cached / "snapshots" / commit)
+    (cached / "blobs").mkdir(parents=True)
     (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
+    (cached / "refs" / "main").write_text(other)
+    (cached / "refs" / "v2").write_text(commit)
+    for revision in (commit, other):
+        (cached / "snapshots" / revision).mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        shutil.copy(file, cached / "blobs" / file.name[::-1])
+        (cached / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{file.name[::-1]}")
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")}
     output = tmp_path / "models"
     result = run(
-        "--checkpoint", "Skywork/Skywork-VL-Reward-7B", "--output", output, env=environment
-    )
+        "--checkpoint", "Skywork/Skywork-VL-Reward-7B", "--revision=v2", "--output", output,
+        env=environment,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["source"] == "Skywork/Skywork-VL-Reward-7B"
     assert manifest["revision"] == commit
+    shutil.rmtree(tmp_path / "hub")  # the repository stands by itself
+    verify(output / "reward_forward" / "1" / "checkpoint")
 
 
 def test_hub_id_that_is_not_there(export: Export, tmp_path: Path) -> None:
@@ -194,9 +205,20 @@ def test_hub_id_that_is_not_there(export: Export, tmp_path: Path) -> None:
     assert result.code == 1 and "Skywork/Not-There: neither" in result.stderr
 
 
+def test_one_gpu_of_several(checkpoint: Path, export: Export, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+    assert export("--checkpoint", checkpoint, "--output", output, "--device=cuda:3").code == 0
+    assert list(config(output, "reward_forward").instance_group[0].gpus) == [3]
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--dtype=int8", "dtype"), ("--device=tpu", "device"), ("--max-batch-tokens=0", "max_batch")],
+    [
+        ("--revision=v2", "has no revisions"),
+        ("--dtype=int8", "dtype"),
+        ("--device=tpu", "device"),
+        ("--max-batch-tokens=0", "max_batch"),
+    ],
 )
 def test_wrong_options_are_named(
     flag: str, words: str, checkpoint: Path, export: Export, tmp_path: Path

@@ -25,9 +25,10 @@ from PIL import Image
 
 from tests.conftest import LOCAL, ROOT
 from triward import RewardClient, ServerUnavailable
-from triward_server import launch
+from triward_server import installation
 from triward_server.errors import LaunchError
-from triward_server.launch import Endpoints, TritonServer, find_triton
+from triward_server.installation import find_triton
+from triward_server.launch import Endpoints, TritonServer
 
 BIN = Path(sys.executable).parent
 ASK: list[dict[str, Any]] = [
@@ -121,9 +122,12 @@ def free(port: str) -> bool:
         return probe.connect_ex(("127.0.0.1", int(port))) != 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serve_until_told_to_stop(number: int, serve: Callable[..., Command]) -> None:
-    running = serve("--", "--log-verbose=0")
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGTERM], [signal.SIGINT] * 3, [signal.SIGHUP, signal.SIGTERM]]
+)
+def test_serve_until_told_to_stop(numbers: list[int], serve: Callable[..., Command]) -> None:
+    # A proxy for everything else must not come between the launcher and its own server.
+    running = serve("--", "--log-verbose=0", http_proxy="http://127.0.0.1:9")
     grpc = running.wait_for(r"ready\s+grpc\s+(127.0.0.1:\d+)")[1]
     http = running.wait_for(r"http\s+http://127.0.0.1:(\d+)")[1]
     metrics = running.wait_for(r"metrics\s+http://127.0.0.1:(\d+)/metrics")[1]
@@ -132,12 +136,23 @@ def test_serve_until_told_to_stop(number: int, serve: Callable[..., Command]) ->
     family = running.family()
     assert sum("stub" in p.name() or "python_b" in p.name() for p in family) == 3
     assert len(regions(running.process.pid)) == 3, "they are where this test looks for them"
-    os.killpg(running.process.pid, number)  # a terminal's Ctrl-C reaches the whole group
+    for number in numbers:  # a terminal's Ctrl-C reaches the whole group
+        os.killpg(running.process.pid, number)
     assert running.wait() == 0
     assert_gone(family)
     assert all(map(free, [grpc.split(":")[1], http, metrics]))
     with RewardClient(grpc, timeout=5) as client, pytest.raises(ServerUnavailable):
         client.score(ASK)
+
+
+def test_told_to_stop_while_starting(serve: Callable[..., Command]) -> None:
+    running = serve()
+    running.wait_for("loading: reward_")
+    family = running.family()
+    running.process.send_signal(signal.SIGTERM)
+    assert running.wait() == 0
+    assert "ready  grpc" not in running.output
+    assert_gone(family)
 
 
 def test_death_of_the_launcher_stops_the_server(serve: Callable[..., Command]) -> None:
@@ -246,7 +261,7 @@ def test_server_that_exits_at_once(
 
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as cleanup, monkeypatch.context() as patch:
-        patch.setattr(launch, "version", lambda name: "2.1.0")
+        patch.setattr(installation, "version", lambda name: "2.1.0")
         with pytest.raises(LaunchError, match=r"numpy 2\.1\.0.*pip install 'numpy<2'"):
             find_triton(cleanup)
     with ExitStack() as cleanup, monkeypatch.context() as patch:
@@ -254,7 +269,7 @@ def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(LaunchError, match=r"pip install 'triward-server\[embedded\]'"):
             find_triton(cleanup)
     with ExitStack() as cleanup, monkeypatch.context() as patch:
-        patch.setattr(launch.sysconfig, "get_config_var", lambda name: "/nowhere")
+        patch.setattr(installation.sysconfig, "get_config_var", lambda name: "/nowhere")
         with pytest.raises(LaunchError, match=r"libpython3\.\d+\.so\.1\.0 \(looked in /nowhere\)"):
             find_triton(cleanup)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from triward_server.attention import Layout, make_layout, varlen
 from triward_server.config import ForwardConfig, from_parameters
 from triward_server.errors import ConfigError, ForwardError, InvalidRequest, NonFiniteScore
 from triward_server.packing import Geometry
 from triward_server.schema import Features, Scores
-from triward_server.scoring import Scorer, plan
+from triward_server.scoring import Scorer, Work, plan
 from triward_server.testing import fp32_budget
 
 GEOMETRY = Geometry(image_token_id=9, patch_size=14, merge_size=2, vocab_size=99, max_tokens=999)
@@ -41,6 +45,10 @@ def with_image(scorer: Scorer, seed: int = 0) -> Features:
     pad = np.full(30, scorer.geometry.image_token_id, np.int32)
     image = rng.integers(0, 256, (140, 168, 3), dtype=np.uint8)
     return Features(np.concatenate([text[:50], pad, text[50:100]]), (text[100:],), (image,))
+
+
+def take_first(features: Features) -> Features:
+    return replace(features, response_ids=features.response_ids[:1])
 
 
 def scores(result: Any) -> np.ndarray:
@@ -115,6 +123,12 @@ def test_plan_keeps_budgets_and_order(
         used = sum(sum(work.features.token_counts) for work in micro_batch)
         encoded = sum(24 * len(work.features.images) for work in micro_batch)
         assert conversations == 1 or (used <= tokens and encoded <= patches)
+    for one, next_ in pairwise(micro_batches):
+        # What begins a micro-batch would not have fitted into the one before.
+        joined = [*one, Work(next_[0].request, 0, take_first(next_[0].features))]
+        used = sum(sum(work.features.token_counts) for work in joined)
+        images = {work.request: 24 * len(work.features.images) for work in joined}
+        assert used > tokens or sum(images.values()) > patches
     for work in (work for micro_batch in micro_batches for work in micro_batch):
         whole = batch[work.request].response_ids[work.first :]
         assert all(a is b for a, b in zip(work.features.response_ids, whole, strict=False))
@@ -131,12 +145,14 @@ def test_micro_batches_do_not_change_scores(checkpoint: Path, scorer: Scorer) ->
         np.testing.assert_allclose(scores(whole), scores(cut), rtol=1e-5, atol=1e-5)
 
 
-def test_a_bad_request_leaves_its_neighbours_alone(scorer: Scorer) -> None:
-    good, bad = request(20, 5), request(20, 5, images=1)
+def test_bad_requests_leave_their_neighbours_alone(scorer: Scorer) -> None:
+    good, unplaced, empty = request(20, 5), request(20, 5, images=1), request(20, 0)
     expected = scores(scorer.score([good])[0])
-    first, error, last = scorer.score([good, bad, good])
-    assert isinstance(error, InvalidRequest)
-    np.testing.assert_allclose([scores(first), scores(last)], [expected, expected], rtol=1e-5)
+    first, no_place, middle, nothing, last = scorer.score([good, unplaced, good, empty, good])
+    assert isinstance(no_place, InvalidRequest) and "placeholders" in str(no_place)
+    assert isinstance(nothing, InvalidRequest) and "0 tokens" in str(nothing)
+    for result in (first, middle, last):
+        np.testing.assert_allclose(scores(result), expected, rtol=1e-5)
 
 
 def test_a_score_that_is_not_finite_is_an_error(
@@ -147,29 +163,53 @@ def test_a_score_that_is_not_finite_is_an_error(
     poisoned = Features(np.array([1], np.int32), (np.array([5], np.int32),))
     both = Features(np.array([1], np.int32), (np.array([2], np.int32), np.array([5], np.int32)))
     fine, first, second = scorer.score([request(3, 4), poisoned, both])
-    if 5 in request(3, 4).prompt_ids:
-        pytest.fail("the good request must not hold the poisoned token")
+    assert 5 not in request(3, 4).prompt_ids, "the good request must not hold the poisoned token"
     assert np.isfinite(scores(fine)).all()
     assert isinstance(first, NonFiniteScore)
     assert isinstance(second, NonFiniteScore) and "responses[1]" in str(second)
 
 
-def test_a_failing_forward_pass_is_an_error_of_its_micro_batch(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failing_forward_pass_is_one_requests_error(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ForwardConfig(dtype="float32", device="cpu", max_batch_tokens=30)
-    scorer = Scorer(checkpoint, config)
+    """All five share a micro-batch at first; only those that fail alone answer an error."""
     forward = scorer._forward
 
     def fail_on_long(features: Any) -> Any:
-        if sum(sum(f.token_counts) for f in features) > 50:
+        if any(len(f.prompt_ids) == 30 for f in features):
             raise RuntimeError("no kernel")
         return forward(features)
 
     monkeypatch.setattr(scorer, "_forward", fail_on_long)
-    before, failed, after = scorer.score([request(5, 5), request(30, 30), request(6, 6)])
-    assert isinstance(failed, ForwardError) and "no kernel" in str(failed)
-    assert len(scores(before)) == len(scores(after)) == 1
+    lengths = [5, 30, 6, 30, 7]
+    results = scorer.score([request(n, 4) for n in lengths])
+    for length, result in zip(lengths, results, strict=True):
+        if length == 30:
+            assert isinstance(result, ForwardError) and "no kernel" in str(result)
+        else:
+            assert np.isfinite(scores(result)).all()
+
+
+def test_warm_up_fails_where_the_model_cannot_run(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or Triton would say ready and answer INTERNAL to everybody."""
+    scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+    monkeypatch.setattr(scorer, "_forward", lambda features: 1 / 0)
+    with pytest.raises(ForwardError, match="ZeroDivisionError"):
+        scorer.warm_up()
+
+
+def test_value_head_stays_float32(checkpoint: Path, tmp_path: Path) -> None:
+    """A head whose weights bfloat16 cannot hold is not rounded in a bfloat16 model."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    file = folder / "value_head.safetensors"
+    exact = torch.linspace(0.1, 0.2, 128)[None]
+    assert not torch.equal(exact, exact.bfloat16().float())
+    save_file({"v_head.summary.weight": exact, "v_head.summary.bias": torch.ones(1)}, file)
+    model = Scorer(folder, ForwardConfig(dtype="bfloat16", device="cpu"))._model
+    assert torch.equal(model.v_head.summary.weight, exact)
+    assert model.language_model.norm.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -147,6 +147,12 @@ def test_an_injected_placeholder_takes_no_image(client: RewardClient, oracle: Or
     assert abs(plain_score - honest) <= fp32_budget(honest)
 
 
+def test_the_marker_cannot_be_guessed(checkpoint: Path, preprocessor: Preprocessor) -> None:
+    """Text that held it would lose it; each process has its own, 64 bits of it random."""
+    markers = {Preprocessor(checkpoint, PreprocessConfig())._tokenizer._marker for _ in range(3)}
+    assert len(markers) == 3 and min(map(len, markers)) >= 16
+
+
 def test_limit_counts_the_whole_conversation(checkpoint: Path, tmp_path: Path) -> None:
     for file in checkpoint.iterdir():
         if file.suffix != ".safetensors":

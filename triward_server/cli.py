@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .errors import LaunchError
-from .launch import Endpoints, TritonServer
+from .launch import STOP_SIGNALS, Endpoints, TritonServer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -33,8 +33,8 @@ def serve(
 
     Flags behind `--` go to tritonserver as they are.
     """
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop)
     endpoints = Endpoints(host, grpc_port, http_port, metrics_port)
     try:
         with TritonServer(repository, endpoints, flags=context.args) as server:
@@ -50,5 +50,7 @@ def serve(
 
 
 def _stop(number: int, frame: object) -> NoReturn:
-    """Unwinds through `TritonServer`, which forwards SIGTERM and waits."""
+    """Unwinds through `TritonServer`, which forwards SIGTERM and waits; once is enough."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     raise SystemExit(0)

@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
+    FailFast,
     Field,
     Tag,
     TypeAdapter,
@@ -24,7 +25,16 @@ from pydantic import (
 from .config import PreprocessConfig
 from .errors import InvalidRequest
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
+
+
+class _FailFast(FailFast):
+    """Stop at the first error: building millions of them is slow, and one is reported."""
+
+    __hash__ = object.__hash__  # `|` between annotated types asks for one
+
+
+_FAIL_FAST = _FailFast()
 
 
 class _Wire(BaseModel):
@@ -85,7 +95,7 @@ def _part_tag(value: Any) -> str:
 def _content_tag(value: Any) -> str:
     if isinstance(value, str):
         return "<string>"
-    return "<parts>" if isinstance(value, (list, tuple)) else "<neither>"
+    return "<parts>" if isinstance(value, list) else "<neither>"
 
 
 Part = Annotated[
@@ -99,7 +109,7 @@ Part = Annotated[
     ),
 ]
 Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[tuple[Part, ...], Tag("<parts>")],
+    Annotated[str, Tag("<string>")] | Annotated[list[Part], _FAIL_FAST, Tag("<parts>")],
     Discriminator(
         _content_tag,
         custom_error_type="unknown_content",
@@ -115,7 +125,7 @@ class Message(_Wire):
     content: Content
 
 
-_MESSAGES = TypeAdapter(tuple[Message, ...])
+_MESSAGES = TypeAdapter(Annotated[list[Message], _FAIL_FAST])
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,7 @@ def parse_conversation(
 
 def _parse_messages(text: str) -> tuple[Message, ...]:
     try:
-        return _MESSAGES.validate_json(text)
+        return tuple(_MESSAGES.validate_json(text))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         problem = first["msg"].removeprefix("Value error, ")

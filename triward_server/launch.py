@@ -1,24 +1,15 @@
-"""Find `tritonserver`, run it, and leave nothing behind.
-
-In NVIDIA's container `tritonserver` is on PATH and used as it is. Elsewhere the one in the
-nvidia-pytriton wheel is assembled into something that serves an ordinary model repository: its
-Python backend and the stub that matches this interpreter, in one temporary folder.
-"""
+"""Run `tritonserver` on a repository, say in one sentence why it ended, leave nothing behind."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import threading
 import time
 import urllib.request
@@ -26,32 +17,26 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from .errors import LaunchError
+from .installation import Installation, find_triton
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG = 1
-_SHARED_MEMORY = Path("/dev/shm")
+_SHARED_MEMORY = Path("/dev/shm")  # Triton's Python backend keeps its regions there
 _EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A runnable Triton: its executable, the flags it needs and its environment."""
-
-    executable: str
-    flags: tuple[str, ...]
-    environment: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Endpoints:
     """Where the server listens. A port of 0 asks for a free one; `with_ports` finds it."""
 
-    host: str = "0.0.0.0"
+    host: str = "0.0.0.0"  # Triton's own default: a container serves its network
     grpc_port: int = 8001
     http_port: int = 8000
     metrics_port: int = 8002
@@ -93,6 +78,9 @@ class Endpoints:
 class TritonServer:
     """A running Triton, as a context manager: ready on entry, gone on exit.
 
+    Enter it in a thread that lives as long as the server should: the kernel stops the server when
+    that thread ends, so that even a killed launcher leaves none behind.
+
     Args:
         repository: what `export/build_repository.py` wrote.
         endpoints: where to listen.
@@ -107,6 +95,13 @@ class TritonServer:
     log: IO[str] | None = None
     startup_timeout: float = 900.0
 
+    # Names this server's regions in /dev/shm, so that it can remove its own and no other's.
+    _shm_prefix: str = field(init=False, default="")
+    _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
+    _process: subprocess.Popen[str] | None = field(init=False, default=None)
+    _pump: threading.Thread | None = field(init=False, default=None)
+    _tail: deque[str] = field(init=False, default_factory=lambda: deque(maxlen=2000))
+
     def __enter__(self) -> TritonServer:
         """Start and wait until every model is ready.
 
@@ -116,14 +111,10 @@ class TritonServer:
         if not (self.repository / "reward" / "config.pbtxt").is_file():
             raise LaunchError(f"{self.repository} is not a repository (no reward/config.pbtxt)")
         self.endpoints = self.endpoints.with_ports()
-        # Names this server's regions in /dev/shm, so that it can remove its own and no other's.
         self._shm_prefix = f"triward-{os.getpid()}-{secrets.token_hex(4)}-"
-        self._cleanup = ExitStack()
-        self._cleanup.callback(self._remove_shared_memory)
         try:
-            installation = find_triton(self._cleanup)
-            self._process = self._spawn(installation)
-            self._wait_until_ready()
+            self._cleanup.callback(self._remove_shared_memory)
+            self._wait_until_ready(self._spawn(find_triton(self._cleanup)))
         except BaseException:
             self.stop()
             raise
@@ -138,11 +129,6 @@ class TritonServer:
         """Stop."""
         self.stop()
 
-    @property
-    def pid(self) -> int:
-        """Process id of tritonserver."""
-        return self._process.pid
-
     def wait(self) -> None:
         """Wait until the server ends by itself.
 
@@ -150,23 +136,25 @@ class TritonServer:
             LaunchError: always, saying how it ended; a server that is told to stop is stopped
                 with `stop`, from a signal handler that raises, say.
         """
+        assert self._process, "wait is called inside the with block"
         code = self._process.wait()
         raise LaunchError(f"tritonserver stopped by itself ({_describe_exit(code)})")
 
     def stop(self) -> None:
         """Forward SIGTERM, wait for Triton's own exit, then end what is left of its processes."""
-        process = getattr(self, "_process", None)
-        if process is not None:
-            with _signals_ignored():
-                process.terminate()
+        with _signals_ignored():
+            if self._process:
+                self._process.terminate()
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(_EXIT_TIMEOUT)
+                    self._process.wait(_EXIT_TIMEOUT)
                 # Stubs are in the server's process group; what is left of it goes now.
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                self._pump.join()
-        self._cleanup.close()
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+                self._process = None
+            if self._pump:
+                self._pump.join(timeout=10)
+            self._cleanup.close()
 
     def _spawn(self, installation: Installation) -> subprocess.Popen[str]:
         e = self.endpoints
@@ -182,18 +170,22 @@ class TritonServer:
             f"--metrics-address={e.host}", f"--metrics-port={e.metrics_port}",
             *self.flags,
         ]  # fmt: skip
-        process = subprocess.Popen(
-            command,
-            env=installation.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C in a terminal is the launcher's to handle
-            preexec_fn=_die_with(os.getpid()),
-        )
-        self._tail: deque[str] = deque(maxlen=2000)
+        # A signal between the fork and the assignment would lose sight of the process.
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._process = process = subprocess.Popen(
+                command,
+                env=installation.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C in a terminal is the launcher's to handle
+                preexec_fn=_in_child(os.getpid()),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         self._pump = threading.Thread(target=self._copy_log, args=(process.stdout,), daemon=True)
         self._pump.start()
         return process
@@ -203,16 +195,18 @@ class TritonServer:
             self._tail.append(line)
             print(line, end="", file=self.log or sys.stderr, flush=True)
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + self.startup_timeout
         url = f"http://{self.endpoints.client_host}:{self.endpoints.http_port}/v2/health/ready"
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while time.monotonic() < deadline:
-            code = self._process.poll()
+            code = process.poll()
             if code is not None:
-                self._pump.join()
+                if self._pump:
+                    self._pump.join(timeout=10)
                 raise LaunchError(_failure(self._tail) or f"tritonserver: {_describe_exit(code)}")
             # Not reachable yet, or an HTTP 400: not ready yet.
-            with suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            with suppress(OSError, HTTPException), direct.open(url, timeout=5):
                 return
             time.sleep(0.1)
         raise LaunchError(f"not ready after {self.startup_timeout:.0f} s; the log says why")
@@ -222,79 +216,12 @@ class TritonServer:
             region.unlink(missing_ok=True)
 
 
-def find_triton(cleanup: ExitStack) -> Installation:
-    """The `tritonserver` on PATH, or else the wheel's.
-
-    Args:
-        cleanup: takes over the temporary folder that the wheel's needs.
-
-    Raises:
-        LaunchError: there is none, or it cannot run here; says what to install.
-    """
-    executable = shutil.which("tritonserver")
-    if executable is not None:
-        return Installation(executable, (), dict(os.environ))
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
-        raise LaunchError(
-            "no tritonserver on PATH and no nvidia-pytriton installed; use NVIDIA's Triton "
-            "container, or: pip install 'triward-server[embedded]'"
-        )
-    if int(version("numpy").split(".")[0]) >= 2:
-        raise LaunchError(
-            f"numpy {version('numpy')} silently breaks the Python backend of nvidia-pytriton's "
-            "Triton; pip install 'numpy<2'"
-        )
-    package = Path(spec.origin).parent
-    return _from_wheel(package, Path(cleanup.enter_context(tempfile.TemporaryDirectory())))
-
-
-def _from_wheel(package: Path, folder: Path) -> Installation:
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    triton = package / "tritonserver"
-    stub = triton / "python_backend_stubs" / python / "triton_python_backend_stub"
-    if not stub.is_file():
-        known = sorted(p.name for p in stub.parent.parent.iterdir())
-        raise LaunchError(f"nvidia-pytriton has no stub for Python {python}, only {known}")
-    library = _python_library()
-    backend = folder / "backends" / "python"
-    shutil.copytree(triton / "backends" / "python", backend)
-    shutil.copy(stub, backend)
-    environment = dict(os.environ)
-    libraries = [str(library.parent), str(package.parent / "nvidia_pytriton.libs")]
-    _prepend(environment, "LD_LIBRARY_PATH", libraries)
-    # The stub is an embedded interpreter: it finds its packages through the `python3` on PATH.
-    _prepend(environment, "PATH", [str(Path(sys.executable).parent)])
-    return Installation(
-        executable=str(triton / "bin" / "tritonserver"),
-        flags=(f"--backend-directory={backend.parent}",),
-        environment=environment,
-    )
-
-
-def _python_library() -> Path:
-    """The shared library of this interpreter, which the stub links against."""
-    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
-    library = Path(sysconfig.get_config_var("LIBDIR") or "", name)
-    if not library.is_file():
-        raise LaunchError(
-            f"this Python has no {name} (looked in {library.parent}), which Triton's Python "
-            "backend needs; use a Python built with --enable-shared, such as the distribution's "
-            "python3 with its libpython3 package"
-        )
-    return library
-
-
-def _prepend(environment: dict[str, str], name: str, folders: list[str]) -> None:
-    rest = [environment[name]] if environment.get(name) else []
-    environment[name] = os.pathsep.join([*folders, *rest])
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """For the child: get SIGTERM when this process dies, however it dies (Linux, prctl(2))."""
+def _in_child(parent: int) -> Callable[[], None]:
+    """For the child: take signals, and get SIGTERM when the parent dies (Linux, prctl(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def run() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             os._exit(1)
@@ -333,8 +260,7 @@ def _signals_ignored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread receives signals, and only it may set handlers
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -20,9 +20,9 @@ from .conversation import ImagePart, MediaPart
 from .errors import InvalidRequest
 from .schema import UInt8Array
 
-# Raster formats whose decoders run in this process; Pillow's others call external programs or
-# describe vector graphics.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# What callers send. Pillow's other decoders call external programs, describe vector graphics, or
+# are slow enough to hold a server up.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 # `max_image_pixels` below is checked on the header, before any pixel is decoded, so that the
 # error can name the size; Pillow's own check would raise first, without it.
@@ -71,7 +71,9 @@ class ImageLoader:
                     {"image": image, **size_limits}, image_patch_size=self._patch
                 )
                 return self._apply_processor_limits(resized)
-            except (OSError, SyntaxError, ValueError, EOFError) as error:
+            except Exception as error:  # decoders raise nearly everything for hostile bytes
+                if isinstance(error, MemoryError):
+                    raise
                 raise InvalidRequest(field, f"the image cannot be used: {error}") from None
 
     def _open(self, field: str, data: bytes) -> Image.Image:
@@ -84,16 +86,18 @@ class ImageLoader:
                 f"{len(data)} bytes that are no image in a known format ({', '.join(FORMATS)})"
             )
             raise InvalidRequest(field, problem) from None
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except Exception as error:
             raise InvalidRequest(field, f"the image's header is damaged: {error}") from None
 
     def _check_size(self, field: str, width: int, height: int) -> None:
+        if min(width, height) < 1:
+            raise InvalidRequest(field, f"{width} x {height} pixels; an image has at least one")
         if width * height > self._max_pixels:
             raise InvalidRequest(
                 field,
                 f"{width} x {height} pixels are {width * height}, the limit is {self._max_pixels}",
             )
-        ratio = max(width, height) / max(1, min(width, height))
+        ratio = max(width, height) / min(width, height)
         if ratio > vision_process.MAX_RATIO:
             raise InvalidRequest(
                 field,
@@ -108,7 +112,9 @@ class ImageLoader:
         high = limits.get("max_pixels", vision_process.IMAGE_MAX_TOKEN_NUM * area)
         if low > high:
             raise InvalidRequest(field, f"min_pixels {low} is above max_pixels {high}")
-        if low > self._max_pixels:  # a tiny image would be blown up to that size
+        if (
+            limits.get("min_pixels", 0) > self._max_pixels
+        ):  # a tiny image would be blown up to that size
             raise InvalidRequest(field, f"min_pixels {low}, the limit is {self._max_pixels}")
 
     def _apply_processor_limits(self, image: Image.Image) -> UInt8Array:

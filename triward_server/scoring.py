@@ -82,31 +82,46 @@ class Scorer:
         rewards = [np.full(len(item.response_ids), np.nan, np.float32) for item in batch]
         valid = [index for index in range(len(batch)) if index not in errors]
         for micro_batch in plan({i: batch[i] for i in valid}, self.geometry, self._config):
-            try:
-                scores = self._forward([work.features for work in micro_batch])
-            except Exception as error:
-                logger.exception("a forward pass failed")
-                failure = ForwardError(f"the forward pass failed: {type(error).__name__}: {error}")
-                errors |= {work.request: failure for work in micro_batch}
-                continue
-            for work in micro_batch:
-                count = len(work.features.response_ids)
-                rewards[work.request][work.first : work.first + count] = scores[:count]
-                scores = scores[count:]
+            for work, scores in self._score_apart(micro_batch):
+                if isinstance(scores, TriwardError):
+                    errors[work.request] = scores
+                else:
+                    rewards[work.request][work.first : work.first + len(scores)] = scores
         return [
             errors.get(index) or _finish(features, rewards[index])
             for index, features in enumerate(batch)
         ]
 
     def warm_up(self) -> None:
-        """Run text and images once, so that the first request does not pay for set-up."""
+        """Run text and images once, so that the first request does not pay for set-up.
+
+        Raises:
+            TriwardError: the model cannot score here, so it must not become ready.
+        """
         unit = self.geometry.patch_size * self.geometry.merge_size
         image = np.zeros((4 * unit, 4 * unit, 3), np.uint8)
         placeholders = np.full(16, self.geometry.image_token_id, np.int32)
         text = np.zeros(64, np.int32)
         prompt = np.concatenate([text, placeholders, text])
-        result = self.score([Features(prompt, (text, text), (image,)), Features(text, (text,))])
-        logger.info("warmed up: %s", result)
+        for result in self.score(
+            [Features(prompt, (text, text), (image,)), Features(text, (text,))]
+        ):
+            if isinstance(result, TriwardError):
+                raise result
+
+    def _score_apart(self, works: Sequence[Work]) -> list[tuple[Work, Float32Array | TriwardError]]:
+        """Run one forward pass; if it fails, halve it until the failure stands alone."""
+        try:
+            scores = self._forward([work.features for work in works])
+        except Exception as error:
+            if len(works) > 1:
+                middle = len(works) // 2
+                return [*self._score_apart(works[:middle]), *self._score_apart(works[middle:])]
+            logger.exception("a forward pass failed")
+            reason = f"{type(error).__name__}: {error}"
+            return [(works[0], ForwardError(f"the forward pass failed: {reason}"))]
+        counts = [len(work.features.response_ids) for work in works]
+        return list(zip(works, np.split(scores, np.cumsum(counts)[:-1]), strict=True))
 
     def _forward(self, features: Sequence[Features]) -> Float32Array:
         scores: Float32Array = self._model(packing.pack(features, self.geometry)).cpu().numpy()
@@ -123,30 +138,26 @@ def plan(
     """
     micro_batches: list[list[Work]] = []
     tokens = patches = 0
+
+    def close(index: int, first: int, last: int) -> None:
+        if last > first:
+            part = replace(features, response_ids=features.response_ids[first:last])
+            micro_batches[-1].append(Work(index, first, part))
+
     for index, features in requests.items():
         image_patches = sum(geometry.grid(image).patches for image in features.images)
+        first = 0
+        patches += image_patches
         for position, count in enumerate(features.token_counts):
-            current = micro_batches[-1] if micro_batches else []
-            joins = bool(current) and current[-1].request == index
-            extra_patches = 0 if joins else image_patches
-            fits = (
-                tokens + count <= config.max_batch_tokens
-                and patches + extra_patches <= config.max_batch_patches
-            )
-            if not current or not fits:
-                micro_batches.append(current := [])
-                tokens = patches = 0
-                joins, extra_patches = False, image_patches
             tokens += count
-            patches += extra_patches
-            response = (features.response_ids[position],)
-            if joins:
-                last = current[-1]
-                grown = replace(last.features, response_ids=last.features.response_ids + response)
-                current[-1] = replace(last, features=grown)
-            else:
-                current.append(Work(index, position, replace(features, response_ids=response)))
-    return micro_batches
+            fits = tokens <= config.max_batch_tokens and patches <= config.max_batch_patches
+            if not micro_batches or not fits:
+                if micro_batches:
+                    close(index, first, position)
+                micro_batches.append([])
+                first, tokens, patches = position, count, image_patches
+        close(index, first, len(features.response_ids))
+    return [micro_batch for micro_batch in micro_batches if micro_batch]
 
 
 def _finish(features: Features, rewards: Float32Array) -> Scores | TriwardError:

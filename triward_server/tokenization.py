@@ -70,6 +70,8 @@ class ConversationTokenizer:
             InvalidRequest: a conversation has more tokens than the model has positions.
         """
         prompt = self._render(conversation.messages, None)
+        # Before it is rendered once for each response: a prompt that is too long ends here.
+        self._check_length("messages", len(self._encoder([prompt])(prompt)), 0)
         full = [self._render(conversation.messages, text) for text in conversation.responses]
         shared = len(
             list(takewhile(lambda same: same, map(_all_equal, zip(prompt, *full, strict=False))))
@@ -79,13 +81,16 @@ class ConversationTokenizer:
         prompt_ids = self._expand(encode(prompt[:shared]), placeholders)
         response_ids = tuple(encode(pieces[shared:]) for pieces in full)
         for index, ids in enumerate(response_ids):
-            if len(prompt_ids) + len(ids) > self._max_tokens:
-                raise InvalidRequest(
-                    f"responses[{index}]",
-                    f"the conversation has {len(prompt_ids) + len(ids)} tokens "
-                    f"({len(prompt_ids)} of them in the prompt), the limit is {self._max_tokens}",
-                )
+            self._check_length(f"responses[{index}]", len(prompt_ids), len(ids))
         return TokenizedConversation(prompt_ids, response_ids)
+
+    def _check_length(self, field: str, prompt: int, response: int) -> None:
+        if prompt + response > self._max_tokens:
+            raise InvalidRequest(
+                field,
+                f"the conversation has {prompt + response} tokens ({prompt} of them in the "
+                f"prompt), the limit is {self._max_tokens}",
+            )
 
     def _render(self, messages: Sequence[Message], response: str | None) -> list[Piece]:
         chat = [{"role": m.role, "content": self._mark_content(m)} for m in messages]

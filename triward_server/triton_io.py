@@ -29,6 +29,7 @@ from .scoring import Scorer
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_DIRECTORY = "checkpoint"
+_MAX_MESSAGE = 500  # characters; gRPC sends them as a header
 T = TypeVar("T")
 
 
@@ -131,7 +132,8 @@ def arrays_to_features(
     if not lengths or min(lengths) < 0 or sum(lengths) != len(input_ids):
         raise InvalidRequest(
             "segment_lengths",
-            f"{lengths} do not add up to the {len(input_ids)} tokens of input_ids",
+            f"{len(lengths)} lengths of {sum(lengths)} tokens in all, the smallest "
+            f"{min(lengths, default=0)}; input_ids has {len(input_ids)}",
         )
     prompt, *responses = np.split(input_ids, np.cumsum(lengths)[:-1])
     return Features(prompt, tuple(responses), _split_images(pixels, grids, geometry))
@@ -189,6 +191,8 @@ def _answer(pb_utils: Any, respond: Callable[[], Any]) -> Any:
     else:
         logger.error("a request failed", exc_info=result)
         message = f"internal error: {type(result).__name__}: {result}"
+    if len(message) > _MAX_MESSAGE:  # it may quote what the caller sent
+        message = message[:_MAX_MESSAGE] + "…"
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 

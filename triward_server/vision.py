@@ -226,7 +226,7 @@ class VisionTower(nn.Module):
         return angles.flatten(1)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _plan(grid: Grid, merge: int, window: int) -> tuple[Int64Array, tuple[int, ...]]:
     """Order of an image's units by window, and the patches of each window.
 
@@ -240,7 +240,7 @@ def _plan(grid: Grid, merge: int, window: int) -> tuple[Int64Array, tuple[int, .
     return order, tuple((np.bincount(index) * merge**2).tolist())
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _places(grid: Grid, merge: int) -> Int64Array:
     """Row and column int64 [T, 2] of each patch, in the order of `_patchify`."""
     place = np.moveaxis(np.indices((grid.h, grid.w)), 0, -1)

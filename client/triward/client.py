@@ -78,7 +78,7 @@ class RewardClient:
     ) -> list[float]:
         """The rewards of N >= 1 candidate responses to one prompt, in their order.
 
-        One request: the server computes the prompt once.
+        One request: the prompt and its media are sent once.
         """
         return self._infer(messages, responses, self._deadline(timeout))
 
