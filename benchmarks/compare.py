@@ -54,7 +54,9 @@ class Paths:
     def __init__(self, checkpoint: Path, client: RewardClient) -> None:
         self._oracle = Oracle(checkpoint)
         self._preprocessor = Preprocessor(checkpoint, PreprocessConfig())
-        self._scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+        # No cache: a pass that repeats must not be faster for it.
+        config = ForwardConfig(dtype="float32", device="cpu", embedding_cache_bytes=0)
+        self._scorer = Scorer(checkpoint, config)
         self._client = client
 
     def all(self) -> dict[str, Callable[[Workload], list[float]]]:
@@ -208,7 +210,8 @@ def _export(checkpoint: Path, repository: Path) -> None:
     script = ROOT / "export" / "build_repository.py"
     subprocess.run(
         [sys.executable, str(script), f"--checkpoint={checkpoint}", f"--output={repository}",
-         "--dtype=float32", "--device=cpu", "--preprocess-instances=2"],
+         "--dtype=float32", "--device=cpu", "--preprocess-instances=2",
+         "--embedding-cache-bytes=0"],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
 

@@ -260,6 +260,15 @@ def main(
     max_batch_patches: Annotated[
         int, typer.Option(help="Vision patches of one forward pass.")
     ] = _FORWARD.max_batch_patches,
+    max_batch_tflop: Annotated[
+        float, typer.Option(help="Predicted TFLOP of one forward pass.")
+    ] = _FORWARD.max_batch_tflop,
+    embedding_cache_bytes: Annotated[
+        int, typer.Option(help="Image embeddings kept between batches; 0: none.")
+    ] = _FORWARD.embedding_cache_bytes,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Scores bitwise independent of company.")
+    ] = _FORWARD.deterministic,
     threads: Annotated[
         int, typer.Option(help="CPU threads of the forward model; 0: torch's choice.")
     ] = _FORWARD.threads,
@@ -296,6 +305,9 @@ def main(
         "device": device,
         "max_batch_tokens": max_batch_tokens,
         "max_batch_patches": max_batch_patches,
+        "max_batch_tflop": max_batch_tflop,
+        "embedding_cache_bytes": embedding_cache_bytes,
+        "deterministic": deterministic,
         "threads": threads,
     }
     try:

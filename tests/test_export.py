@@ -39,12 +39,14 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         "--checkpoint", checkpoint, "--output", output, "--dtype=float32", "--device=cpu",
         "--preprocess-instances=3", "--queue-delay-us=777", "--max-batch-tokens=4096",
         "--max-batch-patches=9999", "--threads=1", "--max-responses=8", "--max-text-bytes=1000",
+        "--max-batch-tflop=2.5", "--embedding-cache-bytes=12345", "--deterministic",
         "--max-media=5", "--max-media-bytes=2000", "--max-image-pixels=3000",
     )  # fmt: skip
     assert result.code == 0, result.stderr
     assert parameters(output, "reward_forward") == {
         "dtype": "float32", "device": "cpu", "max_batch_tokens": "4096",
-        "max_batch_patches": "9999", "threads": "1",
+        "max_batch_patches": "9999", "threads": "1", "max_batch_tflop": "2.5",
+        "embedding_cache_bytes": "12345", "deterministic": "True",
     }  # fmt: skip
     assert parameters(output, "reward_preprocess") == {
         "max_responses": "8", "max_text_bytes": "1000", "max_media": "5",

@@ -6,7 +6,10 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import torch
 from tests.conftest import LOCAL
 from tests.conversations import Messages
 from triward import RewardClient
-from triward_server import packing
+from triward_server import attention, backbone, packing
 from triward_server.config import ForwardConfig
 from triward_server.launch import TritonServer
 from triward_server.schema import Features
@@ -146,7 +149,9 @@ def _rms(values: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def scorer(checkpoint: Path) -> Scorer:
-    return Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+    # Without the cache: a control changes what is computed, not what is remembered.
+    config = ForwardConfig(dtype="float32", device="cpu", embedding_cache_bytes=0)
+    return Scorer(checkpoint, config)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +162,12 @@ def features(scorer: Scorer) -> Features:
     prompt = np.concatenate([text[:20], np.full(30, pad, np.int32), text[20:40]])
     image = rng.integers(0, 256, (140, 168, 3), dtype=np.uint8)
     return Features(prompt, (text[40:],), (image,))
+
+
+@pytest.fixture(scope="module")
+def group(features: Features) -> Features:
+    """Two responses, so that a branch has more keys than queries."""
+    return replace(features, response_ids=(*features.response_ids, np.arange(9, dtype=np.int32)))
 
 
 def test_control_positions_at_the_token_count(
@@ -175,32 +186,57 @@ def test_control_attention_that_is_not_causal(
     scorer: Scorer, features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = _score(scorer, features)
-    from triward_server import backbone
-
     make_layout = backbone.make_layout
-    monkeypatch.setattr(
-        backbone,
-        "make_layout",
-        lambda lengths, causal, **rest: make_layout(lengths, causal=False, **rest),
-    )
+
+    def broken(lengths: Any, causal: bool, *rest: Any, **options: Any) -> Any:
+        return make_layout(lengths, False, *rest, **options)
+
+    monkeypatch.setattr(backbone, "make_layout", broken)
     assert abs(_score(scorer, features) - right) > 10 * fp32_budget(right)
 
 
-def test_control_attention_across_conversations(
+def test_control_causal_aligned_top_left(
+    scorer: Scorer, group: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is_causal=True means to torch when there are more keys than queries."""
+    right = _score(scorer, group)
+
+    def top_left(queries: int, keys: int) -> torch.Tensor:
+        return torch.ones(queries, keys, dtype=torch.bool).tril()
+
+    monkeypatch.setattr(attention, "_lower_right", top_left)
+    assert abs(_score(scorer, group) - right) > 10 * fp32_budget(right)
+
+
+def test_control_keys_of_another_branch(
+    scorer: Scorer, group: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each branch sees as many keys as it should, but not its own."""
+    right = _score(scorer, group)
+    pack = packing.pack
+
+    def broken(*arguments: Any) -> packing.PackedBatch:
+        batch = pack(*arguments)
+        return replace(batch, key_rows=batch.key_rows[::-1].copy())
+
+    monkeypatch.setattr(packing, "pack", broken)
+    assert abs(_score(scorer, group) - right) > 10 * fp32_budget(right)
+
+
+def test_control_sharing_under_equal_ids_with_different_images(
     scorer: Scorer, features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = _score(scorer, features)
-    from triward_server import backbone
+    """Two requests that differ in their image alone, told apart by nothing but its digest."""
+    pair = [features, replace(features, images=(features.images[0][::-1].copy(),))]
+    alone = [_score(scorer, item) for item in pair]
 
-    make_layout = backbone.make_layout
-    monkeypatch.setattr(
-        backbone,
-        "make_layout",
-        lambda lengths, **rest: make_layout([sum(lengths)], **rest),
-    )
-    other = Features(np.arange(50, dtype=np.int32), (np.arange(9, dtype=np.int32),))
-    _, second = scorer.score([other, features])
-    assert abs(second.scores[0] - right) > 10 * fp32_budget(right)
+    def together() -> list[float]:
+        return [float(r.scores[0]) for r in scorer.score(pair)]  # type: ignore[union-attr]
+
+    assert together() == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    one_for_all = SimpleNamespace(digest=lambda: b"one for all")
+    monkeypatch.setattr(packing, "blake2b", lambda *_, **__: one_for_all)
+    assert together() != pytest.approx(alone, rel=1e-3, abs=1e-3)
 
 
 def test_control_windows_that_are_ignored(

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from triward_server.attention import Layout, make_layout, varlen
 from triward_server.config import ForwardConfig, from_parameters
 from triward_server.errors import ConfigError, ForwardError, InvalidRequest, NonFiniteScore
-from triward_server.packing import Geometry
+from triward_server.packing import Forest
 from triward_server.schema import Features, Scores
-from triward_server.scoring import Scorer, Work, plan
+from triward_server.scoring import Scorer
 from triward_server.testing import fp32_budget
-
-GEOMETRY = Geometry(image_token_id=9, patch_size=14, merge_size=2, vocab_size=99, max_tokens=999)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +40,6 @@ def with_image(scorer: Scorer, seed: int = 0) -> Features:
     pad = np.full(30, scorer.geometry.image_token_id, np.int32)
     image = rng.integers(0, 256, (140, 168, 3), dtype=np.uint8)
     return Features(np.concatenate([text[:50], pad, text[50:100]]), (text[100:],), (image,))
-
-
-def take_first(features: Features) -> Features:
-    return replace(features, response_ids=features.response_ids[:1])
 
 
 def scores(result: Any) -> np.ndarray:
@@ -93,47 +84,6 @@ def test_scores_react_to_every_pixel(scorer: Scorer) -> None:
     assert np.median(deltas) > fp32_budget(base)
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 60), st.lists(st.integers(1, 40), min_size=1, max_size=9),
-            st.integers(0, 3),
-        ),
-        min_size=1, max_size=8,
-    ),
-    st.integers(1, 150),
-    st.integers(1, 80),
-)  # fmt: skip
-def test_plan_keeps_budgets_and_order(
-    shapes: list[tuple[int, list[int], int]], tokens: int, patches: int
-) -> None:
-    batch = {i: request(p, *r, images=n) for i, (p, r, n) in enumerate(shapes)}
-    config = ForwardConfig(max_batch_tokens=tokens, max_batch_patches=patches)
-    micro_batches = plan(batch, GEOMETRY, config)
-    seen = [
-        (work.request, work.first + offset)
-        for micro_batch in micro_batches
-        for work in micro_batch
-        for offset in range(len(work.features.response_ids))
-    ]
-    assert seen == [(i, k) for i, f in batch.items() for k in range(len(f.response_ids))]
-    for micro_batch in micro_batches:
-        conversations = sum(len(work.features.response_ids) for work in micro_batch)
-        used = sum(sum(work.features.token_counts) for work in micro_batch)
-        encoded = sum(24 * len(work.features.images) for work in micro_batch)
-        assert conversations == 1 or (used <= tokens and encoded <= patches)
-    for one, next_ in pairwise(micro_batches):
-        # What begins a micro-batch would not have fitted into the one before.
-        joined = [*one, Work(next_[0].request, 0, take_first(next_[0].features))]
-        used = sum(sum(work.features.token_counts) for work in joined)
-        images = {work.request: 24 * len(work.features.images) for work in joined}
-        assert used > tokens or sum(images.values()) > patches
-    for work in (work for micro_batch in micro_batches for work in micro_batch):
-        whole = batch[work.request].response_ids[work.first :]
-        assert all(a is b for a, b in zip(work.features.response_ids, whole, strict=False))
-
-
 def test_micro_batches_do_not_change_scores(checkpoint: Path, scorer: Scorer) -> None:
     small = ForwardConfig(
         dtype="float32", device="cpu", max_batch_tokens=400, max_batch_patches=200
@@ -175,10 +125,10 @@ def test_a_failing_forward_pass_is_one_requests_error(
     """All five share a micro-batch at first; only those that fail alone answer an error."""
     forward = scorer._forward
 
-    def fail_on_long(features: Any) -> Any:
-        if any(len(f.prompt_ids) == 30 for f in features):
+    def fail_on_long(forest: Forest, chosen: Sequence[int]) -> Any:
+        if any(forest.branches[index].prompt_length == 30 for index in chosen):
             raise RuntimeError("no kernel")
-        return forward(features)
+        return forward(forest, chosen)
 
     monkeypatch.setattr(scorer, "_forward", fail_on_long)
     lengths = [5, 30, 6, 30, 7]
@@ -195,7 +145,7 @@ def test_warm_up_fails_where_the_model_cannot_run(
 ) -> None:
     """Or Triton would say ready and answer INTERNAL to everybody."""
     scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
-    monkeypatch.setattr(scorer, "_forward", lambda features: 1 / 0)
+    monkeypatch.setattr(scorer, "_forward", lambda forest, chosen: 1 / 0)
     with pytest.raises(ForwardError, match="ZeroDivisionError"):
         scorer.warm_up()
 

@@ -1,5 +1,8 @@
 """`varlen(q, k, v, layout)`: attention over sequences packed in one row, without padding.
 
+A sequence's queries lie one behind the other in the row; its keys are gathered from wherever they
+lie, so that sequences can share them. One index serves all layers of a forward pass.
+
 Two kernels, chosen openly when a layout is built (`kernel_for`): torch's varlen flash attention
 for 16-bit CUDA tensors, and scaled_dot_product_attention over each run of equally long sequences
 for everything else (CPU, float32), which the varlen kernel does not support.
@@ -10,11 +13,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 Kernel = Literal["sdpa", "varlen"]
@@ -22,19 +29,30 @@ Kernel = Literal["sdpa", "varlen"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a packed row splits into sequences, each of which attends to itself alone.
+    """How a packed row splits into S sequences.
 
     Attributes:
-        lengths: length of each sequence; they sum to the row's.
-        cu_seqlens: int32 [S + 1], their cumulative sum, on the row's device.
-        causal: whether a token sees only itself and what stands before it.
+        query_lengths: S lengths; they sum to the row's.
+        key_lengths: S lengths, each at least the query's.
+        key_rows: int64 [sum of key_lengths], rows of the keys of each sequence, one sequence
+            behind the other; None where every sequence's keys are its own rows.
+        cu_query: int32 [S + 1], cumulative sum of query_lengths, on the row's device.
+        cu_key: likewise of key_lengths.
+        causal: whether a query sees only keys up to its own place; the last query of a sequence
+            sees all its keys.
         kernel: which kernel computes it.
+        apart: whether every sequence is computed as if it were alone, so that no rounding depends
+            on its company (`linear`).
     """
 
-    lengths: tuple[int, ...]
-    cu_seqlens: Tensor
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    key_rows: Tensor | None
+    cu_query: Tensor
+    cu_key: Tensor
     causal: bool
     kernel: Kernel
+    apart: bool = False
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -44,52 +62,94 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
 
 
 def make_layout(
-    lengths: Sequence[int], causal: bool, device: torch.device, dtype: torch.dtype
+    lengths: Sequence[int],
+    causal: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    key_lengths: Sequence[int] | None = None,
+    key_rows: NDArray[np.int64] | None = None,
+    apart: bool = False,
 ) -> Layout:
-    """Describe sequences of `lengths` tokens that lie one behind the other."""
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    """Describe sequences of `lengths` queries that lie one behind the other.
+
+    Args:
+        lengths: queries of each sequence.
+        causal: see `Layout`.
+        device: where the tensors are.
+        dtype: of queries, keys and values.
+        key_lengths: keys of each sequence, where they are not the queries' rows.
+        key_rows: their rows.
+        apart: see `Layout`.
+    """
+    keys = lengths if key_lengths is None else key_lengths
     return Layout(
-        lengths=tuple(lengths),
-        cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+        query_lengths=tuple(lengths),
+        key_lengths=tuple(keys),
+        key_rows=None if key_rows is None else upload(torch.from_numpy(key_rows), device),
+        cu_query=upload(_cumulative(lengths), device),
+        cu_key=upload(_cumulative(keys), device),
         causal=causal,
         kernel=kernel_for(device, dtype),
+        apart=apart,
     )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    """x W^T + b over all rows [Q, in] at once, or over each sequence's rows if they are `apart`.
+
+    How a matrix product rounds a row depends on how many rows it has.
+    """
+    if not layout.apart:
+        return F.linear(x, weight, bias)
+    return torch.cat([F.linear(rows, weight, bias) for rows in x.split(layout.query_lengths)])
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """Softmax attention scaled by 1/sqrt(D), within each sequence of the layout.
 
     Args:
-        query: [T, H, D].
+        query: [Q, H, D], Q the sum of query_lengths.
         key: [T, G, D], G divides H: each key head serves H / G query heads.
         value: [T, G, D].
-        layout: where the sequences lie in T.
+        layout: which rows belong together.
 
     Returns:
-        [T, H, D].
+        [Q, H, D].
     """
+    if layout.key_rows is not None:
+        key, value = key[layout.key_rows], value[layout.key_rows]
     if layout.kernel == "varlen":
         return _varlen_kernel(query, key, value, layout)
-    return _sdpa_by_length(query, key, value, layout)
+    return _sdpa_by_shape(query, key, value, layout)
 
 
-def _sdpa_by_length(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
-    """One batched call for each run of consecutive sequences of equal length; no row is copied."""
+def _sdpa_by_shape(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """One batched call for each run of consecutive sequences of equal lengths."""
     out = torch.empty_like(query)
-    start = 0
-    for length, run in groupby(layout.lengths):
+    first_query = first_key = 0
+    for (queries, keys), run in groupby(zip(layout.query_lengths, layout.key_lengths, strict=True)):
         count = len(list(run))
-        rows = slice(start, start + count * length)
+        rows = slice(first_query, first_query + count * queries)
+        seen = slice(first_key, first_key + count * keys)
         q, k, v = (
-            tensor[rows].unflatten(0, (count, length)).transpose(1, 2)
-            for tensor in (query, key, value)
+            tensor.unflatten(0, (count, -1)).transpose(1, 2)
+            for tensor in (query[rows], key[seen], value[seen])
         )
         attended = scaled_dot_product_attention(
-            q, k, v, is_causal=layout.causal, enable_gqa=q.shape[1] != k.shape[1]
-        )
+            q, k, v,
+            attn_mask=_lower_right(queries, keys) if layout.causal and 1 < queries < keys else None,
+            is_causal=layout.causal and queries == keys,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
         out[rows] = attended.transpose(1, 2).flatten(0, 1)
-        start = rows.stop
+        first_query, first_key = rows.stop, seen.stop
     return out
+
+
+@lru_cache(maxsize=64)
+def _lower_right(queries: int, keys: int) -> Tensor:
+    """Causal mask bool [queries, keys] whose last row sees everything (is_causal: the first)."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
 def _varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -102,11 +162,23 @@ def _varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout) ->
         options["enable_gqa"] = True
     elif groups > 1:  # torch < 2.12
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    longest = max(layout.lengths)
-    window = (-1, 0) if layout.causal else (-1, -1)
+    if layout.apart and "num_splits" in inspect.signature(varlen_attn).parameters:
+        options["num_splits"] = 1
+    window = (-1, 0) if layout.causal else (-1, -1)  # causal is aligned bottom-right
     out = varlen_attn(
-        query, key, value, layout.cu_seqlens, layout.cu_seqlens, longest, longest,
-        window_size=window, **options,
+        query, key, value, layout.cu_query, layout.cu_key,
+        max(layout.query_lengths), max(layout.key_lengths), window_size=window, **options,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
+
+
+def _cumulative(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it; pinned memory makes that possible."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

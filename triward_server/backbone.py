@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .attention import Layout, make_layout, varlen
+from .attention import Layout, linear, make_layout, upload, varlen
 from .errors import CheckpointError
-from .packing import Geometry, PackedBatch
-from .vision import GatedMLP, RMSNorm, VisionTower, rotate
+from .packing import Cost, Geometry, Image, Int64Array, PackedBatch
+from .vision import EmbeddingCache, GatedMLP, RMSNorm, VisionTower, rotate
 
 
 class Attention(nn.Module):
@@ -30,10 +32,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
         """[T, dim] -> [T, dim]."""
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
+        qkv = linear(x, self.qkv_proj.weight, self.qkv_proj.bias, layout)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
         attended = varlen(rotate(q, *rotary), rotate(k, *rotary), v, layout)
-        out: Tensor = self.o_proj(attended.flatten(1))
-        return out
+        return linear(attended.flatten(1), self.o_proj.weight, None, layout)
+
+    def at(
+        self, rows: Tensor, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, last: Layout
+    ) -> Tensor:
+        """The same for queries at `rows` [C] alone, all of x as keys: [T, dim] -> [C, dim]."""
+        cos, sin = rotary
+        size = self.heads[0] * self.head_dim
+        weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
+        q = linear(x[rows], weight[:size], bias[:size], last).unflatten(-1, (-1, self.head_dim))
+        kv = linear(x, weight[size:], bias[size:], layout).unflatten(-1, (-1, self.head_dim))
+        k, v = kv.chunk(2, dim=1)
+        attended = varlen(rotate(q, cos[rows], sin[rows]), rotate(k, cos, sin), v, last)
+        return linear(attended.flatten(1), self.o_proj.weight, None, last)
 
 
 class DecoderLayer(nn.Module):
@@ -49,7 +64,16 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
         """[T, dim] -> [T, dim]."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, layout)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x), layout)
+        return out
+
+    def at(
+        self, rows: Tensor, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, last: Layout
+    ) -> Tensor:
+        """The same, but only `rows` [C] pass beyond keys and values: [T, dim] -> [C, dim]."""
+        normed = self.input_layernorm(x)
+        y = x[rows] + self.self_attn.at(rows, normed, rotary, layout, last)
+        out: Tensor = y + self.mlp(self.post_attention_layernorm(y), last)
         return out
 
 
@@ -63,13 +87,29 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        """Embeddings [T, dim], M-RoPE positions [3, T] -> hidden states [T, dim] before `norm`."""
+    def forward(
+        self, x: Tensor, positions: Tensor, rows: Tensor, layout: Layout, last: Layout
+    ) -> Tensor:
+        """Hidden states of the rows that are read.
+
+        Args:
+            x: float32 [T, dim], embeddings.
+            positions: [3, T], of M-RoPE.
+            rows: [C], what is read.
+            layout: attention of all rows.
+            last: attention of `rows` alone; in the last layer no other row is anyone's input.
+
+        Returns:
+            [C, dim], normalised.
+        """
         angles = self._angles(positions)
         rotary = (angles.cos(), angles.sin())
-        for layer in self.layers:
+        *layers, final = self.layers
+        assert isinstance(final, DecoderLayer)
+        for layer in layers:
             x = layer(x, rotary, layout)
-        return x
+        out: Tensor = self.norm(final.at(rows, x, rotary, layout, last))
+        return out
 
     def _angles(self, positions: Tensor) -> Tensor:
         """Rotary angles float32 [T, head_dim / 2]; each axis turns its section of frequencies."""
@@ -89,8 +129,8 @@ class ValueHead(nn.Module):
         self.summary = nn.Linear(dim, 1, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[C, dim] -> float32 [C]."""
-        out: Tensor = self.summary(x.float())[:, 0]
+        """[C, dim] -> float32 [C], each row for itself."""
+        out: Tensor = (x.float() * self.summary.weight).sum(-1) + self.summary.bias
         return out
 
 
@@ -101,15 +141,27 @@ class RewardModel(nn.Module):
         config: transformers' `Qwen2_5_VLConfig`.
         mean: the image processor's normalisation.
         std: likewise.
+        deterministic: compute every node of a batch as if it were alone.
+        cache_bytes: image embeddings that are kept from one batch to the next.
     """
 
-    def __init__(self, config: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        config: Any,
+        mean: Sequence[float],
+        std: Sequence[float],
+        deterministic: bool = False,
+        cache_bytes: int = 0,
+    ) -> None:
         super().__init__()
         _check_supported(config.text_config)
         text, vision = config.text_config, config.vision_config
         self.visual = VisionTower(vision, mean, std)
         self.language_model = LanguageModel(text)
         self.v_head = ValueHead(text.hidden_size)
+        self.embeddings = EmbeddingCache(cache_bytes)
+        self.deterministic = deterministic
+        self.cost = costs(config)
         self.geometry = Geometry(
             image_token_id=config.image_token_id,
             patch_size=vision.patch_size,
@@ -126,22 +178,73 @@ class RewardModel(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: PackedBatch) -> Tensor:
         """Scores float32 [C] of a packed batch, on the model's device."""
-        device, language = self.device, self.language_model
-        x: Tensor = language.embed_tokens(torch.from_numpy(batch.input_ids).to(device)).float()
+        language = self.language_model
+        x: Tensor = language.embed_tokens(self._upload(batch.input_ids)).float()
         if batch.images:
-            images = [torch.from_numpy(image).to(device) for image in batch.images]
-            rows, tokens = (
-                torch.from_numpy(index).to(device)
-                for index in (batch.image_rows, batch.image_tokens)
-            )
-            x[rows] = self.visual(images)[tokens].float()
-        layout = make_layout(
-            batch.lengths.tolist(), causal=True, device=device, dtype=language.norm.weight.dtype
+            embeddings = torch.cat(self._embed(batch.images))
+            x[self._upload(batch.image_rows)] = embeddings[self._upload(batch.image_tokens)].float()
+        shares = batch.key_lengths != batch.node_lengths
+        layout = self._layout(
+            batch.node_lengths, batch.key_lengths, batch.key_rows if shares else None
         )
-        hidden = language(x, torch.from_numpy(batch.positions).to(device), layout)
-        scored = torch.from_numpy(batch.scored).to(device)
-        scores: Tensor = self.v_head(language.norm(hidden[scored]))
+        # Conversations that end at one node (equal ones) are read once.
+        nodes, conversations = np.unique(batch.scored, return_inverse=True)
+        ends = np.cumsum(batch.key_lengths)
+        last = self._layout(
+            [1] * len(nodes),
+            [batch.key_lengths[node] for node in nodes],
+            np.concatenate(
+                [batch.key_rows[ends[n] - batch.key_lengths[n] : ends[n]] for n in nodes]
+            ),
+        )
+        rows = self._upload(np.cumsum(batch.node_lengths)[nodes] - 1)
+        hidden = language(x, self._upload(batch.positions), rows, layout, last)
+        scores: Tensor = self.v_head(hidden)[self._upload(conversations)]
         return scores
+
+    def _embed(self, images: Sequence[Image]) -> list[Tensor]:
+        """Embeddings of distinct images: those not kept go through the tower, in one row."""
+        found = {image.digest: self.embeddings.get(image.digest) for image in images}
+        missing = [image for image in images if found[image.digest] is None]
+        rounds = [[image] for image in missing] if self.deterministic else [missing]
+        for together in filter(None, rounds):
+            encoded = self.visual([self._upload(image.pixels) for image in together])
+            counts = [self.geometry.tokens(self.geometry.grid(i.pixels)) for i in together]
+            for image, embedding in zip(together, encoded.split(counts), strict=True):
+                found[image.digest] = embedding
+                self.embeddings.put(image.digest, embedding)
+        return [embedding for embedding in found.values() if embedding is not None]
+
+    def _layout(
+        self, lengths: Sequence[int], keys: Sequence[int], key_rows: Int64Array | None
+    ) -> Layout:
+        dtype = self.language_model.norm.weight.dtype
+        return make_layout(
+            lengths, True, self.device, dtype, keys, key_rows, apart=self.deterministic
+        )
+
+    def _upload(self, array: NDArray[Any]) -> Tensor:
+        return upload(torch.from_numpy(array), self.device)
+
+
+def costs(config: Any) -> Cost:
+    """Multiply-adds count twice; norms, rotations and activations are left out.
+
+    Args:
+        config: transformers' `Qwen2_5_VLConfig`.
+    """
+    text, vision = config.text_config, config.vision_config
+    head = text.hidden_size // text.num_attention_heads
+    attention = 2 * text.hidden_size**2 + 2 * text.hidden_size * text.num_key_value_heads * head
+    layer = attention + 3 * text.hidden_size * text.intermediate_size
+    block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
+    merged = vision.hidden_size * vision.spatial_merge_size**2
+    merger = (merged**2 + merged * vision.out_hidden_size) // vision.spatial_merge_size**2
+    return Cost(
+        per_token=2 * layer * text.num_hidden_layers,
+        per_pair=4 * text.hidden_size * text.num_hidden_layers,
+        per_patch=2 * (block * vision.depth + merger),
+    )
 
 
 def _check_supported(text_config: Any) -> None:

@@ -98,13 +98,21 @@ def verify(checkpoint: Path) -> None:
             )
 
 
-def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> RewardModel:
+def load_model(
+    checkpoint: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    deterministic: bool = False,
+    cache_bytes: int = 0,
+) -> RewardModel:
     """Load a verified model for inference.
 
     Args:
         checkpoint: folder with config, processor and weights.
         dtype: of weights and activations; the value head stays float32.
         device: where the weights go, file by file.
+        deterministic: see `RewardModel`.
+        cache_bytes: see `RewardModel`.
 
     Raises:
         CheckpointError: see `verify`.
@@ -112,7 +120,13 @@ def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Re
     verify(checkpoint)
     processor = AutoImageProcessor.from_pretrained(checkpoint)
     with torch.device("meta"):
-        model = RewardModel(load_config(checkpoint), processor.image_mean, processor.image_std)
+        model = RewardModel(
+            load_config(checkpoint),
+            processor.image_mean,
+            processor.image_std,
+            deterministic,
+            cache_bytes,
+        )
     state: dict[str, Tensor] = {}
     for name, tensor in _join(_tensors(weight_files(checkpoint), device)):
         state[name] = tensor.to(torch.float32 if name.startswith("v_head.") else dtype)

@@ -49,6 +49,9 @@ class ForwardConfig:
         max_batch_tokens: tokens that one forward pass computes at most; a larger batch is cut
             into micro-batches, and a single longer conversation runs alone.
         max_batch_patches: the same for the patches of the vision tower.
+        max_batch_tflop: predicted TFLOP of one forward pass, a bound on how long it takes.
+        embedding_cache_bytes: image embeddings kept on the device from one batch to the next.
+        deterministic: a score is bitwise the same in any company, in any order, with any cache.
         threads: CPU threads of torch; 0 leaves torch's own choice.
     """
 
@@ -56,6 +59,9 @@ class ForwardConfig:
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cuda"
     max_batch_tokens: Positive = 32_768
     max_batch_patches: Positive = 65_536
+    max_batch_tflop: Annotated[float, Field(gt=0)] = 500.0
+    embedding_cache_bytes: Annotated[int, Field(ge=0)] = 1024**3
+    deterministic: bool = False
     threads: Annotated[int, Field(ge=0)] = 0
 
     def on_instance(self, device_id: str) -> ForwardConfig:

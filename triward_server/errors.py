@@ -4,12 +4,13 @@
     ├── InvalidRequest      the caller's input cannot be scored        INVALID_ARGUMENT
     ├── Unavailable         no room for the request now                UNAVAILABLE
     ├── NonFiniteScore      the model answered NaN or infinity         INTERNAL
+    ├── Cancelled           the caller is gone                         CANCELLED
     ├── ForwardError        the forward pass itself failed             INTERNAL
     ├── ConfigError         a model parameter or flag is wrong         at load or export
     ├── CheckpointError     the weights are not the model's            at load or export
     └── LaunchError         tritonserver cannot be started or died     at launch
 
-The first four answer single requests; the code beside each is the gRPC status its caller sees.
+The first five answer single requests; the code beside each is the gRPC status its caller sees.
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ class Unavailable(TriwardError):
 
 class NonFiniteScore(TriwardError):
     """The model produced NaN or infinity for a conversation, which is never a reward."""
+
+
+class Cancelled(TriwardError):
+    """The caller gave up, so what was left of its request was not computed."""
+
+    code = "CANCELLED"
 
 
 class ForwardError(TriwardError):

@@ -1,15 +1,21 @@
-"""list[Features] -> `PackedBatch`: one padding-free row that a single forward pass computes.
+"""list[Features] -> `PackedBatch`: a radix tree of conversations, laid out in one row.
 
-Every conversation is a run of the row and attends only within itself. Positions are M-RoPE's
-(Qwen2-VL, arXiv:2409.12191, section 2.1): text advances all three axes together; an image holds
-the first axis still and spreads rows and columns over the other two; what follows continues at
-the largest position so far plus one, which is less than the token count.
+Conversations that begin alike share the tokens that they begin with, however many requests they
+came in: equal ids at equal depth share a *node* of the tree when the images under their
+placeholders are byte-equal. All nodes' tokens lie in one row without padding; every linear layer
+runs once over it, and in attention a node's tokens see their ancestors' and their own.
+
+Positions are M-RoPE's (Qwen2-VL, arXiv:2409.12191, section 2.1): text advances all three axes
+together; an image holds the first axis still and spreads rows and columns over the other two; what
+follows continues at the largest position so far plus one, which is less than the token count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,24 +54,107 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
-    """One row of T tokens from C conversations, on the host.
+class Cost:
+    """What a model computes, in FLOPs.
 
     Attributes:
-        input_ids: int32 [T].
+        per_token: of the language model's matrices, for one token.
+        per_pair: of its attention, for one query and one key.
+        per_patch: of the vision tower's matrices, for one patch.
+    """
+
+    per_token: int
+    per_pair: int
+    per_patch: int
+
+
+@dataclass(frozen=True)
+class Image:
+    """A distinct image.
+
+    Attributes:
+        pixels: uint8 [H, W, 3].
+        digest: of shape and pixels; equal images have equal digests.
+        index: its place among the distinct images of the batch.
+        first_token: its first token among those of all distinct images of the batch.
+    """
+
+    pixels: UInt8Array
+    digest: bytes
+    index: int
+    first_token: int
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One conversation.
+
+    Attributes:
+        request: which item of the batch it belongs to.
+        response: which of that item's responses it ends with.
+        keys: int32 [L]. A token's id; for an image placeholder -1 - t, where t counts the tokens
+            of all distinct images. Equal keys are embedded alike.
+        positions: int32 [3, L].
+        prompt_length: tokens that it shares with the other responses of its request by
+            construction.
+        images: which of the batch's distinct images it shows.
+    """
+
+    request: int
+    response: int
+    keys: Int32Array
+    positions: Int32Array
+    prompt_length: int
+    images: frozenset[int]
+
+    @property
+    def prompt(self) -> Int32Array:
+        """Keys of the prompt."""
+        return self.keys[: self.prompt_length]
+
+
+@dataclass(frozen=True)
+class Forest:
+    """All conversations of a batch, sorted so that those that begin alike are neighbours.
+
+    Attributes:
+        branches: the conversations.
+        shared: int64 [C], how many tokens branch i has in common with branch i - 1; 0 for the
+            first. Computing branch i after branch i - 1 costs the rest.
+        images: distinct images, in the order of their tokens.
+        canonical: whether nodes end where prompts end and nowhere else, so that how a
+            conversation is cut does not depend on its company.
+    """
+
+    branches: tuple[Branch, ...]
+    shared: Int64Array
+    images: tuple[Image, ...]
+    canonical: bool
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """T tokens in S nodes, for C conversations, on the host.
+
+    Attributes:
+        input_ids: int32 [T]; whatever stands at image placeholders is not read.
         positions: int32 [3, T], M-RoPE's temporal, height and width axes.
-        lengths: int32 [C], tokens of each conversation, in the order of the row.
-        scored: int64 [C], the row of each conversation's last token.
-        images: the batch's images, each once for all responses of its request.
-        image_rows: int64 [M], rows of `input_ids` that hold image placeholders.
-        image_tokens: int64 [M], for each of them, which row of the image embeddings to put there.
+        node_lengths: S lengths, which sum to T; nodes lie one behind the other.
+        key_lengths: S counts: what a node's last token sees, its ancestors' tokens and its own.
+        key_rows: int64 [sum of key_lengths], the rows of those tokens, node by node.
+        scored: int64 [C], the node whose last token scores each conversation.
+        images: the images that occur.
+        image_rows: int64 [M], rows that hold image placeholders.
+        image_tokens: int64 [M], for each of them, a row of the images' embeddings.
     """
 
     input_ids: Int32Array
     positions: Int32Array
-    lengths: Int32Array
+    node_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    key_rows: Int64Array
     scored: Int64Array
-    images: tuple[UInt8Array, ...]
+    images: tuple[Image, ...]
     image_rows: Int64Array
     image_tokens: Int64Array
 
@@ -109,43 +198,151 @@ def check(features: Features, geometry: Geometry) -> None:
         )
 
 
-def pack(batch: Sequence[Features], geometry: Geometry) -> PackedBatch:
-    """Lay all conversations of a batch out in one row.
+def plant(batch: dict[int, Features], geometry: Geometry, canonical: bool = False) -> Forest:
+    """Sort a batch's conversations and find what neighbours share.
 
     Args:
-        batch: at least one item, each accepted by `check`.
+        batch: items by request number, each accepted by `check`.
         geometry: the model's.
+        canonical: share whole prompts or nothing.
     """
-    ids: list[Int32Array] = []
-    positions: list[Int32Array] = []
-    images: list[UInt8Array] = []
-    image_rows: list[Int64Array] = []
-    image_tokens: list[Int64Array] = []
-    lengths: list[int] = []
-    row = embedded = 0
-    for item in batch:
+    images: dict[bytes, Image] = {}
+    branches: list[Branch] = []
+    first_token = 0
+    for request, item in batch.items():
+        keys = item.prompt_ids.copy()
+        at = 0
+        shown: list[int] = []
+        placeholders = np.flatnonzero(keys == geometry.image_token_id)
+        for pixels in item.images:
+            content = repr(pixels.shape).encode() + pixels.tobytes()
+            digest = blake2b(content, digest_size=16).digest()
+            count = geometry.tokens(geometry.grid(pixels))
+            if digest not in images:
+                images[digest] = Image(pixels, digest, len(images), first_token)
+                first_token += count
+            shown.append(images[digest].index)
+            tokens = images[digest].first_token + np.arange(count, dtype=np.int32)
+            keys[placeholders[at : at + count]] = -1 - tokens
+            at += count
         grids = [geometry.grid(image) for image in item.images]
-        prompt_positions = mrope_positions(item.prompt_ids, grids, geometry)
-        start = int(prompt_positions.max(initial=-1)) + 1
-        placeholders = np.flatnonzero(item.prompt_ids == geometry.image_token_id)
-        for response in item.response_ids:
-            ids += [item.prompt_ids, response]
-            positions += [prompt_positions, text_positions(start, len(response))]
-            image_rows.append(placeholders + row)
-            image_tokens.append(np.arange(len(placeholders), dtype=np.int64) + embedded)
-            lengths.append(len(item.prompt_ids) + len(response))
-            row += lengths[-1]
-        images += item.images
-        embedded += len(placeholders)
+        positions = mrope_positions(item.prompt_ids, grids, geometry)
+        start = int(positions.max(initial=-1)) + 1
+        branches += [
+            Branch(
+                request,
+                index,
+                np.concatenate([keys, ids]),
+                np.concatenate([positions, text_positions(start, len(ids))], axis=1),
+                len(keys),
+                frozenset(shown),
+            )
+            for index, ids in enumerate(item.response_ids)
+        ]
+    # Any order of byte strings puts those with a common prefix side by side.
+    if canonical:
+        branches.sort(key=lambda branch: (branch.prompt.tobytes(), branch.keys.tobytes()))
+        shared = [len(a.prompt) * np.array_equal(a.prompt, b.prompt) for a, b in pairwise(branches)]
+    else:
+        branches.sort(key=lambda branch: branch.keys.tobytes())
+        shared = [_common(a.keys, b.keys) for a, b in pairwise(branches)]
+    counts = np.array([0, *shared], np.int64)
+    return Forest(tuple(branches), counts, tuple(images.values()), canonical)
+
+
+def _common(a: Int32Array, b: Int32Array) -> int:
+    """Length of the common prefix."""
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
+def pack(forest: Forest, chosen: Sequence[int]) -> PackedBatch:
+    """Lay the tree of some branches, by ascending index, out in one row."""
+    branches = [forest.branches[index] for index in chosen]
+    # What two branches share is what all between them share.
+    shared = [0, *(int(forest.shared[a + 1 : b + 1].min()) for a, b in pairwise(chosen))]
+    ends, parents, owners, scored = _grow(branches, shared, forest.canonical)
+
+    # Place every node behind its ancestors, in the order of the branches.
+    rows: dict[int, Int64Array] = {0: np.empty(0, np.int64)}  # of a node's path, 0 is the root
+    order: list[int] = []
+    row = 0
+    for leaf in scored:
+        path = []
+        node = leaf
+        while node not in rows:
+            path.append(node)
+            node = parents[node]
+        for node in reversed(path):
+            length = ends[node] - ends[parents[node]]
+            own = np.arange(row, row + length)
+            rows[node] = np.concatenate([rows[parents[node]], own])
+            order.append(node)
+            row += length
+
+    spans = [(branches[owners[n]], slice(ends[parents[n]], ends[n])) for n in order]
+    keys = np.concatenate([branch.keys[span] for branch, span in spans])
+    image_rows = np.flatnonzero(keys < 0)
+    images, image_tokens = _used(forest.images, -1 - keys[image_rows].astype(np.int64))
+    place = {node: index for index, node in enumerate(order)}
     return PackedBatch(
-        input_ids=np.concatenate(ids),
-        positions=np.concatenate(positions, axis=1),
-        lengths=np.array(lengths, dtype=np.int32),
-        scored=np.cumsum(lengths) - 1,
-        images=tuple(images),
-        image_rows=np.concatenate(image_rows),
-        image_tokens=np.concatenate(image_tokens),
+        input_ids=np.maximum(keys, 0),
+        positions=np.concatenate([branch.positions[:, span] for branch, span in spans], axis=1),
+        node_lengths=tuple(span.stop - span.start for _, span in spans),
+        key_lengths=tuple(ends[node] for node in order),
+        key_rows=np.concatenate([rows[node] for node in order]),
+        scored=np.array([place[node] for node in scored]),
+        images=images,
+        image_rows=image_rows,
+        image_tokens=image_tokens,
     )
+
+
+def _grow(
+    branches: Sequence[Branch], shared: Sequence[int], canonical: bool
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """The radix tree of sorted branches, from what neighbours share.
+
+    A node ends at a depth; it begins where its parent ends. Walking the sorted branches, the path
+    to the last one is a stack: whatever lies deeper than what the next one shares is left, and a
+    node that the next one leaves half-way is split there.
+
+    Returns:
+        For each node its end, its parent and a branch that runs through it; node 0 is the empty
+        root. And for each branch the node that it ends with.
+    """
+    ends, parents, owners = [0], [0], [0]
+    stack, scored = [0], []
+    for index, (branch, depth) in enumerate(zip(branches, shared, strict=True)):
+        left = 0
+        while ends[stack[-1]] > depth:
+            left = stack.pop()
+        if ends[stack[-1]] < depth:  # split: the upper half gets a node of its own
+            ends.append(depth)
+            parents.append(stack[-1])
+            owners.append(index)
+            stack.append(len(ends) - 1)
+            parents[left] = stack[-1]
+        cuts = (branch.prompt_length, len(branch.keys)) if canonical else (len(branch.keys),)
+        for cut in cuts:
+            if cut > ends[stack[-1]]:
+                ends.append(cut)
+                parents.append(stack[-1])
+                owners.append(index)
+                stack.append(len(ends) - 1)
+        scored.append(stack[-1])
+    return ends, parents, owners, scored
+
+
+def _used(images: tuple[Image, ...], tokens: Int64Array) -> tuple[tuple[Image, ...], Int64Array]:
+    """The images that tokens of all images belong to, and the tokens counted among those alone."""
+    firsts = np.array([image.first_token for image in images], np.int64)
+    owner = np.searchsorted(firsts, tokens, side="right") - 1
+    used, local = np.unique(owner, return_inverse=True)
+    counts = np.diff([*firsts, np.iinfo(np.int64).max])[used]
+    starts = np.cumsum([0, *counts[:-1]])
+    return tuple(images[i] for i in used), starts[local] + tokens - firsts[owner]
 
 
 def mrope_positions(ids: Int32Array, grids: Sequence[Grid], geometry: Geometry) -> Int32Array:

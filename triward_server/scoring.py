@@ -3,8 +3,9 @@
 One call of `Scorer.score` is one dynamic batch of Triton:
 
     check       each request's features fit the model              packing.check
-    plan        cut the batch into micro-batches by tokens         plan
-    pack        lay a micro-batch out in one padding-free row      packing.pack
+    plant       sort conversations so that they share prefixes     packing.plant
+    plan        cut them into micro-batches by predicted cost      plan
+    pack        lay a micro-batch's tree out in one row            packing.pack
     forward     encode its images, run the row, read the head      backbone.RewardModel
     hand back   scores to their requests; NaN is an error
 
@@ -14,30 +15,21 @@ A request that fails gets its error in its own place; its neighbours are scored.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from . import packing
 from .checkpoint import load_model
 from .config import ForwardConfig
-from .errors import ForwardError, NonFiniteScore, TriwardError
-from .packing import Geometry
+from .errors import Cancelled, ForwardError, NonFiniteScore, TriwardError, Unavailable
+from .packing import Cost, Forest, Geometry
 from .schema import Features, Float32Array, Scores
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Work:
-    """Some of a request's conversations: `features` of responses `first`, `first + 1`, …"""
-
-    request: int
-    first: int
-    features: Features
 
 
 class Scorer:
@@ -56,7 +48,11 @@ class Scorer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self._model = load_model(
-            checkpoint, getattr(torch, config.dtype), torch.device(config.device)
+            checkpoint,
+            getattr(torch, config.dtype),
+            torch.device(config.device),
+            config.deterministic,
+            config.embedding_cache_bytes,
         )
 
     @property
@@ -64,11 +60,15 @@ class Scorer:
         """Token ids and sizes of the model."""
         return self._model.geometry
 
-    def score(self, batch: Sequence[Features]) -> list[Scores | TriwardError]:
+    def score(
+        self, batch: Sequence[Features], is_cancelled: Callable[[int], bool] = lambda index: False
+    ) -> list[Scores | TriwardError]:
         """Score every conversation of every request.
 
         Args:
             batch: requests, of one or many callers.
+            is_cancelled: whether the caller of a request has given up; asked between
+                micro-batches.
 
         Returns:
             For each request its scores, in the order of its responses, or what is wrong with it.
@@ -79,14 +79,20 @@ class Scorer:
                 packing.check(features, self.geometry)
             except TriwardError as error:
                 errors[index] = error
+        valid = {index: item for index, item in enumerate(batch) if index not in errors}
         rewards = [np.full(len(item.response_ids), np.nan, np.float32) for item in batch]
-        valid = [index for index in range(len(batch)) if index not in errors]
-        for micro_batch in plan({i: batch[i] for i in valid}, self.geometry, self._config):
-            for work, scores in self._score_apart(micro_batch):
-                if isinstance(scores, TriwardError):
-                    errors[work.request] = scores
+        forest = packing.plant(valid, self.geometry, self._config.deterministic)
+        for chosen in plan(forest, self.geometry, self._model.cost, self._config):
+            callers = {forest.branches[i].request for i in chosen} - errors.keys()
+            gone = {caller for caller in callers if is_cancelled(caller)}
+            errors |= {caller: Cancelled("the caller has cancelled") for caller in gone}
+            needed = [i for i in chosen if forest.branches[i].request not in errors]
+            for i, score in zip(needed, self._score_apart(forest, needed), strict=True):
+                branch = forest.branches[i]
+                if isinstance(score, TriwardError):
+                    errors[branch.request] = score
                 else:
-                    rewards[work.request][work.first : work.first + len(scores)] = scores
+                    rewards[branch.request][branch.response] = score
         return [
             errors.get(index) or _finish(features, rewards[index])
             for index, features in enumerate(batch)
@@ -109,55 +115,73 @@ class Scorer:
             if isinstance(result, TriwardError):
                 raise result
 
-    def _score_apart(self, works: Sequence[Work]) -> list[tuple[Work, Float32Array | TriwardError]]:
+    def _score_apart(self, forest: Forest, chosen: Sequence[int]) -> list[float | TriwardError]:
         """Run one forward pass; if it fails, halve it until the failure stands alone."""
+        if not chosen:
+            return []
         try:
-            scores = self._forward([work.features for work in works])
+            return list(self._forward(forest, chosen))
         except Exception as error:
-            if len(works) > 1:
-                middle = len(works) // 2
-                return [*self._score_apart(works[:middle]), *self._score_apart(works[middle:])]
-            logger.exception("a forward pass failed")
-            reason = f"{type(error).__name__}: {error}"
-            return [(works[0], ForwardError(f"the forward pass failed: {reason}"))]
-        counts = [len(work.features.response_ids) for work in works]
-        return list(zip(works, np.split(scores, np.cumsum(counts)[:-1]), strict=True))
+            if len(chosen) > 1:
+                middle = len(chosen) // 2
+                halves = chosen[:middle], chosen[middle:]
+                return [score for half in halves for score in self._score_apart(forest, half)]
+            return [_failure(error, len(forest.branches[chosen[0]].keys))]
 
-    def _forward(self, features: Sequence[Features]) -> Float32Array:
-        scores: Float32Array = self._model(packing.pack(features, self.geometry)).cpu().numpy()
+    def _forward(self, forest: Forest, chosen: Sequence[int]) -> Float32Array:
+        scores: Float32Array = self._model(packing.pack(forest, chosen)).cpu().numpy()
         return scores
 
 
-def plan(
-    requests: dict[int, Features], geometry: Geometry, config: ForwardConfig
-) -> list[list[Work]]:
-    """Cut requests into micro-batches within the budgets of tokens and vision patches.
+def plan(forest: Forest, geometry: Geometry, cost: Cost, config: ForwardConfig) -> list[list[int]]:
+    """Cut a forest into micro-batches within the budgets of tokens, patches and FLOPs.
 
-    Conversations keep their order. One that exceeds a budget by itself runs alone. A request
-    whose responses are spread over several micro-batches has its images encoded in each.
+    A branch costs what it does not share with the one before it. One that exceeds a budget by
+    itself runs alone. An image that is shown in several micro-batches counts in each.
+
+    Returns:
+        Indices of branches, in order.
     """
-    micro_batches: list[list[Work]] = []
-    tokens = patches = 0
+    micro_batches: list[list[int]] = []
+    budget = (config.max_batch_tokens, config.max_batch_patches, config.max_batch_tflop * 1e12)
+    used = np.zeros(3)
+    shown: frozenset[int] = frozenset()
+    for index, branch in enumerate(forest.branches):
+        extra = _price(forest, index, int(forest.shared[index]), shown, geometry, cost)
+        if micro_batches and (used + extra <= budget).all():
+            micro_batches[-1].append(index)
+        else:
+            micro_batches.append([index])
+            used, shown = np.zeros(3), frozenset()
+            extra = _price(forest, index, 0, shown, geometry, cost)
+        used += extra
+        shown |= branch.images
+    return micro_batches
 
-    def close(index: int, first: int, last: int) -> None:
-        if last > first:
-            part = replace(features, response_ids=features.response_ids[first:last])
-            micro_batches[-1].append(Work(index, first, part))
 
-    for index, features in requests.items():
-        image_patches = sum(geometry.grid(image).patches for image in features.images)
-        first = 0
-        patches += image_patches
-        for position, count in enumerate(features.token_counts):
-            tokens += count
-            fits = tokens <= config.max_batch_tokens and patches <= config.max_batch_patches
-            if not micro_batches or not fits:
-                if micro_batches:
-                    close(index, first, position)
-                micro_batches.append([])
-                first, tokens, patches = position, count, image_patches
-        close(index, first, len(features.response_ids))
-    return [micro_batch for micro_batch in micro_batches if micro_batch]
+def _price(
+    forest: Forest,
+    index: int,
+    shared: int,
+    shown: frozenset[int],
+    geometry: Geometry,
+    cost: Cost,
+) -> NDArray[np.float64]:
+    """Tokens, patches and FLOPs of a branch behind `shared` tokens and the images in `shown`."""
+    branch = forest.branches[index]
+    length = len(branch.keys)
+    images = (forest.images[i].pixels for i in branch.images - shown)
+    patches = sum(geometry.grid(pixels).patches for pixels in images)
+    pairs = (length * (length + 1) - shared * (shared + 1)) // 2
+    flops = cost.per_token * (length - shared) + cost.per_pair * pairs + cost.per_patch * patches
+    return np.array([length - shared, patches, flops], np.float64)
+
+
+def _failure(error: Exception, tokens: int) -> TriwardError:
+    if isinstance(error, torch.OutOfMemoryError):
+        return Unavailable(f"a conversation of {tokens} tokens exceeds the device's free memory")
+    logger.error("a forward pass failed", exc_info=error)
+    return ForwardError(f"the forward pass failed: {type(error).__name__}: {error}")
 
 
 def _finish(features: Features, rewards: Float32Array) -> Scores | TriwardError:

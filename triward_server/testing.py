@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from qwen_vl_utils import process_vision_info
 from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import cached_file
+
+from .schema import Features
 
 Messages = Sequence[dict[str, Any]]
 
@@ -82,6 +85,25 @@ class Oracle:
     def score(self, messages: Messages) -> float:
         """The card's number for one conversation whose last message is the assistant's."""
         return self.score_inputs(self.inputs([messages]))[0]
+
+    def score_features(self, features: Features) -> list[float]:
+        """Each conversation of already prepared features by itself, without our tokenization."""
+        image_id = self.processor.image_token_id
+        images = {}
+        if features.images:
+            processed = self.processor.image_processor(list(features.images), return_tensors="pt")
+            images = {key: value.to(self.device) for key, value in processed.items()}
+        scores = []
+        for response in features.response_ids:
+            row = np.concatenate([features.prompt_ids, response]).astype(np.int64)
+            ids = torch.from_numpy(row)[None].to(self.device)
+            inputs = {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "mm_token_type_ids": (ids == image_id).int(),
+            }
+            scores += self.score_inputs(inputs | images)
+        return scores
 
 
 def fp32_budget(score: float) -> float:

@@ -87,7 +87,10 @@ class ForwardBackend:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch with one call of the scorer."""
         parsed = [_capture(partial(self._parse, request)) for request in requests]
-        scored = iter(self._scorer.score([item for item in parsed if isinstance(item, Features)]))
+        pairs = zip(requests, parsed, strict=True)
+        callers = [request for request, item in pairs if isinstance(item, Features)]
+        features = [item for item in parsed if isinstance(item, Features)]
+        scored = iter(self._scorer.score(features, lambda index: callers[index].is_cancelled()))
         results = [next(scored) if isinstance(item, Features) else item for item in parsed]
         return [_answer(self._pb, partial(self._respond, result)) for result in results]
 
@@ -202,6 +205,7 @@ def _codes(pb_utils: Any) -> dict[str, Any]:
         "INVALID_ARGUMENT": error.INVALID_ARG,
         "UNAVAILABLE": error.UNAVAILABLE,
         "INTERNAL": error.INTERNAL,
+        "CANCELLED": error.CANCELLED,
     }
 
 

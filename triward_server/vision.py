@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Layout, make_layout, varlen
+from .attention import Layout, linear, make_layout, varlen
 from .packing import Int64Array
 from .schema import Grid
 
@@ -56,11 +57,11 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = nn.Linear(dim, 2 * inner, bias=bias)
         self.down_proj = nn.Linear(inner, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, dim] -> [T, dim]."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
-        return out
+        both = linear(x, self.gate_up_proj.weight, self.gate_up_proj.bias, layout)
+        gate, up = both.chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.down_proj.weight, self.down_proj.bias, layout)
 
 
 class VisionAttention(nn.Module):
@@ -94,7 +95,7 @@ class VisionBlock(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
         """[T, dim] -> [T, dim]."""
         x = x + self.attn(self.norm1(x), rotary, layout)
-        out: Tensor = x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x), layout)
         return out
 
 
@@ -224,6 +225,43 @@ class VisionTower(nn.Module):
         places = np.concatenate([_places(grid, config.spatial_merge_size) for grid in grids])
         angles: Tensor = torch.from_numpy(places).to(device)[..., None].float() * inverse
         return angles.flatten(1)
+
+
+class EmbeddingCache:
+    """Image embeddings by content digest, least recently used first out.
+
+    The digest covers the resized pixels, so that other pixel limits are another image. The cache
+    belongs to one loaded model, so that other weights are another cache.
+
+    Args:
+        max_bytes: size of all embeddings together; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._items: LRUCache[bytes, Tensor] = LRUCache(max_bytes, getsizeof=lambda t: t.nbytes)
+        self.hits = 0
+        self.misses = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept at present."""
+        return int(self._items.currsize)
+
+    def clear(self) -> None:
+        """Forget everything but the counts."""
+        self._items.clear()
+
+    def get(self, digest: bytes) -> Tensor | None:
+        """The embedding [M, out], or None; either is counted."""
+        embedding = self._items.get(digest)
+        self.hits += embedding is not None
+        self.misses += embedding is None
+        return embedding
+
+    def put(self, digest: bytes, embedding: Tensor) -> None:
+        """Keep an embedding if it fits at all; others make room."""
+        if embedding.nbytes <= self._items.maxsize:
+            self._items[digest] = embedding.clone()  # not a view that keeps its batch alive
 
 
 @lru_cache(maxsize=64)
