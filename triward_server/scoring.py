@@ -122,11 +122,12 @@ class Scorer:
         try:
             return list(self._forward(forest, chosen))
         except Exception as error:
-            if len(chosen) > 1:
-                middle = len(chosen) // 2
-                halves = chosen[:middle], chosen[middle:]
-                return [score for half in halves for score in self._score_apart(forest, half)]
-            return [_failure(error, len(forest.branches[chosen[0]].keys))]
+            if len(chosen) == 1:
+                return [_failure(error, len(forest.branches[chosen[0]].keys))]
+        # Outside the handler: the traceback would keep the failed pass's tensors in memory.
+        middle = len(chosen) // 2
+        halves = chosen[:middle], chosen[middle:]
+        return [score for half in halves for score in self._score_apart(forest, half)]
 
     def _forward(self, forest: Forest, chosen: Sequence[int]) -> Float32Array:
         scores: Float32Array = self._model(packing.pack(forest, chosen)).cpu().numpy()
