@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -294,8 +295,13 @@ def test_out_of_memory_halves_and_names_what_does_not_fit(
     scorer = Scorer(checkpoint, CPU)
     forward = scorer._forward
     attempts: list[int] = []
+    memory: list[weakref.ref[torch.Tensor]] = []
+    still_held: list[int] = []
 
     def little_memory(forest: Forest, chosen: Sequence[int]) -> Any:
+        still_held.append(sum(tensor() is not None for tensor in memory))
+        activations = torch.empty(8)
+        memory.append(weakref.ref(activations))
         tokens = len(packing.pack(forest, chosen).input_ids)
         attempts.append(tokens)
         if tokens > 60:
@@ -309,6 +315,7 @@ def test_out_of_memory_halves_and_names_what_does_not_fit(
     ]
     results = scorer.score(batch)
     assert attempts[0] == 230
+    assert set(still_held) == {0}, "a failed pass keeps its tensors while its halves are tried"
     assert isinstance(results[2], Unavailable) and "90 tokens" in str(results[2])
     for index in (0, 1, 3, 4):
         assert np.isfinite(scores(results[index])).all()
