@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import version
-from io import BytesIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,145 +25,164 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.workloads import Group, Workload, workloads
+from benchmarks.measure import ROOT, features, in_turns, machine, row, scores, timed, work
+from benchmarks.plot import draw
+from benchmarks.workloads import Workload, epochs, workloads
 from triward import RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
 from triward_server.launch import Endpoints, TritonServer
 from triward_server.preprocess import Preprocessor
 from triward_server.random_checkpoint import Size, make_checkpoint
-from triward_server.schema import Features, Scores
 from triward_server.scoring import Scorer
 from triward_server.testing import Oracle
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "trl", "numpy", "tritonclient", "nvidia-pytriton")
 BASELINE = "card, one by one"
+SCORER = "Scorer, in-process"
+SERVED = "served, over gRPC"
+EPOCH = "epoch"
+CACHE_BYTES = 1 << 30
+CONCURRENCY = 16
 
 
 class Paths:
-    """The four ways to score a workload, each returning its scores in order."""
+    """The ways to score a workload, each returning its scores in order."""
 
-    def __init__(self, checkpoint: Path, client: RewardClient) -> None:
-        self._oracle = Oracle(checkpoint)
+    def __init__(self, checkpoint: Path, client: RewardClient, oracle: Oracle, cache: int) -> None:
+        self._oracle = oracle
         self._preprocessor = Preprocessor(checkpoint, PreprocessConfig())
-        # No cache: a pass that repeats must not be faster for it.
-        config = ForwardConfig(dtype="float32", device="cpu", embedding_cache_bytes=0)
+        config = ForwardConfig(dtype="float32", device="cpu", embedding_cache_bytes=cache)
         self._scorer = Scorer(checkpoint, config)
         self._client = client
 
     def all(self) -> dict[str, Callable[[Workload], list[float]]]:
         """By name; the first is what the others are compared with."""
         return {
-            BASELINE: self._card,
-            "card, padded batches of 8": self._padded,
-            "Scorer, in-process": self._in_process,
-            "served, over gRPC": self._served,
+            BASELINE: self.card,
+            "card, padded batches of 8": self.padded,
+            SCORER: self.in_process,
+            SERVED: self.served,
         }
 
-    def _card(self, workload: Workload) -> list[float]:
+    def card(self, workload: Workload) -> list[float]:
+        """The model card's loop."""
         return [self._oracle.score(messages) for messages in workload.conversations()]
 
-    def _padded(self, workload: Workload) -> list[float]:
+    def padded(self, workload: Workload) -> list[float]:
+        """The card's code, eight at a time."""
         rows = workload.conversations()
         batches = [rows[i : i + 8] for i in range(0, len(rows), 8)]
         return [s for b in batches for s in self._oracle.score_inputs(self._oracle.inputs(b))]
 
-    def _in_process(self, workload: Workload) -> list[float]:
-        results = self._scorer.score([self._features(group) for group in workload.groups])
-        return [float(s) for result in results for s in _scores(result)]
+    def in_process(self, workload: Workload) -> list[float]:
+        """Preprocessing and the Scorer, one batch, no server."""
+        return scores(self._scorer, [features(self._preprocessor, g) for g in workload.groups])
 
-    def _features(self, group: Group) -> Features:
-        media: list[bytes] = []
-        for message in group.prompt:
-            for part in message["content"]:
-                if part["type"] == "image":
-                    buffer = BytesIO()
-                    part["image"].save(buffer, "BMP")
-                    media.append(buffer.getvalue())
-        wire = json.dumps(group.prompt, default=lambda image: None)
-        wire = wire.replace(', "image": null', "")
-        responses = [response.encode() for response in group.responses]
-        return self._preprocessor.features(wire.encode(), responses, media)
-
-    def _served(self, workload: Workload) -> list[float]:
+    def served(self, workload: Workload) -> list[float]:
+        """The client's calls: a group is one request, all else many at a time."""
         if workload.separate or len(workload.groups) > 1:
-            return self._client.score_many(workload.conversations(), concurrency=16)
+            return self._client.score_many(workload.conversations(), concurrency=CONCURRENCY)
         (group,) = workload.groups
         return self._client.score_responses(group.prompt, group.responses)
 
+    def ideal_speedup(self, workload: Workload) -> float:
+        """FLOPs with nothing shared over FLOPs with everything shared."""
+        batch = [features(self._preprocessor, group) for group in workload.groups]
+        shared, nothing = work(batch, self._scorer.geometry, self._scorer.cost)
+        return nothing / shared
 
-def _scores(result: object) -> Any:
-    if not isinstance(result, Scores):
-        raise RuntimeError(f"the Scorer answered {result!r}")
-    return result.scores
+
+@contextmanager
+def serving(checkpoint: Path, oracle: Oracle, cache: int) -> Iterator[Paths]:
+    """All paths, with a server of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder, "repository")
+        script = ROOT / "export" / "build_repository.py"
+        subprocess.run(
+            [sys.executable, str(script), f"--checkpoint={checkpoint}", f"--output={repository}",
+             "--dtype=float32", "--device=cpu", "--preprocess-instances=2",
+             f"--embedding-cache-bytes={cache}"],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        free = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
+        with (
+            Path(folder, "triton.log").open("w") as log,
+            TritonServer(repository, free, log=log) as server,
+            RewardClient(server.endpoints.grpc, timeout=600) as client,
+        ):
+            yield Paths(checkpoint, client, oracle, cache)
 
 
 def measure(paths: Paths, workload: Workload, repeats: int) -> dict[str, Any]:
     """Median seconds of each path, taken in turns, and how far its scores are from the card's."""
     runs = paths.all()
     reference = np.array(runs[BASELINE](workload))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    distance: dict[str, float] = {}
-    for name, run in runs.items():  # the first pass warms up and is compared, not timed
-        scores = np.array(run(workload))
-        distance[name] = float(
-            np.max(np.abs(scores - reference) / np.maximum(1, np.abs(reference)))
-        )
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(workload)
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    # The first pass warms up and is compared, not timed.
+    distance = {
+        name: 0.0 if name == BASELINE else _distance(run(workload), reference)
+        for name, run in runs.items()
+    }
+    seconds = in_turns({name: partial(run, workload) for name, run in runs.items()}, repeats)
+    rows = {name: row(taken, len(reference)) for name, taken in seconds.items()}
+    for name in rows:
+        speedup = rows[BASELINE]["median_s"] / rows[name]["median_s"]
+        rows[name] |= {"speedup": round(speedup, 3), "max_relative_distance": distance[name]}
     return {
         "conversations": len(reference),
-        "paths": {
-            name: {
-                "median_s": round(medians[name], 4),
-                "all_s": [round(s, 4) for s in seconds[name]],
-                "conversations_per_s": round(len(reference) / medians[name], 3),
-                "speedup": round(medians[BASELINE] / medians[name], 3),
-                "max_relative_distance": distance[name],
-            }
-            for name in runs
-        },
+        "ideal_speedup": round(paths.ideal_speedup(workload), 3),
+        "paths": rows,
     }
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what the numbers were taken."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "gpu": None,
-    }
+def measure_epochs(paths: Paths, repeats: int) -> dict[str, Any]:
+    """A first pass over new images and one with the same images and other text, in each turn.
+
+    Here a path is compared with its own first pass; the card's has nothing to remember.
+    """
+    runs = {name: paths.all()[name] for name in (BASELINE, SCORER, SERVED)}
+    first: dict[str, list[float]] = {name: [] for name in runs}
+    again: dict[str, list[float]] = {name: [] for name in runs}
+    distance = dict.fromkeys(runs, 0.0)
+    for turn in range(repeats + 1):
+        unseen, seen = epochs(seed=turn)
+        reference = np.array(runs[BASELINE](seen)) if turn == 0 else None
+        for name, run in runs.items():
+            first[name].append(timed(partial(run, unseen)))
+            again[name].append(timed(partial(run, seen)))
+            if reference is not None:
+                distance[name] = _distance(run(seen), reference)
+    count = len(unseen.conversations())
+    rows = {}
+    for name in runs:  # turn 0 warmed up
+        rows[name] = row(again[name][1:], count)
+        before = statistics.median(first[name][1:])
+        rows[name] |= {
+            "first_pass_median_s": round(before, 5),
+            "first_pass_all_s": [round(s, 5) for s in first[name][1:]],
+            "speedup": round(before / rows[name]["median_s"], 3),
+            "max_relative_distance": distance[name],
+        }
+    return {"conversations": count, "paths": rows}
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo").read_text()
-    lines = [line for line in info.splitlines() if line.startswith("model name")]
-    return lines[0].split(":")[1].strip() if lines else platform.machine()
+def _distance(values: list[float], reference: Any) -> float:
+    return float(np.max(np.abs(np.array(values) - reference) / np.maximum(1, np.abs(reference))))
 
 
 def show(console: Console, name: str, result: dict[str, Any]) -> None:
     """Print one workload's rows."""
-    table = Table(title=f"{name}: {result['conversations']} conversations")
-    for column in ("path", "conversations/s", "against the card's loop", "score distance"):
+    against = "its own first pass" if name == EPOCH else "the card's loop"
+    ideal = f", ideal {result['ideal_speedup']:.2f} x" if "ideal_speedup" in result else ""
+    table = Table(title=f"{name}: {result['conversations']} conversations{ideal}")
+    for column in ("path", "conversations/s", f"against {against}", "score distance"):
         table.add_column(column, justify="left" if column == "path" else "right")
-    for path, row in result["paths"].items():
+    for path, values in result["paths"].items():
         table.add_row(
-            path, f"{row['conversations_per_s']:.2f}", f"{row['speedup']:.2f} x",
-            f"{row['max_relative_distance']:.1e}",
+            path, f"{values['conversations_per_s']:.2f}", f"{values['speedup']:.2f} x",
+            f"{values['max_relative_distance']:.1e}",
         )  # fmt: skip
     console.print(table)
 
@@ -175,45 +191,40 @@ def main(
     size: Annotated[Size, typer.Option(help="Size of the random checkpoint.")] = "small",
     workload: Annotated[list[str] | None, typer.Option(help="Names; all by default.")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
-    output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file; a plot goes beside it.")] = None,
 ) -> None:
     """Measure all paths side by side on this machine's CPU, in float32."""
     available = workloads()
-    unknown = sorted(set(workload or []) - set(available))
+    chosen = workload or [*available, EPOCH]
+    unknown = sorted(set(chosen) - {*available, EPOCH})
     if unknown:
-        raise typer.BadParameter(f"no workload {unknown[0]!r}; there are {', '.join(available)}")
+        names = ", ".join([*available, EPOCH])
+        raise typer.BadParameter(f"no workload {unknown[0]!r}; there are {names}")
     console = Console()
     results: dict[str, Any] = {"machine": machine(), "size": size, "dtype": "float32"}
+    results |= {"repeats": repeats, "workloads": {}}
+
+    def keep(name: str, result: dict[str, Any]) -> None:
+        results["workloads"][name] = result
+        show(console, name, result)
+        if output:  # after each workload: a run that is stopped has measured what it has
+            output.write_text(json.dumps(results, indent=2) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, repository = Path(folder, "checkpoint"), Path(folder, "repository")
+        checkpoint = Path(folder, "checkpoint")
         make_checkpoint(size, 0, checkpoint)
-        _export(checkpoint, repository)
-        free = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
-        with (
-            Path(folder, "triton.log").open("w") as log,
-            TritonServer(repository, free, log=log) as server,
-            RewardClient(server.endpoints.grpc, timeout=600) as client,
-        ):
-            paths = Paths(checkpoint, client)
-            results["workloads"] = {}
-            for name in workload or available:
-                result = measure(paths, available[name], repeats)
-                results["workloads"][name] = result
-                show(console, name, result)
-    results["torch_threads"] = torch.get_num_threads()
+        oracle = Oracle(checkpoint)
+        if set(chosen) - {EPOCH}:
+            # No cache: a pass that repeats must not be faster for it.
+            with serving(checkpoint, oracle, cache=0) as paths:
+                for name in (n for n in chosen if n != EPOCH):
+                    keep(name, measure(paths, available[name], repeats))
+        if EPOCH in chosen:
+            with serving(checkpoint, oracle, CACHE_BYTES) as paths:
+                keep(EPOCH, measure_epochs(paths, repeats))
     if output:
-        output.write_text(json.dumps(results, indent=2) + "\n")
-        console.print(f"written to {output}")
-
-
-def _export(checkpoint: Path, repository: Path) -> None:
-    script = ROOT / "export" / "build_repository.py"
-    subprocess.run(
-        [sys.executable, str(script), f"--checkpoint={checkpoint}", f"--output={repository}",
-         "--dtype=float32", "--device=cpu", "--preprocess-instances=2",
-         "--embedding-cache-bytes=0"],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        draw(results, output.with_suffix(".svg"))
+        console.print(f"written to {output} and {output.with_suffix('.svg')}")
 
 
 if __name__ == "__main__":

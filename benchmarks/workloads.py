@@ -45,30 +45,43 @@ class Workload:
         return [c for group in self.groups for c in group.conversations()]
 
 
-def workloads(seed: int = 0) -> dict[str, Workload]:
-    """All workloads by name. Lengths are in words, about 1.5 tokens each here."""
-    rng = np.random.default_rng(seed)
+@dataclass(frozen=True)
+class Shape:
+    """Of the groups that share a prompt. Lengths are in words, about 1.5 tokens each here.
 
-    def text(words: int) -> str:
-        return " ".join(rng.choice(_WORDS, words))
+    Attributes:
+        image: width and height.
+        prompt: words behind the image.
+        response: from how many words to how many.
+    """
 
-    def prompt(words: int, *images: tuple[int, int]) -> Messages:
-        parts: list[dict[str, Any]] = [
-            {"type": "image", "image": photo(rng, *size)} for size in images
-        ]
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": text(words)}]}]
+    image: tuple[int, int]
+    prompt: int
+    response: tuple[int, int]
 
-    def group(responses: int, *, image: tuple[int, int] = (672, 504), words: int = 350) -> Group:
-        answers = tuple(text(int(rng.integers(40, 120))) for _ in range(responses))
-        return Group(prompt(words, image), answers)
 
+# About 1,000 tokens before the responses: the first for CPUs, the second as FACTS.md computes 7B.
+SMALL_IMAGE = Shape(image=(672, 504), prompt=350, response=(40, 120))
+LARGE_IMAGE = Shape(image=(1024, 768), prompt=40, response=(120, 210))
+
+
+def workloads(shape: Shape = SMALL_IMAGE, seed: int = 0) -> dict[str, Workload]:
+    """All workloads that are measured pass by pass, by name."""
+    write = _Writer(np.random.default_rng(seed))
+
+    def group(responses: int) -> Group:
+        prompt = write.prompt(shape.prompt, shape.image)
+        return Group(prompt, tuple(write.text(*shape.response) for _ in range(responses)))
+
+    sizes = [
+        (140, 112), (336, 252), (504, 392), (224, 448), (700, 500), (84, 84), (280, 280), (392, 140)
+    ]  # fmt: skip
     singles = tuple(
-        Group(prompt(int(rng.integers(10, 250)), size), (text(int(rng.integers(5, 150))),))
-        for size in [(140, 112), (336, 252), (504, 392), (224, 448), (700, 500), (84, 84)] * 2
+        Group(write.prompt(write.between(10, 250), size), (write.text(5, 150),))
+        for size in sizes * 2
     )
     text_only = tuple(
-        Group(prompt(int(rng.integers(10, 400))), (text(int(rng.integers(5, 200))),))
-        for _ in range(16)
+        Group(write.prompt(write.between(10, 400)), (write.text(5, 200),)) for _ in range(16)
     )
     return {
         "singles": Workload(singles),
@@ -76,6 +89,43 @@ def workloads(seed: int = 0) -> dict[str, Workload]:
         **{f"group-{n}": Workload((group(n),)) for n in (2, 8, 16, 64)},
         "separate-8": Workload((group(8),), separate=True),
     }
+
+
+def epochs(seed: int) -> tuple[Workload, Workload]:
+    """Two passes over the same images with other text: large pictures, short questions."""
+    write = _Writer(np.random.default_rng(seed))
+    sizes = [(700, 500), (840, 616), (616, 700), (560, 560)]
+    images = [photo(write.rng, *size) for size in sizes]
+
+    def one_pass() -> Workload:
+        prompts = [write.prompt(write.between(5, 30), image) for image in images]
+        return Workload(tuple(Group(prompt, (write.text(5, 30),)) for prompt in prompts))
+
+    return one_pass(), one_pass()
+
+
+def odd_sizes(seed: int = 0) -> Workload:
+    """Photographs that must all be resized, up and down."""
+    write = _Writer(np.random.default_rng(seed))
+    sizes = [(1000, 750), (640, 480), (333, 221), (1280, 720), (90, 120), (450, 811)]
+    return Workload(tuple(Group(write.prompt(20, size), (write.text(5, 30),)) for size in sizes))
+
+
+class _Writer:
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+
+    def between(self, low: int, high: int) -> int:
+        return int(self.rng.integers(low, high))
+
+    def text(self, low: int, high: int) -> str:
+        return " ".join(self.rng.choice(_WORDS, self.between(low, high)))
+
+    def prompt(self, words: int, *images: tuple[int, int] | Image.Image) -> Messages:
+        pictures = [i if isinstance(i, Image.Image) else photo(self.rng, *i) for i in images]
+        parts = [{"type": "image", "image": picture} for picture in pictures]
+        text = {"type": "text", "text": self.text(words, words + 1)}
+        return [{"role": "user", "content": [*parts, text]}]
 
 
 def photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
@@ -85,7 +85,8 @@ def build(source: str, revision: str | None, output: Path, options: Options, for
     _check_output(output, force)
     folder, commit = _resolve(source, revision)
     checkpoint.verify(folder)
-    Preprocessor(folder, options.preprocess).warm_up()
+    # Here the processor's files are tried, wherever they will run.
+    Preprocessor(folder, replace(options.preprocess, device="cpu")).warm_up()
     with _written_whole(output) as draft:
         shutil.copytree(
             SOURCE, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__*")
@@ -162,17 +163,22 @@ def _configure(draft: Path, options: Options) -> None:
     model = _read_config(path)
     _set_parameters(model, asdict(options.preprocess))
     model.instance_group[0].count = options.preprocess_instances
+    _place_on(model, options.preprocess.device)
     _write_config(path, model)
 
     path = draft / schema.FORWARD / "config.pbtxt"
     model = _read_config(path)
     _set_parameters(model, asdict(options.forward))
-    group = model.instance_group[0]
-    device, _, number = options.forward.device.partition(":")
-    group.kind = group.KIND_CPU if device == "cpu" else group.KIND_GPU
-    group.gpus[:] = [int(number)] if number else []  # none listed: one instance on every GPU
+    _place_on(model, options.forward.device)
     model.dynamic_batching.max_queue_delay_microseconds = options.queue_delay_us
     _write_config(path, model)
+
+
+def _place_on(model: Any, device: str) -> None:
+    group = model.instance_group[0]
+    kind, _, number = device.partition(":")
+    group.kind = group.KIND_CPU if kind == "cpu" else group.KIND_GPU
+    group.gpus[:] = [int(number)] if number else []  # none listed: instances on every GPU
 
 
 def _read_config(path: Path) -> Any:
@@ -248,6 +254,9 @@ def main(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = _FORWARD.dtype,
     device: Annotated[str, typer.Option(help="cuda, cuda:N or cpu.")] = _FORWARD.device,
+    preprocess_device: Annotated[
+        str, typer.Option(help="cpu: Pillow resizes, exactly; cuda, cuda:N: torch, nearly so.")
+    ] = _PREPROCESS.device,
     preprocess_instances: Annotated[
         int, typer.Option(min=1, help="Processes that decode, resize and tokenize.")
     ] = 4,
@@ -266,6 +275,13 @@ def main(
     embedding_cache_bytes: Annotated[
         int, typer.Option(help="Image embeddings kept between batches; 0: none.")
     ] = _FORWARD.embedding_cache_bytes,
+    max_batch_bytes: Annotated[
+        int, typer.Option(help="Predicted bytes of one forward pass, beside the weights.")
+    ] = _FORWARD.max_batch_bytes,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Fuse layers with torch.compile; yes on cuda."),
+    ] = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Scores bitwise independent of company.")
     ] = _FORWARD.deterministic,
@@ -294,6 +310,8 @@ def main(
 ) -> None:
     """Turn a checkpoint into a Triton model repository."""
     preprocess = {
+        "device": preprocess_device,
+        "resize": "pillow" if preprocess_device == "cpu" else "torch",
         "max_responses": max_responses,
         "max_text_bytes": max_text_bytes,
         "max_media": max_media,
@@ -306,8 +324,10 @@ def main(
         "max_batch_tokens": max_batch_tokens,
         "max_batch_patches": max_batch_patches,
         "max_batch_tflop": max_batch_tflop,
+        "max_batch_bytes": max_batch_bytes,
         "embedding_cache_bytes": embedding_cache_bytes,
         "deterministic": deterministic,
+        "compile": device != "cpu" if compile_ is None else compile_,
         "threads": threads,
     }
     try:

@@ -164,7 +164,9 @@ def raw(server: TritonServer) -> Any:
     """Sends tensors as they are, past the client's own checks."""
     connection = triton.InferenceServerClient(server.endpoints.grpc)
 
-    def send(messages: bytes, responses: tuple[bytes, ...], media: tuple[bytes, ...]) -> Any:
+    def send(
+        messages: bytes, responses: tuple[bytes, ...], media: tuple[bytes, ...], **options: Any
+    ) -> Any:
         inputs = []
         for name, values in (("messages", (messages,)), ("responses", responses), ("media", media)):
             array = np.empty((1, len(values)), dtype=np.object_)
@@ -172,7 +174,7 @@ def raw(server: TritonServer) -> Any:
             tensor = triton.InferInput(name, array.shape, "BYTES")
             tensor.set_data_from_numpy(array)
             inputs.append(tensor)
-        return connection.infer("reward", inputs).as_numpy("scores")
+        return connection.infer("reward", inputs, **options).as_numpy("scores")
 
     yield send
     connection.close()
@@ -271,6 +273,15 @@ def test_forward_called_directly(name: str, server: TritonServer, checkpoint: An
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
     assert words in caught.value.message()
     assert len(caught.value.message()) < 600
+
+
+def test_work_that_nobody_waits_for_is_dropped(raw: Any) -> None:
+    """Triton hands the caller's timeout to the model; one of a microsecond is over at once."""
+    fine = wire([{"role": "user", "content": "?"}]), (b"yes",), ()
+    with pytest.raises(triton.InferenceServerException, match="timeout has passed") as caught:
+        raw(*fine, timeout=1)
+    assert caught.value.status() == "StatusCode.CANCELLED"
+    assert np.isfinite(raw(*fine, timeout=60_000_000)).all()
 
 
 def _forward(

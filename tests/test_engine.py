@@ -25,7 +25,7 @@ from triward_server.testing import Oracle, fp32_budget
 
 CPU = ForwardConfig(dtype="float32", device="cpu")
 GEOMETRY = Geometry(image_token_id=9, patch_size=14, merge_size=2, vocab_size=99, max_tokens=999)
-COST = Cost(per_token=1000, per_pair=1, per_patch=50)
+COST = Cost(per_token=1000, per_pair=1, per_patch=50, token_bytes=100, key_bytes=7, patch_bytes=30)
 
 rng = np.random.default_rng(0)
 # Two of one shape, one flipped, one of another shape.
@@ -143,6 +143,21 @@ def test_plan_keeps_its_budgets(batch: Any, tokens: int, patches: int, flops: in
         assert len(chosen) == 1 or fits(chosen)
     for one, next_ in pairwise(micro_batches):
         assert not fits([*one, next_[0]]), "it would have fitted into the one before"
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches, st.integers(500, 20_000), st.booleans())
+def test_plan_keeps_its_memory(batch: Any, size: int, canonical: bool) -> None:
+    """Of tokens, patches and every node's keys, which shared prompts make many."""
+    items = build(batch, GEOMETRY.image_token_id)
+    forest = packing.plant(dict(enumerate(items)), GEOMETRY, canonical)
+    micro_batches = plan(forest, GEOMETRY, COST, replace(CPU, max_batch_bytes=size))
+    assert [i for chosen in micro_batches for i in chosen] == list(range(len(forest.branches)))
+    for chosen in micro_batches:
+        packed = packing.pack(forest, chosen)
+        patches = sum(GEOMETRY.grid(image.pixels).patches for image in packed.images)
+        needed = 100 * len(packed.input_ids) + 7 * sum(packed.key_lengths) + 30 * patches
+        assert len(chosen) == 1 or needed <= size
 
 
 def test_shared_tokens_are_computed_once(scorer: Scorer) -> None:

@@ -39,7 +39,8 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         "--checkpoint", checkpoint, "--output", output, "--dtype=float32", "--device=cpu",
         "--preprocess-instances=3", "--queue-delay-us=777", "--max-batch-tokens=4096",
         "--max-batch-patches=9999", "--threads=1", "--max-responses=8", "--max-text-bytes=1000",
-        "--max-batch-tflop=2.5", "--embedding-cache-bytes=12345", "--deterministic",
+        "--max-batch-tflop=2.5", "--max-batch-bytes=777777", "--compile",
+        "--embedding-cache-bytes=12345", "--deterministic",
         "--max-media=5", "--max-media-bytes=2000", "--max-image-pixels=3000",
     )  # fmt: skip
     assert result.code == 0, result.stderr
@@ -47,8 +48,10 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         "dtype": "float32", "device": "cpu", "max_batch_tokens": "4096",
         "max_batch_patches": "9999", "threads": "1", "max_batch_tflop": "2.5",
         "embedding_cache_bytes": "12345", "deterministic": "True",
+        "max_batch_bytes": "777777", "compile": "True",
     }  # fmt: skip
     assert parameters(output, "reward_preprocess") == {
+        "device": "cpu", "resize": "pillow",
         "max_responses": "8", "max_text_bytes": "1000", "max_media": "5",
         "max_media_bytes": "2000", "max_image_pixels": "3000",
     }  # fmt: skip
@@ -65,8 +68,27 @@ def test_defaults_are_for_a_gpu(checkpoint: Path, export: Export, tmp_path: Path
     output = tmp_path / "models"
     assert export("--checkpoint", checkpoint, "--output", output).code == 0
     assert parameters(output, "reward_forward")["dtype"] == "bfloat16"
-    kind = config(output, "reward_forward").instance_group[0].kind
-    assert kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
+    assert parameters(output, "reward_forward")["compile"] == "True"
+    kinds = model_config_pb2.ModelInstanceGroup
+    assert config(output, "reward_forward").instance_group[0].kind == kinds.KIND_GPU
+    assert config(output, "reward_preprocess").instance_group[0].kind == kinds.KIND_CPU
+    assert parameters(output, "reward_preprocess")["resize"] == "pillow"
+
+
+def test_resizing_on_the_gpu(checkpoint: Path, export: Export, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+    flag = "--preprocess-device=cuda:1"
+    assert export("--checkpoint", checkpoint, "--output", output, flag).code == 0
+    group = config(output, "reward_preprocess").instance_group[0]
+    assert group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU and list(group.gpus) == [1]
+    values = parameters(output, "reward_preprocess")
+    assert (values["device"], values["resize"]) == ("cuda:1", "torch")
+
+
+def test_on_a_cpu_nothing_is_compiled(checkpoint: Path, export: Export, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+    assert export("--checkpoint", checkpoint, "--output", output, "--device=cpu").code == 0
+    assert parameters(output, "reward_forward")["compile"] == "False"
 
 
 def test_manifest_accounts_for_every_file(checkpoint: Path, repository: Path) -> None:
@@ -219,6 +241,8 @@ def test_one_gpu_of_several(checkpoint: Path, export: Export, tmp_path: Path) ->
         ("--revision=v2", "has no revisions"),
         ("--dtype=int8", "dtype"),
         ("--device=tpu", "device"),
+        ("--preprocess-device=tpu", "device"),
+        ("--max-batch-bytes=0", "max_batch_bytes"),
         ("--max-batch-tokens=0", "max_batch"),
     ],
 )

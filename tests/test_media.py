@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from PIL import Image
 from qwen_vl_utils import process_vision_info
 from transformers import AutoImageProcessor
 
-from tests.conftest import encode
+from benchmarks.workloads import photo
+from tests.conftest import LOCAL, encode
 from tests.conversations import image_files, picture
+from triward import RewardClient
+from triward_server import media
 from triward_server.config import ForwardConfig, PreprocessConfig
 from triward_server.conversation import ImagePart
-from triward_server.errors import InvalidRequest
-from triward_server.media import ImageLoader
+from triward_server.errors import InvalidRequest, Unavailable
+from triward_server.launch import TritonServer
+from triward_server.media import ImageLoader, PillowResizer, TorchResizer
 from triward_server.preprocess import Preprocessor
 from triward_server.scoring import Scorer
 from triward_server.testing import Oracle, fp32_budget
@@ -34,7 +39,10 @@ def loader(checkpoint: Path) -> ImageLoader:
 
 
 def load(loader: ImageLoader, data: bytes, **limits: int) -> np.ndarray:
-    return loader.load("media[0]", data, "part", ImagePart(type="image", **limits))
+    picture = loader.open("media[0]", data, "part", ImagePart(type="image", **limits))
+    pixels = PillowResizer(loader._processor).submit(picture).result(timeout=0)
+    assert pixels.shape == (*picture.size, 3)
+    return pixels
 
 
 def test_every_format(loader: ImageLoader, tmp_path: Path) -> None:
@@ -116,3 +124,133 @@ def test_pixel_limit_is_checked_on_the_header(
 
 def _never(*_: Any) -> None:
     raise AssertionError("pixels were decoded")
+
+
+class TestTorch:
+    """`--preprocess-device cuda` resizes with torch; here the same code runs on the CPU."""
+
+    def resized(self, loader: ImageLoader, sources: list[Image.Image]) -> list[np.ndarray]:
+        resizer = TorchResizer(loader._processor, torch.device("cpu"))
+        part = ImagePart(type="image")
+        waiting = [resizer.submit(loader.open("media", encode(s), "p", part)) for s in sources]
+        resizer.flush()
+        return [pixels.result(timeout=0) for pixels in waiting]
+
+    @pytest.mark.parametrize("kind", ["photos", "harsh"])
+    def test_it_is_nearly_pillows_resize(self, kind: str, loader: ImageLoader) -> None:
+        """Pillow rounds and clips between its two passes, which shows at the sharpest edges."""
+        if kind == "photos":
+            sizes, bound = [(672, 504), (1024, 768), (700, 500), (120, 90)], 2
+            sources = [photo(np.random.default_rng(w), w, h) for w, h in sizes]
+        else:
+            sources, bound = [picture(w, h, w) for w, h in SIZES], 10
+        for source, ours in zip(sources, self.resized(loader, sources), strict=True):
+            exact = load(loader, encode(source))
+            assert ours.shape == exact.shape and ours.dtype == np.uint8
+            levels = np.abs(ours.astype(int) - exact)
+            assert levels.max() <= bound
+            assert (levels > 0).mean() < 0.35
+
+    def test_company_changes_nothing(self, loader: ImageLoader) -> None:
+        """Equal sizes are resized in one batch, each into its own place."""
+        sources = [picture(100 + 40 * (n % 2), 90, n) for n in range(6)]
+        together = self.resized(loader, sources)
+        for source, pixels in zip(sources, together, strict=True):
+            np.testing.assert_array_equal(pixels, self.resized(loader, [source])[0])
+        assert len({pixels.tobytes() for pixels in together}) == 6
+
+    def test_what_waits_is_bounded(
+        self, loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(media, "_MAX_WAITING", 2 * 64 * 64)
+        resizer = TorchResizer(loader._processor, torch.device("cpu"))
+        part = ImagePart(type="image")
+        done = []
+        for seed in range(3):
+            opened = loader.open("media", encode(picture(64, 64, seed)), "p", part)
+            done.append(resizer.submit(opened))
+        assert [pixels.done() for pixels in done] == [True, True, True]
+
+    def test_a_failure_is_its_groups_alone(
+        self, loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        resizer = TorchResizer(loader._processor, torch.device("cpu"))
+        resize = resizer._resize
+
+        def little_memory(images: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+            if images[0].shape[0] == 200:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return resize(images, size)
+
+        monkeypatch.setattr(resizer, "_resize", little_memory)
+        part = ImagePart(type="image")
+        small, large = (
+            resizer.submit(loader.open("media", encode(picture(n, n, 0)), "p", part))
+            for n in (100, 200)
+        )
+        resizer.flush()
+        assert small.result(timeout=0).shape[2] == 3
+        with pytest.raises(Unavailable, match="1 images exceed"):
+            large.result(timeout=0)
+
+    def test_damaged_and_good_requests_share_a_batch(self, checkpoint: Path) -> None:
+        """Each image ends up in its own request, in its own place."""
+        config = PreprocessConfig(resize="torch")
+        preprocessor = Preprocessor(checkpoint, config)
+        content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
+        wire = json.dumps([{"role": "user", "content": content}]).encode()
+        files = [encode(picture(90, 60 + 30 * (n % 2), n)) for n in range(6)]
+        opened = [preprocessor.open(wire, [b"a"], files[n : n + 2]) for n in (0, 2, 4)]
+        with pytest.raises(InvalidRequest, match=r"media\[1\]"):
+            preprocessor.open(wire, [b"a"], [files[0], files[1][:-200]])
+        preprocessor.resizer.flush()
+        for n, request in zip((0, 2, 4), opened, strict=True):
+            alone = preprocessor.features(wire, [b"a"], files[n : n + 2])
+            for a, b in zip(preprocessor.finish(request).images, alone.images, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+    def test_served_scores_drift_a_little(
+        self, build: Callable[..., Path], client: RewardClient, tmp_path: Path
+    ) -> None:
+        """The bound that docs/engine.md states, on images that are really resized."""
+        repository = build("--dtype=float32")
+        path = repository / "reward_preprocess" / "config.pbtxt"
+        text = path.read_text()
+        assert '"pillow"' in text
+        path.write_text(text.replace('"pillow"', '"torch"'))
+        sources = [picture(w, h, w) for w, h in [(100, 90), (333, 222), (50, 470), (640, 480)] * 3]
+        conversations = [
+            [
+                {"role": "user", "content": [{"type": "image", "image": source}]},
+                {"role": "assistant", "content": f"It shows {n}."},
+            ]
+            for n, source in enumerate(sources)
+        ]
+        exact = np.array(client.score_many(conversations))
+        with (
+            (tmp_path / "triton.log").open("w") as log,
+            TritonServer(repository, LOCAL, log=log) as server,
+            RewardClient(server.endpoints.grpc, timeout=120) as other,
+        ):
+            drift = np.abs(np.array(other.score_many(conversations)) - exact)
+        assert 0 < drift.max() < 0.05
+        assert np.std(exact) > 0.5
+
+
+def test_changed_pixel_limits_miss_the_cache(checkpoint: Path) -> None:
+    """The same file under another limit is another image, under the same one it is not."""
+    preprocessor = Preprocessor(checkpoint, PreprocessConfig())
+    scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+    file = encode(picture(200, 200, 0))
+
+    def score(**limits: int) -> tuple[int, int]:
+        content = [{"type": "image", **limits}, {"type": "text", "text": "?"}]
+        wire = json.dumps([{"role": "user", "content": content}]).encode()
+        scorer.score([preprocessor.features(wire, [b"yes"], [file])])
+        cache = scorer._model.embeddings
+        return cache.hits, cache.misses
+
+    assert score() == (0, 1)
+    assert score() == (1, 1)
+    assert score(max_pixels=100 * 100) == (1, 2)
+    assert score(max_pixels=100 * 100) == (2, 2)

@@ -201,7 +201,7 @@ def test_control_causal_aligned_top_left(
     """What is_causal=True means to torch when there are more keys than queries."""
     right = _score(scorer, group)
 
-    def top_left(queries: int, keys: int) -> torch.Tensor:
+    def top_left(queries: int, keys: int, *_: object) -> torch.Tensor:
         return torch.ones(queries, keys, dtype=torch.bool).tril()
 
     monkeypatch.setattr(attention, "_lower_right", top_left)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from triward_server import attention
 from triward_server.attention import Layout, make_layout, varlen
-from triward_server.config import ForwardConfig, from_parameters
+from triward_server.config import ForwardConfig, from_parameters, on_instance
 from triward_server.errors import ConfigError, ForwardError, InvalidRequest, NonFiniteScore
 from triward_server.packing import Forest
 from triward_server.schema import Features, Scores
@@ -182,6 +183,36 @@ def test_varlen_equals_attention_written_out(causal: bool, groups: int) -> None:
     torch.testing.assert_close(varlen(q, k, v, layout), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("block", [4, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_varlen_with_shared_keys(
+    block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes behind short, long and no ancestors, whatever way is the shortest for the kernel."""
+    monkeypatch.setattr(attention, "_CPU_BLOCK", block)
+    attention._largest.cache_clear()
+    generator = torch.Generator().manual_seed(0)
+    # A root of 6; behind it nodes of 13, 2, 2 and 1; behind that of 13 another of 11.
+    parents = {0: [], 1: [0], 2: [0], 3: [0], 4: [0], 5: [0, 1]}
+    lengths = [6, 13, 2, 2, 1, 11]
+    rows = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
+    paths = [np.concatenate([rows[n] for n in [*parents[node], node]]) for node in parents]
+    q = torch.randn(sum(lengths), 4, 8, generator=generator).to(dtype)
+    k, v = (torch.randn(sum(lengths), 2, 8, generator=generator).to(dtype) for _ in range(2))
+    layout = make_layout(
+        lengths, True, torch.device("cpu"), dtype, [len(p) for p in paths], np.concatenate(paths)
+    )
+    out = varlen(q, k, v, layout)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for own, path in zip(rows, paths, strict=True):
+        for row in own:
+            seen = path[path <= row]
+            keys, values = (t[seen].double().repeat_interleave(2, 1) for t in (k, v))
+            weights = torch.einsum("hd,shd->hs", q[row].double(), keys).div(8**0.5).softmax(-1)
+            expected = torch.einsum("hs,shd->hd", weights, values).to(dtype)
+            torch.testing.assert_close(out[row], expected, rtol=tolerance, atol=tolerance)
+
+
 def test_config_errors_name_the_parameter() -> None:
     with pytest.raises(ConfigError, match="'dtype' = 'int8'"):
         from_parameters(ForwardConfig, {"dtype": {"string_value": "int8"}})
@@ -189,6 +220,6 @@ def test_config_errors_name_the_parameter() -> None:
         from_parameters(ForwardConfig, {"max_batch_tokens": {"string_value": "0"}})
     with pytest.raises(ConfigError, match="'colour'"):
         from_parameters(ForwardConfig, {"colour": {"string_value": "red"}})
-    assert ForwardConfig().on_instance("3").device == "cuda:3"
-    assert ForwardConfig(device="cuda:1").on_instance("3").device == "cuda:1"
-    assert ForwardConfig(device="cpu").on_instance("3").device == "cpu"
+    assert on_instance("cuda", "3") == "cuda:3"
+    assert on_instance("cuda:1", "3") == "cuda:1"
+    assert on_instance("cpu", "3") == "cpu"

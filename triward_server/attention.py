@@ -11,7 +11,7 @@ for everything else (CPU, float32), which the varlen kernel does not support.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 Kernel = Literal["sdpa", "varlen"]
+
+# Rows of the widest intermediate result that fit a core's cache (measured: docs/engine.md).
+_CPU_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Layout:
         causal: whether a query sees only keys up to its own place; the last query of a sequence
             sees all its keys.
         kernel: which kernel computes it.
+        blocks: numbers of rows that row-wise layers compute at once (`blocks`).
         apart: whether every sequence is computed as if it were alone, so that no rounding depends
-            on its company (`linear`).
+            on its company; the blocks are the sequences then.
     """
 
     query_lengths: tuple[int, ...]
@@ -52,7 +55,8 @@ class Layout:
     cu_key: Tensor
     causal: bool
     kernel: Kernel
-    apart: bool = False
+    blocks: tuple[int, ...]
+    apart: bool
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -82,6 +86,9 @@ def make_layout(
         apart: see `Layout`.
     """
     keys = lengths if key_lengths is None else key_lengths
+    total = sum(lengths)
+    block = _CPU_BLOCK if device.type == "cpu" else total
+    blocks = lengths if apart else [min(block, total - row) for row in range(0, total, block)]
     return Layout(
         query_lengths=tuple(lengths),
         key_lengths=tuple(keys),
@@ -90,18 +97,25 @@ def make_layout(
         cu_key=upload(_cumulative(keys), device),
         causal=causal,
         kernel=kernel_for(device, dtype),
+        blocks=tuple(blocks),
         apart=apart,
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-    """x W^T + b over all rows [Q, in] at once, or over each sequence's rows if they are `apart`.
+def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of [Q, …] tensors, block by block, for layers that compute each row for itself.
 
-    How a matrix product rounds a row depends on how many rows it has.
+    On CUDA one block is the whole row. On the CPU a block's intermediate results stay in its
+    caches. In deterministic mode a block is a sequence: how a matrix product rounds a row depends
+    on how many rows it has.
     """
-    if not layout.apart:
-        return F.linear(x, weight, bias)
-    return torch.cat([F.linear(rows, weight, bias) for rows in x.split(layout.query_lengths)])
+    return zip(*(tensor.split(layout.blocks) for tensor in rows), strict=True)
+
+
+def join(parts: Iterable[Tensor]) -> Tensor:
+    """The blocks' results as one tensor; a single one is not copied."""
+    first, *rest = parts
+    return torch.cat([first, *rest]) if rest else first
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -116,11 +130,8 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     Returns:
         [Q, H, D].
     """
-    if layout.key_rows is not None:
-        key, value = key[layout.key_rows], value[layout.key_rows]
-    if layout.kernel == "varlen":
-        return _varlen_kernel(query, key, value, layout)
-    return _sdpa_by_shape(query, key, value, layout)
+    kernel = _varlen_kernel if layout.kernel == "varlen" else _sdpa_by_shape
+    return kernel(query, key, value, layout)
 
 
 def _sdpa_by_shape(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -131,31 +142,70 @@ def _sdpa_by_shape(query: Tensor, key: Tensor, value: Tensor, layout: Layout) ->
         count = len(list(run))
         rows = slice(first_query, first_query + count * queries)
         seen = slice(first_key, first_key + count * keys)
+        # Gathered run by run: what all runs see together can be many times what there is.
+        own = seen if layout.key_rows is None else layout.key_rows[seen]
         q, k, v = (
             tensor.unflatten(0, (count, -1)).transpose(1, 2)
-            for tensor in (query[rows], key[seen], value[seen])
+            for tensor in (query[rows], key[own], value[own])
         )
-        attended = scaled_dot_product_attention(
-            q, k, v,
-            attn_mask=_lower_right(queries, keys) if layout.causal and 1 < queries < keys else None,
-            is_causal=layout.causal and queries == keys,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        out[rows] = attended.transpose(1, 2).flatten(0, 1)
+        causal = layout.causal and queries > 1
+        if causal and queries < keys < 2 * queries:
+            # Short ancestors: recomputing their queries costs less than a mask, behind which the
+            # kernel computes the upper triangle too.
+            q = query[own].unflatten(0, (count, -1)).transpose(1, 2)
+        if causal and keys >= 2 * queries:
+            attended = _masked(q, k, v)
+        else:
+            attended = _sdpa(q, k, v, is_causal=causal)
+        out[rows] = attended[:, :, -queries:].transpose(1, 2).flatten(0, 1)
         first_query, first_key = rows.stop, seen.stop
     return out
 
 
-@lru_cache(maxsize=64)
-def _lower_right(queries: int, keys: int) -> Tensor:
-    """Causal mask bool [queries, keys] whose last row sees everything (is_causal: the first)."""
-    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+def _masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last Q of K places: q [N, H, Q, D], k and v [N, G, K, D].
+
+    In blocks of queries, each with the keys up to its own end, so that the mask stays small.
+    """
+    before = k.shape[2] - q.shape[2]
+    blocks = []
+    for first in range(0, q.shape[2], _CPU_BLOCK):
+        block = q[:, :, first : first + _CPU_BLOCK]
+        end = before + first + block.shape[2]
+        mask = _lower_right(block.shape[2], end, q.dtype, q.device)
+        blocks.append(_sdpa(block, k[:, :, :end], v[:, :, :end], attn_mask=mask))
+    return torch.cat(blocks, dim=2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+
+def _lower_right(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive causal mask [queries, keys] whose last row sees everything (is_causal: the first).
+
+    It is the lower right part of any larger one, so few masks serve all lengths.
+    """
+    width = _CPU_BLOCK * -(-keys // _CPU_BLOCK)
+    return _largest(width, dtype, device)[-queries:, -keys:]
+
+
+@lru_cache(maxsize=4)
+def _largest(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    hidden = torch.ones(_CPU_BLOCK, keys, dtype=torch.bool, device=device).triu(
+        keys - _CPU_BLOCK + 1
+    )
+    return torch.zeros(_CPU_BLOCK, keys, dtype=dtype, device=device).masked_fill_(
+        hidden, -torch.inf
+    )
 
 
 def _varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     # Imported late: the module exists from torch 2.10 on and is of no use without CUDA.
     from torch.nn.attention.varlen import varlen_attn
 
+    if layout.key_rows is not None:
+        key, value = key[layout.key_rows], value[layout.key_rows]
     groups = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {}
     if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:

@@ -7,52 +7,44 @@ checkpoint's, but for `qkv_proj` and `gate_up_proj`, which `checkpoint.py` joins
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .attention import Layout, linear, make_layout, upload, varlen
+from .attention import Layout, blocks, join, make_layout, upload, varlen
 from .errors import CheckpointError
 from .packing import Cost, Geometry, Image, Int64Array, PackedBatch
-from .vision import EmbeddingCache, GatedMLP, RMSNorm, VisionTower, rotate
+from .vision import EmbeddingCache, GatedMLP, RMSNorm, VisionBlock, VisionTower, rotate_
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with multimodal rotary positions."""
+    """Projections of grouped-query attention; the rows of `qkv_proj` are heads of q, k, v."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.heads = [config.num_attention_heads, *2 * [config.num_key_value_heads]]
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * self.head_dim)
+        self.queries: int = config.num_attention_heads
+        self.keys: int = config.num_key_value_heads
+        heads = self.queries + 2 * self.keys
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        """[T, dim] -> [T, dim]."""
-        qkv = linear(x, self.qkv_proj.weight, self.qkv_proj.bias, layout)
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
-        attended = varlen(rotate(q, *rotary), rotate(k, *rotary), v, layout)
-        return linear(attended.flatten(1), self.o_proj.weight, None, layout)
-
-    def at(
-        self, rows: Tensor, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, last: Layout
-    ) -> Tensor:
-        """The same for queries at `rows` [C] alone, all of x as keys: [T, dim] -> [C, dim]."""
-        cos, sin = rotary
-        size = self.heads[0] * self.head_dim
-        weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
-        q = linear(x[rows], weight[:size], bias[:size], last).unflatten(-1, (-1, self.head_dim))
-        kv = linear(x, weight[size:], bias[size:], layout).unflatten(-1, (-1, self.head_dim))
-        k, v = kv.chunk(2, dim=1)
-        attended = varlen(rotate(q, cos[rows], sin[rows]), rotate(k, cos, sin), v, last)
-        return linear(attended.flatten(1), self.o_proj.weight, None, last)
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, first: int, last: int) -> Tensor:
+        """Heads `first` up to `last`: [T, dim] -> [T, last - first, D]. Values are not rotated."""
+        rows = slice(first * self.head_dim, last * self.head_dim)
+        heads: Tensor = F.linear(x, self.qkv_proj.weight[rows], self.qkv_proj.bias[rows])
+        heads = heads.unflatten(-1, (-1, self.head_dim))
+        rotate_(heads[:, : min(last, self.queries + self.keys) - first], cos, sin)
+        return heads
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm transformer layer."""
+    """Pre-norm transformer layer: attention between two row-wise halves."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -62,19 +54,54 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        """[T, dim] -> [T, dim]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, layout)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x), layout)
-        return out
+        """[T, dim] -> [T, dim], the same tensor with the layer's results added."""
+        queries, keys = self.self_attn.queries, self.self_attn.keys
+        heads = join(self.before(*rows) for rows in blocks(layout, x, *rotary))
+        q, k, v = heads.split([queries, keys, keys], dim=1)
+        for rows in blocks(layout, x, varlen(q, k, v, layout)):
+            self.after_(*rows)
+        return x
 
     def at(
         self, rows: Tensor, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, last: Layout
     ) -> Tensor:
         """The same, but only `rows` [C] pass beyond keys and values: [T, dim] -> [C, dim]."""
-        normed = self.input_layernorm(x)
-        y = x[rows] + self.self_attn.at(rows, normed, rotary, layout, last)
-        out: Tensor = y + self.mlp(self.post_attention_layernorm(y), last)
-        return out
+        cos, sin = rotary
+        heads = join(self.keys_and_values(*each) for each in blocks(layout, x, cos, sin))
+        k, v = heads.chunk(2, dim=1)
+        x, cos, sin = x[rows], cos[rows], sin[rows]
+        q = join(self.queries(*each) for each in blocks(last, x, cos, sin))
+        for each in blocks(last, x, varlen(q, k, v, last)):
+            self.after_(*each)
+        return x
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries, keys and values: residual stream [T, dim] -> [T, H + 2 G, D]."""
+        attention = self.self_attn
+        heads = attention.queries + 2 * attention.keys
+        return attention.project(self.input_layernorm(x), cos, sin, 0, heads)
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries alone: [T, dim] -> [T, H, D]."""
+        attention = self.self_attn
+        return attention.project(self.input_layernorm(x), cos, sin, 0, attention.queries)
+
+    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Keys and values alone: [T, dim] -> [T, 2 G, D]."""
+        attention = self.self_attn
+        heads = attention.queries + 2 * attention.keys
+        return attention.project(self.input_layernorm(x), cos, sin, attention.queries, heads)
+
+    def after_(self, x: Tensor, attended: Tensor) -> None:
+        """Add attention's [T, H, D] and what follows to the residual stream [T, dim], in place."""
+        x += self.self_attn.o_proj(attended.flatten(1))
+        x += self.mlp(self.post_attention_layernorm(x))
+
+
+_ROW_WISE: dict[type[nn.Module], tuple[str, ...]] = {
+    DecoderLayer: ("before", "queries", "keys_and_values", "after_"),
+    VisionBlock: ("before", "after_"),
+}
 
 
 class LanguageModel(nn.Module):
@@ -141,6 +168,7 @@ class RewardModel(nn.Module):
         config: transformers' `Qwen2_5_VLConfig`.
         mean: the image processor's normalisation.
         std: likewise.
+        dtype: of weights and activations.
         deterministic: compute every node of a batch as if it were alone.
         cache_bytes: image embeddings that are kept from one batch to the next.
     """
@@ -150,6 +178,7 @@ class RewardModel(nn.Module):
         config: Any,
         mean: Sequence[float],
         std: Sequence[float],
+        dtype: torch.dtype,
         deterministic: bool = False,
         cache_bytes: int = 0,
     ) -> None:
@@ -161,7 +190,7 @@ class RewardModel(nn.Module):
         self.v_head = ValueHead(text.hidden_size)
         self.embeddings = EmbeddingCache(cache_bytes)
         self.deterministic = deterministic
-        self.cost = costs(config)
+        self.cost = costs(config, torch.finfo(dtype).bits // 8)
         self.geometry = Geometry(
             image_token_id=config.image_token_id,
             patch_size=vision.patch_size,
@@ -174,6 +203,24 @@ class RewardModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.v_head.summary.weight.device
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the layers' row-wise halves when they are first run; for any number of rows.
+
+        All layers of a kind share the code. Attention stays a call of its own between them.
+
+        Args:
+            options: for `torch.compile`.
+        """
+        for kind, halves in _ROW_WISE.items():
+            compiled = {
+                name: torch.compile(getattr(kind, name), dynamic=True, fullgraph=True, **options)
+                for name in halves
+            }
+            for layer in self.modules():
+                if isinstance(layer, kind):
+                    for name, function in compiled.items():
+                        setattr(layer, name, partial(function, layer))
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -227,11 +274,15 @@ class RewardModel(nn.Module):
         return upload(torch.from_numpy(array), self.device)
 
 
-def costs(config: Any) -> Cost:
-    """Multiply-adds count twice; norms, rotations and activations are left out.
+def costs(config: Any, itemsize: int) -> Cost:
+    """FLOPs and bytes of a forward pass.
+
+    In FLOPs multiply-adds count twice; norms, rotations and activations are left out. Bytes are an
+    upper bound: all intermediate results of a layer's wider half, as if none were freed early.
 
     Args:
         config: transformers' `Qwen2_5_VLConfig`.
+        itemsize: bytes of one activation.
     """
     text, vision = config.text_config, config.vision_config
     head = text.hidden_size // text.num_attention_heads
@@ -240,11 +291,24 @@ def costs(config: Any) -> Cost:
     block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
     merged = vision.hidden_size * vision.spatial_merge_size**2
     merger = (merged**2 + merged * vision.out_hidden_size) // vision.spatial_merge_size**2
+    keys = 2 * text.num_key_value_heads * head
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return Cost(
         per_token=2 * layer * text.num_hidden_layers,
         per_pair=4 * text.hidden_size * text.num_hidden_layers,
         per_patch=2 * (block * vision.depth + merger),
+        token_bytes=_row_bytes(text.hidden_size, keys, text.intermediate_size, itemsize),
+        key_bytes=keys * itemsize,
+        patch_bytes=3 * 4 * pixels
+        + _row_bytes(
+            vision.hidden_size, 2 * vision.hidden_size, vision.intermediate_size, itemsize
+        ),
     )
+
+
+def _row_bytes(dim: int, keys: int, inner: int, itemsize: int) -> int:
+    """The residual stream and its norm in float32; q, k, v, what is attended, the gated MLP."""
+    return 4 * 4 * dim + itemsize * (3 * dim + keys + 3 * inner)
 
 
 def _check_supported(text_config: Any) -> None:

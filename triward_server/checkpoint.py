@@ -124,6 +124,7 @@ def load_model(
             load_config(checkpoint),
             processor.image_mean,
             processor.image_std,
+            dtype,
             deterministic,
             cache_bytes,
         )

@@ -6,7 +6,6 @@ loading stops with a `ConfigError` that names the parameter. Nothing is clamped 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -15,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from .errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 _STRICT = ConfigDict(extra="forbid")
 
 ConfigT = TypeVar("ConfigT")
@@ -22,9 +22,12 @@ ConfigT = TypeVar("ConfigT")
 
 @dataclass(frozen=True, config=_STRICT)
 class PreprocessConfig:
-    """Limits on one request, checked before anything is decoded.
+    """Limits on one request, checked before anything is decoded, and how images are resized.
 
     Attributes:
+        device: `cpu`, `cuda` or `cuda:N`, where torch resizes.
+        resize: `pillow`, exactly as the model card does it, on the CPU whatever the device; or
+            `torch`, nearly so, all images of a dynamic batch together.
         max_responses: candidate responses in one request.
         max_text_bytes: bytes of `messages`, and of all `responses` together.
         max_media: media items in one request.
@@ -32,6 +35,8 @@ class PreprocessConfig:
         max_image_pixels: pixels of one image as encoded; also the largest `min_pixels`.
     """
 
+    device: Device = "cpu"
+    resize: Literal["pillow", "torch"] = "pillow"
     max_responses: Positive = 256
     max_text_bytes: Positive = 4 * 1024 * 1024
     max_media: Positive = 64
@@ -50,23 +55,30 @@ class ForwardConfig:
             into micro-batches, and a single longer conversation runs alone.
         max_batch_patches: the same for the patches of the vision tower.
         max_batch_tflop: predicted TFLOP of one forward pass, a bound on how long it takes.
+        max_batch_bytes: predicted bytes of its intermediate results, a bound on what it needs
+            beside the weights and the embedding cache.
         embedding_cache_bytes: image embeddings kept on the device from one batch to the next.
         deterministic: a score is bitwise the same in any company, in any order, with any cache.
+        compile: fuse the layers' row-wise halves with torch.compile, before the model is ready.
+            It needs a C compiler; without one loading fails.
         threads: CPU threads of torch; 0 leaves torch's own choice.
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cuda"
+    device: Device = "cuda"
     max_batch_tokens: Positive = 32_768
     max_batch_patches: Positive = 65_536
     max_batch_tflop: Annotated[float, Field(gt=0)] = 500.0
+    max_batch_bytes: Positive = 12 * 1024**3
     embedding_cache_bytes: Annotated[int, Field(ge=0)] = 1024**3
     deterministic: bool = False
+    compile: bool = False
     threads: Annotated[int, Field(ge=0)] = 0
 
-    def on_instance(self, device_id: str) -> ForwardConfig:
-        """This config with plain `cuda` made the GPU that Triton gave to the instance."""
-        return replace(self, device=f"cuda:{device_id}") if self.device == "cuda" else self
+
+def on_instance(device: str, device_id: str) -> str:
+    """The device, with plain `cuda` made the GPU that Triton gave to the instance."""
+    return f"cuda:{device_id}" if device == "cuda" else device
 
 
 def from_parameters(config_type: type[ConfigT], parameters: dict[str, Any]) -> ConfigT:

@@ -1,12 +1,20 @@
 """Encoded image bytes -> uint8 pixels, exactly as the model card's code would resize them.
 
-Decoding, alpha and resizing are qwen-vl-utils' own (`fetch_image`: Pillow, alpha on white, EXIF
-orientation not applied). The checkpoint's image processor then applies its own pixel limits, a
+As qwen-vl-utils' `fetch_image` does it: Pillow decodes and resizes, alpha falls on white, EXIF
+orientation is not applied. The checkpoint's image processor then applies its own pixel limits, a
 second resize that only happens where they are tighter than qwen-vl-utils' defaults.
+
+`TorchResizer` does the first resize with torch instead, on a GPU, for a whole dynamic batch. Its
+filter is Pillow's but its arithmetic is not: of a photograph's values one in five differs, by one
+or two levels (docs/engine.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -14,11 +22,17 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from qwen_vl_utils import vision_process
+from torch import Tensor
+from torch.nn.functional import interpolate
 from transformers.image_utils import SizeDict
 
 from .conversation import ImagePart, MediaPart
-from .errors import InvalidRequest
+from .errors import InvalidRequest, Unavailable
 from .schema import UInt8Array
+
+Size = tuple[int, int]  # height, width
+
+_MAX_WAITING = 64_000_000  # decoded pixels that wait for a flush; in float32 they take 768 MB
 
 # What callers send. Pillow's other decoders call external programs, describe vector graphics, or
 # are slow enough to hold a server up.
@@ -30,8 +44,40 @@ Image.MAX_IMAGE_PIXELS = None
 Image.init()  # registers all decoders; `Image.open(formats=…)` knows only registered ones
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An encoded image whose header has been read.
+
+    Attributes:
+        field: its name in error messages.
+        image: not decoded yet.
+        first_size: height and width after qwen-vl-utils' resize.
+        size: and after the processor's, multiples of the merged patch size.
+    """
+
+    field: str
+    image: Image.Image
+    first_size: Size
+    size: Size
+
+    @contextmanager
+    def decoded(self) -> Iterator[Image.Image]:
+        """The image as RGB; it is closed after the block, and what fails in it is its fault.
+
+        Raises:
+            InvalidRequest: the file is damaged.
+        """
+        try:
+            with self.image as image:
+                yield vision_process.to_rgb(image)
+        except Exception as error:  # decoders raise nearly everything for hostile bytes
+            if isinstance(error, MemoryError):
+                raise
+            raise InvalidRequest(self.field, f"the image cannot be used: {error}") from None
+
+
 class ImageLoader:
-    """Turns one encoded image into resized pixels.
+    """Reads images' headers and decides what size they get.
 
     Args:
         image_processor: the checkpoint's `Qwen2VLImageProcessor`.
@@ -44,8 +90,8 @@ class ImageLoader:
         self._patch = int(image_processor.patch_size)
         self._factor = self._patch * int(image_processor.merge_size)
 
-    def load(self, field: str, data: bytes, part_field: str, part: MediaPart) -> UInt8Array:
-        """Decode and resize.
+    def open(self, field: str, data: bytes, part_field: str, part: MediaPart) -> Picture:
+        """Read an image's header; no pixel is decoded yet.
 
         Args:
             field: name of the bytes in error messages, `media[0]`.
@@ -53,28 +99,48 @@ class ImageLoader:
             part_field: name of the part in error messages.
             part: its size limits.
 
-        Returns:
-            uint8 [H, W, 3], H and W multiples of the merged patch size.
-
         Raises:
-            InvalidRequest: not an image, damaged, too large, too narrow, or limits that
-                contradict each other.
+            InvalidRequest: not an image, too large, too narrow, or limits that contradict each
+                other.
         """
         if not isinstance(part, ImagePart):
             raise InvalidRequest(part_field, "videos are not supported yet")
         size_limits = part.model_dump(exclude={"type"}, exclude_none=True)
         self._check_limits(part_field, size_limits)
-        with self._open(field, data) as image:
-            self._check_size(field, *image.size)
-            try:
-                resized = vision_process.fetch_image(
-                    {"image": image, **size_limits}, image_patch_size=self._patch
-                )
-                return self._apply_processor_limits(resized)
-            except Exception as error:  # decoders raise nearly everything for hostile bytes
-                if isinstance(error, MemoryError):
-                    raise
-                raise InvalidRequest(field, f"the image cannot be used: {error}") from None
+        image = self._open(field, data)
+        self._check_size(field, *image.size)
+        try:
+            height, width = self._first_size(image, size_limits)
+            if min(height, width) == 0:
+                raise ValueError(f"its limits leave {width} x {height} pixels of it")
+            final = self._final_size(height, width)
+        except ValueError as error:
+            raise InvalidRequest(field, f"the image cannot be used: {error}") from None
+        return Picture(field, image, (height, width), final)
+
+    def _first_size(self, image: Image.Image, limits: dict[str, int]) -> Size:
+        """Where qwen-vl-utils' resize leads."""
+        height, width = image.height, image.width
+        if "resized_height" in limits and "resized_width" in limits:
+            height, width = limits["resized_height"], limits["resized_width"]
+            limits = {}
+        area = self._factor**2
+        low = limits.get("min_pixels", vision_process.IMAGE_MIN_TOKEN_NUM * area)
+        high = limits.get("max_pixels", vision_process.IMAGE_MAX_TOKEN_NUM * area)
+        return self._smart_resize(height, width, low, high)
+
+    def _final_size(self, height: int, width: int) -> Size:
+        """Where the processor's resize leads from there."""
+        if not self._processor.do_resize:
+            return height, width
+        limits = dict(self._processor.size)
+        return self._smart_resize(height, width, limits["shortest_edge"], limits["longest_edge"])
+
+    def _smart_resize(self, height: int, width: int, low: int, high: int) -> Size:
+        height, width = vision_process.smart_resize(
+            height, width, factor=self._factor, min_pixels=low, max_pixels=high
+        )
+        return height, width
 
     def _open(self, field: str, data: bytes) -> Image.Image:
         if not data:
@@ -117,12 +183,103 @@ class ImageLoader:
         ):  # a tiny image would be blown up to that size
             raise InvalidRequest(field, f"min_pixels {low}, the limit is {self._max_pixels}")
 
-    def _apply_processor_limits(self, image: Image.Image) -> UInt8Array:
-        """The processor's own resize, on the contiguous [1, 3, H, W] tensor it would build."""
-        pixels = np.array(image, dtype=np.uint8)
-        if not self._processor.do_resize:
-            return pixels
-        batch = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
-        size = SizeDict(**dict(self._processor.size))
-        resized = self._processor.resize(batch, size, self._processor.resample, factor=self._factor)
-        return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+class PillowResizer:
+    """Resizes as the model card's code does, each picture at once.
+
+    Args:
+        image_processor: the checkpoint's, whose own pixel limits may ask for a second resize.
+    """
+
+    def __init__(self, image_processor: Any) -> None:
+        self._processor = image_processor
+
+    def submit(self, picture: Picture) -> Future[UInt8Array]:
+        """Decode and resize.
+
+        Returns:
+            uint8 [H, W, 3], `picture.size`.
+
+        Raises:
+            InvalidRequest: the file is damaged.
+        """
+        height, width = picture.first_size
+        with picture.decoded() as image:
+            pixels = np.array(image.resize((width, height)), dtype=np.uint8)
+        result: Future[UInt8Array] = Future()
+        result.set_result(_channels_last(_limited(self._processor, _channels_first(pixels)))[0])
+        return result
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+class TorchResizer:
+    """Resizes on a device; pictures of equal sizes together.
+
+    Args:
+        image_processor: as for `PillowResizer`.
+        device: where.
+    """
+
+    def __init__(self, image_processor: Any, device: torch.device) -> None:
+        self._processor = image_processor
+        self._device = device
+        self._waiting: dict[tuple[Size, Size], list[tuple[Tensor, Future[UInt8Array]]]] = {}
+        self._pixels = 0
+
+    def submit(self, picture: Picture) -> Future[UInt8Array]:
+        """Decode now, resize at the next `flush`; returns and raises as `PillowResizer` does."""
+        with picture.decoded() as image:
+            pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+        result: Future[UInt8Array] = Future()
+        key = ((pixels.shape[0], pixels.shape[1]), picture.first_size)
+        self._waiting.setdefault(key, []).append((pixels, result))
+        self._pixels += pixels.shape[0] * pixels.shape[1]
+        if self._pixels > _MAX_WAITING:
+            self.flush()
+        return result
+
+    def flush(self) -> None:
+        """Resize what waits; what fails, fails for the pictures of its group."""
+        waiting, self._waiting, self._pixels = self._waiting, {}, 0
+        for (_, size), group in waiting.items():
+            images, results = zip(*group, strict=True)
+            try:
+                resized = _channels_last(self._resize(images, size).cpu())
+            except torch.OutOfMemoryError:
+                problem = Unavailable(f"{len(images)} images exceed the device's free memory")
+                for result in results:
+                    result.set_exception(problem)
+            except Exception as error:
+                for result in results:
+                    result.set_exception(error)
+            else:
+                for result, pixels in zip(results, resized, strict=True):
+                    result.set_result(pixels)
+
+    def _resize(self, images: Sequence[Tensor], size: Size) -> Tensor:
+        batch = torch.stack([image.to(self._device, non_blocking=True) for image in images])
+        resized = interpolate(
+            batch.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True
+        )
+        return _limited(self._processor, resized.round_().clamp_(0, 255).to(torch.uint8))
+
+
+def _limited(processor: Any, batch: Tensor) -> Tensor:
+    """The processor's own resize of uint8 [N, 3, H, W]."""
+    if not processor.do_resize:
+        return batch
+    size, factor = SizeDict(**dict(processor.size)), processor.patch_size * processor.merge_size
+    resized: Tensor = processor.resize(batch, size, processor.resample, factor=factor)
+    return resized
+
+
+def _channels_first(pixels: UInt8Array) -> Tensor:
+    """[H, W, 3] -> the contiguous [1, 3, H, W] that the processor would build."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+
+def _channels_last(batch: Tensor) -> UInt8Array:
+    """[N, 3, H, W] -> [N, H, W, 3]."""
+    return np.ascontiguousarray(batch.permute(0, 2, 3, 1).numpy())

@@ -55,17 +55,23 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model computes, in FLOPs.
+    """What a forward pass takes.
 
     Attributes:
-        per_token: of the language model's matrices, for one token.
-        per_pair: of its attention, for one query and one key.
-        per_patch: of the vision tower's matrices, for one patch.
+        per_token: FLOPs of the language model's matrices, for one token.
+        per_pair: FLOPs of its attention, for one query and one key.
+        per_patch: FLOPs of the vision tower's matrices, for one patch.
+        token_bytes: intermediate results at their peak, for one token.
+        key_bytes: the same for one gathered key with its value.
+        patch_bytes: the same for one patch.
     """
 
     per_token: int
     per_pair: int
     per_patch: int
+    token_bytes: int
+    key_bytes: int
+    patch_bytes: int
 
 
 @dataclass(frozen=True)

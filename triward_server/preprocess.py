@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 from .config import PreprocessConfig
 from .conversation import Conversation, parse_conversation
 from .errors import CheckpointError, InvalidRequest
-from .media import ImageLoader
+from .media import ImageLoader, Picture, PillowResizer, TorchResizer
 from .schema import Features, UInt8Array
 from .tokenization import ConversationTokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A request whose images are decoded and wait to be resized.
+
+    Attributes:
+        conversation: the validated request.
+        pictures: its images' headers and sizes.
+        pixels: uint8 [H, W, 3] each, once the resizer has been flushed.
+    """
+
+    conversation: Conversation
+    pictures: Sequence[Picture]
+    pixels: Sequence[Future[UInt8Array]]
 
 
 class Preprocessor:
@@ -33,6 +51,11 @@ class Preprocessor:
         self.patch_size = int(processor.image_processor.patch_size)
         self._merged_patch = self.patch_size * int(processor.image_processor.merge_size)
         self._images = ImageLoader(processor.image_processor, config.max_image_pixels)
+        self.resizer = (
+            PillowResizer(processor.image_processor)
+            if config.resize == "pillow"
+            else TorchResizer(processor.image_processor, torch.device(config.device))
+        )
         self._max_tokens = int(model.text_config.max_position_embeddings)
         self._tokenizer = ConversationTokenizer(processor, self._max_tokens)
 
@@ -44,7 +67,23 @@ class Preprocessor:
         Raises:
             InvalidRequest: naming the field, the value and the limit.
         """
-        return self._features(parse_conversation(messages, responses, media, self._config))
+        opened = self.open(messages, responses, media)
+        self.resizer.flush()
+        return self.finish(opened)
+
+    def open(self, messages: bytes, responses: Sequence[bytes], media: Sequence[bytes]) -> Opened:
+        """The first half of `features`, up to `resizer.flush`, which serves many requests."""
+        return self._open(parse_conversation(messages, responses, media, self._config))
+
+    def finish(self, opened: Opened) -> Features:
+        """The second half, after the flush."""
+        placeholders = [
+            height * width // self._merged_patch**2
+            for height, width in (picture.size for picture in opened.pictures)
+        ]
+        tokens = self._tokenizer.tokenize(opened.conversation, placeholders)
+        images = tuple(pixels.result(timeout=0) for pixels in opened.pixels)
+        return Features(tokens.prompt_ids, tokens.response_ids, images)
 
     def warm_up(self) -> None:
         """Run one request with an image, so that the first real one does not pay for set-up.
@@ -55,25 +94,25 @@ class Preprocessor:
         Image.new("RGB", (1, 1)).save(picture, "PNG")
         messages = b'[{"role":"user","content":[{"type":"image"},{"type":"text","text":"?"}]}]'
         # One pixel is within every limit of the loader; the request's own limits do not apply.
-        self._features(
+        opened = self._open(
             parse_conversation(messages, [b"yes"], [picture.getvalue()], PreprocessConfig())
         )
+        self.resizer.flush()
+        self.finish(opened)
 
-    def _features(self, conversation: Conversation) -> Features:
-        images: list[UInt8Array] = []
-        placeholders: list[int] = []
+    def _open(self, conversation: Conversation) -> Opened:
+        pictures = []
+        tokens = 0
         for i, (path, part) in enumerate(conversation.media_parts()):
-            image = self._images.load(f"media[{i}]", conversation.media[i], path, part)
-            images.append(image)
-            placeholders.append(image.size // 3 // self._merged_patch**2)
-            if sum(placeholders) > self._max_tokens:  # many small files can be very many pixels
+            picture = self._images.open(f"media[{i}]", conversation.media[i], path, part)
+            pictures.append(picture)
+            tokens += picture.size[0] * picture.size[1] // self._merged_patch**2
+            if tokens > self._max_tokens:  # many small files can be very many pixels
                 raise InvalidRequest(
                     f"media[{i}]",
-                    f"the images take {sum(placeholders)} tokens up to here, "
-                    f"the limit is {self._max_tokens}",
+                    f"the images take {tokens} tokens up to here, the limit is {self._max_tokens}",
                 )
-        tokens = self._tokenizer.tokenize(conversation, placeholders)
-        return Features(tokens.prompt_ids, tokens.response_ids, tuple(images))
+        return Opened(conversation, pictures, [self.resizer.submit(p) for p in pictures])
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:

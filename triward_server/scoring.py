@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.compiler import set_stance
 
 from . import packing
 from .checkpoint import load_model
@@ -30,6 +32,12 @@ from .packing import Cost, Forest, Geometry
 from .schema import Features, Float32Array, Scores
 
 logger = logging.getLogger(__name__)
+
+# Sizes of the passes that warm up: odd ones, so that no compiler takes the number of rows for a
+# dimension of the model that happens to be as large.
+_WARM_UP_TOKENS = (23, 131, 1031, 8209)
+_WARM_UP_LENGTH = 4099  # of one conversation in them
+_CPU_TFLOP = 0.01  # of one such pass on a CPU
 
 
 class Scorer:
@@ -45,6 +53,7 @@ class Scorer:
 
     def __init__(self, checkpoint: Path, config: ForwardConfig) -> None:
         self._config = config
+        self._warm = False
         if config.threads:
             torch.set_num_threads(config.threads)
         self._model = load_model(
@@ -59,6 +68,11 @@ class Scorer:
     def geometry(self) -> Geometry:
         """Token ids and sizes of the model."""
         return self._model.geometry
+
+    @property
+    def cost(self) -> Cost:
+        """What the model takes for a token, a pair, a patch."""
+        return self._model.cost
 
     def score(
         self, batch: Sequence[Features], is_cancelled: Callable[[int], bool] = lambda index: False
@@ -85,7 +99,10 @@ class Scorer:
         for chosen in plan(forest, self.geometry, self._model.cost, self._config):
             callers = {forest.branches[i].request for i in chosen} - errors.keys()
             gone = {caller for caller in callers if is_cancelled(caller)}
-            errors |= {caller: Cancelled("the caller has cancelled") for caller in gone}
+            errors |= {
+                caller: Cancelled("the caller has cancelled, or its timeout has passed")
+                for caller in gone
+            }
             needed = [i for i in chosen if forest.branches[i].request not in errors]
             for i, score in zip(needed, self._score_apart(forest, needed), strict=True):
                 branch = forest.branches[i]
@@ -99,19 +116,39 @@ class Scorer:
         ]
 
     def warm_up(self) -> None:
-        """Run text and images once, so that the first request does not pay for set-up.
+        """Run passes of growing size, so that the first requests are as fast as later ones.
+
+        On CUDA up to the budgets, which also shows that the largest pass fits in memory; on a CPU,
+        where nothing is tuned or compiled by size, as long as a pass takes moments. If the model is
+        compiled, this is where; nothing is compiled after it.
 
         Raises:
             TriwardError: the model cannot score here, so it must not become ready.
         """
-        unit = self.geometry.patch_size * self.geometry.merge_size
-        image = np.zeros((4 * unit, 4 * unit, 3), np.uint8)
-        placeholders = np.full(16, self.geometry.image_token_id, np.int32)
-        text = np.zeros(64, np.int32)
-        prompt = np.concatenate([text, placeholders, text])
-        for result in self.score(
-            [Features(prompt, (text, text), (image,)), Features(text, (text,))]
-        ):
+        if self._config.compile:
+            self._model.compile_layers()
+        budget = self._config.max_batch_tflop if self._model.device.type == "cuda" else _CPU_TFLOP
+        for tokens in (*_WARM_UP_TOKENS, self._config.max_batch_tokens):
+            batch = warm_up_requests(tokens, self.geometry)
+            if self._flops(batch) > budget * 1e12:
+                break
+            self._warm_up_with(batch)
+        # One row, which compiled code treats apart.
+        self._warm_up_with([Features(np.empty(0, np.int32), (np.zeros(1, np.int32),))])
+        self._model.embeddings.clear()
+        self._warm = True
+
+    def _flops(self, batch: Sequence[Features]) -> float:
+        """What a batch that shares nothing takes."""
+        forest = packing.plant(dict(enumerate(batch)), self.geometry)
+        prices = [
+            price(forest, index, 0, frozenset(), self.geometry, self._model.cost)
+            for index in range(len(forest.branches))
+        ]
+        return float(np.sum(prices, axis=0)[2])
+
+    def _warm_up_with(self, batch: Sequence[Features]) -> None:
+        for result in self.score(batch):
             if isinstance(result, TriwardError):
                 raise result
 
@@ -130,12 +167,35 @@ class Scorer:
         return [score for half in halves for score in self._score_apart(forest, half)]
 
     def _forward(self, forest: Forest, chosen: Sequence[int]) -> Float32Array:
-        scores: Float32Array = self._model(packing.pack(forest, chosen)).cpu().numpy()
+        # A pass whose shapes no compiled code serves runs as it is written: compiling takes longer
+        # than any caller waits.
+        compiled = self._config.compile and self._warm
+        with set_stance("eager_on_recompile") if compiled else nullcontext():
+            scores: Float32Array = self._model(packing.pack(forest, chosen)).cpu().numpy()
         return scores
 
 
+def warm_up_requests(tokens: int, geometry: Geometry) -> list[Features]:
+    """Requests of `tokens` tokens together, half of them an image's, that share nothing."""
+    requests: list[Features] = []
+    unit = geometry.patch_size * geometry.merge_size
+    while tokens > 0:
+        length = min(tokens, geometry.max_tokens, _WARM_UP_LENGTH)
+        side = int((length / 2) ** 0.5)
+        # Another first token and other pixels for each.
+        first = len(requests)
+        pads = np.full(side * (side + 1), geometry.image_token_id, np.int32)
+        image = np.full((side * unit, (side + 1) * unit, 3), first % 256, np.uint8)
+        text = np.full(max(1, length // 4), first, np.int32)
+        answer = np.zeros(max(1, length - len(text) - len(pads)), np.int32)
+        prompt = np.concatenate([text, pads])
+        requests.append(Features(prompt, (answer,), (image,) if side else ()))
+        tokens -= length
+    return requests
+
+
 def plan(forest: Forest, geometry: Geometry, cost: Cost, config: ForwardConfig) -> list[list[int]]:
-    """Cut a forest into micro-batches within the budgets of tokens, patches and FLOPs.
+    """Cut a forest into micro-batches within the budgets of tokens, patches, FLOPs and bytes.
 
     A branch costs what it does not share with the one before it. One that exceeds a budget by
     itself runs alone. An image that is shown in several micro-batches counts in each.
@@ -144,23 +204,28 @@ def plan(forest: Forest, geometry: Geometry, cost: Cost, config: ForwardConfig) 
         Indices of branches, in order.
     """
     micro_batches: list[list[int]] = []
-    budget = (config.max_batch_tokens, config.max_batch_patches, config.max_batch_tflop * 1e12)
-    used = np.zeros(3)
+    budget = (
+        config.max_batch_tokens,
+        config.max_batch_patches,
+        config.max_batch_tflop * 1e12,
+        config.max_batch_bytes,
+    )
+    used = np.zeros(len(budget))
     shown: frozenset[int] = frozenset()
     for index, branch in enumerate(forest.branches):
-        extra = _price(forest, index, int(forest.shared[index]), shown, geometry, cost)
+        extra = price(forest, index, int(forest.shared[index]), shown, geometry, cost)
         if micro_batches and (used + extra <= budget).all():
             micro_batches[-1].append(index)
         else:
             micro_batches.append([index])
-            used, shown = np.zeros(3), frozenset()
-            extra = _price(forest, index, 0, shown, geometry, cost)
+            used, shown = np.zeros(len(budget)), frozenset()
+            extra = price(forest, index, 0, shown, geometry, cost)
         used += extra
         shown |= branch.images
     return micro_batches
 
 
-def _price(
+def price(
     forest: Forest,
     index: int,
     shared: int,
@@ -168,14 +233,26 @@ def _price(
     geometry: Geometry,
     cost: Cost,
 ) -> NDArray[np.float64]:
-    """Tokens, patches and FLOPs of a branch behind `shared` tokens and the images in `shown`."""
+    """Tokens, patches, FLOPs and bytes of one more branch.
+
+    Args:
+        forest: the batch's conversations.
+        index: which branch.
+        shared: its first tokens that are computed already.
+        shown: images that are encoded already.
+        geometry: the model's.
+        cost: the model's.
+    """
     branch = forest.branches[index]
     length = len(branch.keys)
+    # Its own node's keys, and at most those of one node that ends where it leaves its neighbour.
+    keys = length + (branch.prompt_length if forest.canonical else shared)
     images = (forest.images[i].pixels for i in branch.images - shown)
     patches = sum(geometry.grid(pixels).patches for pixels in images)
     pairs = (length * (length + 1) - shared * (shared + 1)) // 2
     flops = cost.per_token * (length - shared) + cost.per_pair * pairs + cost.per_patch * patches
-    return np.array([length - shared, patches, flops], np.float64)
+    size = cost.token_bytes * (length - shared) + cost.key_bytes * keys + cost.patch_bytes * patches
+    return np.array([length - shared, patches, flops, size], np.float64)
 
 
 def _failure(error: Exception, tokens: int) -> TriwardError:

@@ -10,7 +10,9 @@ import gc
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +21,10 @@ import numpy as np
 import torch
 
 from . import schema
-from .config import ForwardConfig, PreprocessConfig, from_parameters
+from .config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
 from .errors import InvalidRequest, TriwardError
 from .packing import Geometry
-from .preprocess import Preprocessor
+from .preprocess import Opened, Preprocessor
 from .schema import Array, Features, Grid, Scores, TensorSpec, UInt8Array
 from .scoring import Scorer
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_DIRECTORY = "checkpoint"
 _MAX_MESSAGE = 500  # characters; gRPC sends them as a header
 T = TypeVar("T")
+ConfigT = TypeVar("ConfigT", PreprocessConfig, ForwardConfig)
 
 
 class PreprocessBackend:
@@ -46,22 +49,26 @@ class PreprocessBackend:
         # Several instances share the machine, one thread each; images are resized in it.
         torch.set_num_threads(1)
         self._pb = pb_utils
-        parameters = json.loads(args["model_config"])["parameters"]
-        self._preprocessor = Preprocessor(
-            _checkpoint(args), from_parameters(PreprocessConfig, parameters)
-        )
+        self._preprocessor = Preprocessor(_checkpoint(args), _config(PreprocessConfig, args))
         self._preprocessor.warm_up()
         gc.freeze()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer a dynamic batch, each request for itself."""
-        return [_answer(self._pb, partial(self._one, request)) for request in requests]
+        """Answer a dynamic batch, each request for itself; images are resized together."""
+        opened = [_capture(partial(self._open, request)) for request in requests]
+        self._preprocessor.resizer.flush()
+        return [_answer(self._pb, partial(self._respond, result)) for result in opened]
 
-    def _one(self, request: Any) -> Any:
+    def _open(self, request: Any) -> Opened:
         messages, responses, media = (
             _row(self._pb, request, spec) for spec in schema.REWARD_INPUTS
         )
-        features = self._preprocessor.features(messages[0], list(responses), list(media))
+        return self._preprocessor.open(messages[0], list(responses), list(media))
+
+    def _respond(self, opened: Opened | Exception) -> Any:
+        if isinstance(opened, Exception):
+            raise opened
+        features = self._preprocessor.finish(opened)
         return _response(self._pb, features_to_arrays(features, self._preprocessor.patch_size))
 
 
@@ -76,21 +83,20 @@ class ForwardBackend:
     def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
         _log_to_stderr(schema.FORWARD)
         self._pb = pb_utils
-        parameters = json.loads(args["model_config"])["parameters"]
-        config = from_parameters(ForwardConfig, parameters)
-        self._scorer = Scorer(
-            _checkpoint(args), config.on_instance(args["model_instance_device_id"])
-        )
+        self._scorer = Scorer(_checkpoint(args), _config(ForwardConfig, args))
         self._scorer.warm_up()
         gc.freeze()  # what is loaded stays; later collections need not walk it
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch with one call of the scorer."""
+        begun = time.monotonic()
         parsed = [_capture(partial(self._parse, request)) for request in requests]
         pairs = zip(requests, parsed, strict=True)
         callers = [request for request, item in pairs if isinstance(item, Features)]
         features = [item for item in parsed if isinstance(item, Features)]
-        scored = iter(self._scorer.score(features, lambda index: callers[index].is_cancelled()))
+        scored = iter(
+            self._scorer.score(features, lambda index: _has_given_up(callers[index], begun))
+        )
         results = [next(scored) if isinstance(item, Features) else item for item in parsed]
         return [_answer(self._pb, partial(self._respond, result)) for result in results]
 
@@ -199,6 +205,16 @@ def _answer(pb_utils: Any, respond: Callable[[], Any]) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
+def _has_given_up(request: Any, begun: float) -> bool:
+    """Whether the caller has cancelled or its timeout has passed since `begun`.
+
+    Inside an ensemble Triton 24.10 reports no cancellation, but hands the caller's timeout on. That
+    began before the batch did: what is late here is late for the caller.
+    """
+    timeout = request.timeout() / 1e6  # 0: none
+    return bool(request.is_cancelled() or 0 < timeout < time.monotonic() - begun)
+
+
 def _codes(pb_utils: Any) -> dict[str, Any]:
     error = pb_utils.TritonError
     return {
@@ -207,6 +223,11 @@ def _codes(pb_utils: Any) -> dict[str, Any]:
         "INTERNAL": error.INTERNAL,
         "CANCELLED": error.CANCELLED,
     }
+
+
+def _config(config_type: type[ConfigT], args: dict[str, str]) -> ConfigT:
+    config = from_parameters(config_type, json.loads(args["model_config"])["parameters"])
+    return replace(config, device=on_instance(config.device, args["model_instance_device_id"]))
 
 
 def _checkpoint(args: dict[str, str]) -> Path:

@@ -19,16 +19,29 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Layout, linear, make_layout, varlen
+from .attention import Layout, blocks, join, make_layout, varlen
 from .packing import Int64Array
 from .schema import Grid
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in float32: x [T, H, D], cos and sin [T, D / 2]; the halves are paired."""
-    first, second = x.float().chunk(2, dim=-1)
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, computed in float32 and written in place.
+
+    Args:
+        heads: [T, H, D]; the two halves of D are paired.
+        cos: float32 [T, D / 2].
+        sin: likewise.
+
+    Returns:
+        `heads`.
+    """
+    first, second = heads.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = torch.addcmul(first * cos, second, sin, value=-1)
+    heads_first, heads_second = heads.chunk(2, dim=-1)
+    heads_second.copy_(torch.addcmul(second * cos, first, sin))
+    heads_first.copy_(turned)
+    return heads
 
 
 class RMSNorm(nn.Module):
@@ -45,8 +58,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension."""
-        normed = F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps)
-        return normed.to(self.weight.dtype)
+        # Written out: without a compiler, torch's rms_norm reads and writes more on a CPU.
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        scale = (square / x.shape[-1] + self.eps).rsqrt()
+        out: Tensor = (x * scale).mul_(self.weight).to(self.weight.dtype)
+        return out
 
 
 class GatedMLP(nn.Module):
@@ -57,15 +73,15 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = nn.Linear(dim, 2 * inner, bias=bias)
         self.down_proj = nn.Linear(inner, dim, bias=bias)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[T, dim] -> [T, dim]."""
-        both = linear(x, self.gate_up_proj.weight, self.gate_up_proj.bias, layout)
-        gate, up = both.chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.down_proj.weight, self.down_proj.bias, layout)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(F.silu(gate).mul_(up))
+        return out
 
 
 class VisionAttention(nn.Module):
-    """Attention with axial rotary positions."""
+    """Projections of attention with axial rotary positions."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -73,17 +89,9 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        """[T, dim] -> [T, dim]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        out: Tensor = self.proj(
-            varlen(rotate(q, *rotary), rotate(k, *rotary), v, layout).flatten(1)
-        )
-        return out
-
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block: attention between two row-wise halves."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -93,10 +101,23 @@ class VisionBlock(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        """[T, dim] -> [T, dim]."""
-        x = x + self.attn(self.norm1(x), rotary, layout)
-        out: Tensor = x + self.mlp(self.norm2(x), layout)
-        return out
+        """[T, dim] -> [T, dim], the same tensor with the layer's results added."""
+        heads = join(self.before(*rows) for rows in blocks(layout, x, *rotary))
+        q, k, v = heads.chunk(3, dim=1)
+        for rows in blocks(layout, x, varlen(q, k, v, layout)):
+            self.after_(*rows)
+        return x
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotated queries, rotated keys and values: [T, dim] -> [T, 3 H, D]."""
+        heads: Tensor = self.attn.qkv(self.norm1(x)).unflatten(-1, (3 * self.attn.heads, -1))
+        rotate_(heads[:, : 2 * self.attn.heads], cos, sin)
+        return heads
+
+    def after_(self, x: Tensor, attended: Tensor) -> None:
+        """Add attention's [T, H, D] and what follows to the residual stream [T, dim], in place."""
+        x += self.attn.proj(attended.flatten(1))
+        x += self.mlp(self.norm2(x))
 
 
 class PatchEmbed(nn.Module):

@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 from triward.deadline import Deadline
 from triward.download import DOWNLOAD_LIMIT, download
 from triward.errors import MediaError
-from triward.pil import encode_png
+from triward.pil import encode_image
 
 
 def read_media(value: object, deadline: Deadline, *, download_limit: int = DOWNLOAD_LIMIT) -> bytes:
@@ -41,7 +41,7 @@ def read_media(value: object, deadline: Deadline, *, download_limit: int = DOWNL
     elif isinstance(value, os.PathLike):
         data = _read_file(os.fsdecode(value))
     elif _is_pil_image(value):
-        data = encode_png(value)
+        data = encode_image(value)
     else:
         raise MediaError(
             "media must be a path, a file://, data: or http(s) URL, bytes or a PIL image, "

@@ -31,15 +31,23 @@ def decoded(image, deadline):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
-def test_modes_of_png_come_back_the_same(mode, deadline):
+def test_modes_come_back_the_same(mode, deadline):
     image = image_of(mode)
     back = decoded(image, deadline)
-    assert back.format == "PNG"
+    assert back.format == ("BMP" if mode == "RGB" else "PNG")
     assert back.mode == mode
     assert back.size == image.size
     assert back.tobytes() == image.tobytes()
     if mode == "P":
         assert back.convert("RGB").tobytes() == image.convert("RGB").tobytes()
+
+
+def test_a_transparent_colour_is_kept(deadline):
+    image = image_of("RGB")
+    image.info["transparency"] = image.getpixel((2, 3))
+    back = decoded(image, deadline)
+    assert back.tobytes() == image.tobytes()
+    assert back.convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "I", "F", "RGBX"])

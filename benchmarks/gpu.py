@@ -1,0 +1,253 @@
+"""One GPU: build a checkpoint, check it against the model card's code, and time everything.
+
+    python -m benchmarks.gpu [--size 7b] [--device cuda] [--output FILE]
+
+Parity comes first: what is not the card's number is not worth timing. Ceilings are measured in the
+same run, so that shares of them mean something on this machine. Without a GPU the results file
+says so and its rows are empty; `--device cpu --size tiny` runs the same steps for the test suite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import numpy as np
+import torch
+import typer
+
+from benchmarks.measure import features, in_turns, machine, row, scores, timed, work
+from benchmarks.workloads import LARGE_IMAGE, SMALL_IMAGE, Workload, odd_sizes, workloads
+from triward_server.config import ForwardConfig, PreprocessConfig
+from triward_server.preprocess import Preprocessor
+from triward_server.random_checkpoint import Size, make_checkpoint
+from triward_server.schema import Features
+from triward_server.scoring import Scorer
+from triward_server.testing import Oracle
+
+STEPS = ("ceilings", "warm_up", "parity", "timing", "memory", "synchronisations", "resizing")
+PARITY_RESPONSES = 64
+CARD_CONVERSATIONS = 8  # of one workload, what the card's loop is timed with at most
+
+
+class Bench:
+    """Everything that is measured, one step a method."""
+
+    def __init__(self, size: Size, device: str, repeats: int, folder: Path) -> None:
+        self.repeats = repeats
+        self.device = torch.device(device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.checkpoint = folder / "checkpoint"
+        make_checkpoint(size, 0, self.checkpoint, device)
+        self.workloads = workloads(LARGE_IMAGE if size == "7b" else SMALL_IMAGE)
+        self.oracle = Oracle(self.checkpoint, self.dtype, device)
+        self.preprocessor = Preprocessor(self.checkpoint, PreprocessConfig())
+        self.config = ForwardConfig(
+            dtype="bfloat16" if self.dtype == torch.bfloat16 else "float32",
+            device=device,
+            embedding_cache_bytes=0,  # a pass that repeats must not be faster for it
+            compile=self.device.type == "cuda",
+        )
+        self.scorer = Scorer(self.checkpoint, self.config)
+
+    def features(self, workload: Workload) -> list[Features]:
+        """A workload's requests."""
+        return [features(self.preprocessor, group) for group in workload.groups]
+
+    def ceilings(self) -> dict[str, Any]:
+        """Matrix product in the model's dtype and copy, the best of several."""
+        n = 8192 if self.device.type == "cuda" else 512
+        a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
+        source = torch.empty(8 * n * n, device=self.device)
+        target = torch.empty_like(source)
+        times = in_turns({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, 20)
+        return {
+            "matmul_size": n,
+            "matmul_tflops": 2 * n**3 / min(times["matmul"]) / 1e12,
+            "copy_gb_per_s": 2 * source.nbytes / min(times["copy"]) / 1e9,
+        }
+
+    def parity(self) -> dict[str, Any]:
+        """64 responses to one prompt against the card, whose own noise is the measure."""
+        group = self.workloads[f"group-{PARITY_RESPONSES}"]
+        rows = group.conversations()
+        one = np.array([self.oracle.score(messages) for messages in rows])
+        eights = [rows[i : i + 8] for i in range(0, len(rows), 8)]
+        padded = np.array(
+            [s for some in eights for s in self.oracle.score_inputs(self.oracle.inputs(some))]
+        )
+        ours = np.array(scores(self.scorer, self.features(group)))
+        noise = float(np.abs(padded - one).max())
+        # Pairs that the card itself tells apart must be told apart the same way.
+        gap = one[:, None] - one[None]
+        clear = np.abs(gap) > 2 * noise
+        swapped = clear & (np.sign(gap) != np.sign(ours[:, None] - ours[None]))
+        distance = float(np.abs(ours - one).max())
+        return {
+            "responses": len(one),
+            "score_range": [float(one.min()), float(one.max())],
+            "card_batch_1_to_8_max": noise,
+            "max_distance": distance,
+            "rms_distance": float(np.sqrt(np.mean((ours - one) ** 2))),
+            "card_rms": float(np.sqrt(np.mean((padded - one) ** 2))),
+            "within_noise": distance <= noise,
+            "clear_pairs": int(clear.sum()) // 2,
+            "swapped_pairs": int(swapped.sum()) // 2,
+        }
+
+    def warm_up(self) -> dict[str, Any]:
+        """How long warming up takes, and the first request after it against later ones."""
+        seconds = timed(self.scorer.warm_up)
+        batch = self.features(self.workloads["group-8"])
+        taken = [timed(partial(self.scorer.score, batch)) for _ in range(6)]
+        return {
+            "seconds": seconds,
+            "first_s": taken[0],
+            "later_median_s": statistics.median(taken[1:]),
+        }
+
+    def timing(self, matmul_tflops: float) -> dict[str, Any]:
+        """Scores a second of every workload, and what share of the matmul ceiling that is."""
+        exact = Scorer(self.checkpoint, replace(self.config, deterministic=True, compile=False))
+        results: dict[str, Any] = {}
+        for name, workload in self.workloads.items():
+            batch = self.features(workload)
+            rows = workload.conversations()
+            few = rows[:CARD_CONVERSATIONS]
+            runs: dict[str, Callable[[], object]] = {
+                "card, one by one": lambda few=few: [self.oracle.score(m) for m in few],  # type: ignore[misc]
+                "card, padded batches of 8": lambda few=few: self.oracle.score_inputs(  # type: ignore[misc]
+                    self.oracle.inputs(few)
+                ),
+                "Scorer": partial(scores, self.scorer, batch),
+                "Scorer, deterministic": partial(scores, exact, batch),
+            }
+            for run in runs.values():
+                run()
+            times = in_turns(runs, self.repeats)
+            paths = {
+                path: row(taken, len(few) if path.startswith("card") else len(rows))
+                for path, taken in times.items()
+            }
+            baseline = paths["card, one by one"]["conversations_per_s"]
+            for values in paths.values():
+                values["speedup"] = round(values["conversations_per_s"] / baseline, 3)
+            shared, nothing = work(batch, self.scorer.geometry, self.scorer.cost)
+            achieved = shared / paths["Scorer"]["median_s"] / 1e12
+            results[name] = {
+                "conversations": len(rows),
+                "ideal_speedup": nothing / shared,
+                "scorer_tflops": achieved,
+                "share_of_matmul_ceiling": achieved / matmul_tflops,
+                "paths": paths,
+            }
+        return results
+
+    def memory(self) -> dict[str, Any] | None:
+        """Peak of the largest workload beside what is always there, against the budget."""
+        if self.device.type != "cuda":
+            return None
+        batch = self.features(self.workloads["group-64"])
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        scores(self.scorer, batch)
+        peak = torch.cuda.max_memory_allocated() - before
+        budget = self.config.max_batch_bytes
+        return {"peak_bytes": peak, "budget_bytes": budget, "within_budget": peak <= budget}
+
+    def synchronisations(self) -> dict[str, Any] | None:
+        """Where a forward pass waits for the device; the scores' way back is one place."""
+        if self.device.type != "cuda":
+            return None
+        batch = self.features(self.workloads["group-8"])
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                scores(self.scorer, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        places = [
+            f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synch" in str(w.message)
+        ]
+        return {"count": len(places), "places": sorted(set(places))}
+
+    def resizing(self) -> dict[str, Any]:
+        """What resizing with torch on the device changes: levels of uint8, and scores."""
+        by_torch = Preprocessor(
+            self.checkpoint, PreprocessConfig(device=str(self.device), resize="torch")
+        )
+        groups = odd_sizes().groups
+        exact = [features(self.preprocessor, group) for group in groups]
+        fast = [features(by_torch, group) for group in groups]
+        levels = np.concatenate(
+            [
+                np.abs(a.astype(int) - b).reshape(-1)
+                for one, other in zip(exact, fast, strict=True)
+                for a, b in zip(one.images, other.images, strict=True)
+            ]
+        )
+        drift = np.array(scores(self.scorer, fast)) - np.array(scores(self.scorer, exact))
+        return {
+            "values_that_differ": float((levels > 0).mean()),
+            "max_levels": int(levels.max()),
+            "score_drift_max": float(np.abs(drift).max()),
+            "score_drift_rms": float(np.sqrt(np.mean(drift**2))),
+        }
+
+
+@contextmanager
+def taking(results: dict[str, Any], step: str) -> Iterator[None]:
+    """Note how long a step takes, and print it."""
+    start = time.perf_counter()
+    yield
+    results["seconds"][step] = round(time.perf_counter() - start, 2)
+    typer.echo(f"{step}: {results['seconds'][step]} s")
+
+
+def main(
+    size: Annotated[Size, typer.Option(help="Size of the random checkpoint.")] = "7b",
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the script out.")] = "cuda",
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
+) -> None:
+    """Build, check and time one model on one device."""
+    results: dict[str, Any] = {"machine": machine(), "size": size, "device": device}
+    results |= {"repeats": repeats, "seconds": {}, **dict.fromkeys(STEPS)}
+
+    def keep() -> None:  # after each step: a run that is stopped has measured what it has
+        if output:
+            output.write_text(json.dumps(results, indent=2) + "\n")
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        results["empty"] = "no GPU was at hand; nothing was measured"
+        typer.echo(results["empty"])
+        keep()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with taking(results, "build"):
+            bench = Bench(size, device, repeats, Path(folder))
+        for step in STEPS:
+            arguments = [results["ceilings"]["matmul_tflops"]] if step == "timing" else []
+            with taking(results, step):
+                results[step] = getattr(bench, step)(*arguments)
+            keep()
+    typer.echo(json.dumps({step: results[step] for step in STEPS}, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)

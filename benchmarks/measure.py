@@ -1,0 +1,132 @@
+"""What all measurements share: where they ran, turns, medians, and the work that there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.workloads import Group
+from triward_server import packing
+from triward_server.packing import Cost, Forest, Geometry
+from triward_server.preprocess import Preprocessor
+from triward_server.schema import Features, Scores
+from triward_server.scoring import Scorer, price
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "trl", "numpy", "tritonclient", "nvidia-pytriton")
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the numbers are taken."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or None,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "cuda": torch.version.cuda if gpu else None,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo").read_text()
+    lines = [line for line in info.splitlines() if line.startswith("model name")]
+    return lines[0].split(":")[1].strip() if lines else platform.machine()
+
+
+def in_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run, all in turns, so that a slow moment of the machine meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(timed(run))
+    return seconds
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of one run; whatever it left on a GPU's queue is waited for."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def row(seconds: Sequence[float], conversations: int) -> dict[str, Any]:
+    """A median and what it was taken from."""
+    median = statistics.median(seconds)
+    return {
+        "median_s": round(median, 5),
+        "all_s": [round(s, 5) for s in seconds],
+        "conversations_per_s": round(conversations / median, 3),
+    }
+
+
+def features(preprocessor: Preprocessor, group: Group) -> Features:
+    """One request, as the server's preprocessing makes it."""
+    media: list[bytes] = []
+    for message in group.prompt:
+        for part in message["content"]:
+            if part["type"] == "image":
+                buffer = BytesIO()
+                part["image"].save(buffer, "BMP")
+                media.append(buffer.getvalue())
+    wire = json.dumps(group.prompt, default=lambda image: None).replace(', "image": null', "")
+    responses = [response.encode() for response in group.responses]
+    return preprocessor.features(wire.encode(), responses, media)
+
+
+def scores(scorer: Scorer, batch: Sequence[Features]) -> list[float]:
+    """All scores of a batch in order; a request that failed ends the measurement."""
+    values: list[float] = []
+    for result in scorer.score(batch):
+        if not isinstance(result, Scores):
+            raise RuntimeError(f"the Scorer answered {result!r}")
+        values += result.scores.tolist()
+    return values
+
+
+def work(batch: Sequence[Features], geometry: Geometry, cost: Cost) -> tuple[float, float]:
+    """FLOPs of a batch with everything shared that can be, and with nothing shared."""
+    forest = packing.plant(dict(enumerate(batch)), geometry)
+    shown: frozenset[int] = frozenset()
+    shared = 0.0
+    for index, branch in enumerate(forest.branches):
+        shared += _flops(forest, index, int(forest.shared[index]), shown, geometry, cost)
+        shown |= branch.images
+    nothing = (
+        _flops(forest, index, 0, frozenset(), geometry, cost)
+        for index in range(len(forest.branches))
+    )
+    return shared, sum(nothing)
+
+
+def _flops(
+    forest: Forest, index: int, shared: int, shown: frozenset[int], geometry: Geometry, cost: Cost
+) -> float:
+    return float(price(forest, index, shared, shown, geometry, cost)[2])
