@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/mypy --config-file client/pyproject.toml client/triward
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.compare
+	$(BIN)/python -m benchmarks.compare --output benchmarks/results/$$(date +%F)-cpu-small.json
 
 clean:
 	rm -rf .venv

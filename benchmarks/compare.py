@@ -12,10 +12,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,12 +27,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import ROOT, features, in_turns, machine, row, scores, timed, work
+from benchmarks.measure import (
+    features,
+    in_turns,
+    machine,
+    row,
+    scores,
+    served,
+    serving,
+    timed,
+    work,
+)
 from benchmarks.plot import draw
 from benchmarks.workloads import Workload, epochs, workloads
 from triward import RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
-from triward_server.launch import Endpoints, TritonServer
 from triward_server.preprocess import Preprocessor
 from triward_server.random_checkpoint import Size, make_checkpoint
 from triward_server.scoring import Scorer
@@ -45,7 +52,6 @@ SCORER = "Scorer, in-process"
 SERVED = "served, over gRPC"
 EPOCH = "epoch"
 CACHE_BYTES = 1 << 30
-CONCURRENCY = 16
 
 
 class Paths:
@@ -82,43 +88,33 @@ class Paths:
         return scores(self._scorer, [features(self._preprocessor, g) for g in workload.groups])
 
     def served(self, workload: Workload) -> list[float]:
-        """The client's calls: a group is one request, all else many at a time."""
-        if workload.separate or len(workload.groups) > 1:
-            return self._client.score_many(workload.conversations(), concurrency=CONCURRENCY)
-        (group,) = workload.groups
-        return self._client.score_responses(group.prompt, group.responses)
+        """The client's calls."""
+        return served(self._client, workload)
 
     def ideal_speedup(self, workload: Workload) -> float:
         """FLOPs with nothing shared over FLOPs with everything shared."""
         batch = [features(self._preprocessor, group) for group in workload.groups]
-        shared, nothing = work(batch, self._scorer.geometry, self._scorer.cost)
-        return nothing / shared
+        predicted = work(batch, self._scorer.geometry, self._scorer.cost)
+        return predicted.flops_alone / predicted.flops
 
 
 @contextmanager
-def serving(checkpoint: Path, oracle: Oracle, cache: int) -> Iterator[Paths]:
+def all_paths(checkpoint: Path, oracle: Oracle, cache: int) -> Iterator[Paths]:
     """All paths, with a server of their own."""
-    with tempfile.TemporaryDirectory() as folder:
-        repository = Path(folder, "repository")
-        script = ROOT / "export" / "build_repository.py"
-        subprocess.run(
-            [sys.executable, str(script), f"--checkpoint={checkpoint}", f"--output={repository}",
-             "--dtype=float32", "--device=cpu", "--preprocess-instances=2",
-             f"--embedding-cache-bytes={cache}"],
-            check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        free = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
-        with (
-            Path(folder, "triton.log").open("w") as log,
-            TritonServer(repository, free, log=log) as server,
-            RewardClient(server.endpoints.grpc, timeout=600) as client,
-        ):
-            yield Paths(checkpoint, client, oracle, cache)
+    flags = ("--dtype=float32", "--device=cpu", f"--embedding-cache-bytes={cache}")
+    with serving(checkpoint, *flags) as client:
+        yield Paths(checkpoint, client, oracle, cache)
 
 
-def measure(paths: Paths, workload: Workload, repeats: int) -> dict[str, Any]:
+def measure(
+    paths: Paths, workload: Workload, repeats: int, chosen: Sequence[str] | None
+) -> dict[str, Any]:
     """Median seconds of each path, taken in turns, and how far its scores are from the card's."""
-    runs = paths.all()
+    runs = {
+        name: run
+        for name, run in paths.all().items()
+        if name == BASELINE or chosen is None or name in chosen
+    }
     reference = np.array(runs[BASELINE](workload))
     # The first pass warms up and is compared, not timed.
     distance = {
@@ -190,8 +186,11 @@ def show(console: Console, name: str, result: dict[str, Any]) -> None:
 def main(
     size: Annotated[Size, typer.Option(help="Size of the random checkpoint.")] = "small",
     workload: Annotated[list[str] | None, typer.Option(help="Names; all by default.")] = None,
+    path: Annotated[list[str] | None, typer.Option(help="Names; all by default.")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
-    output: Annotated[Path | None, typer.Option(help="JSON file; a plot goes beside it.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file that gets these rows; a plot goes beside it.")
+    ] = None,
 ) -> None:
     """Measure all paths side by side on this machine's CPU, in float32."""
     available = workloads()
@@ -201,11 +200,15 @@ def main(
         names = ", ".join([*available, EPOCH])
         raise typer.BadParameter(f"no workload {unknown[0]!r}; there are {names}")
     console = Console()
-    results: dict[str, Any] = {"machine": machine(), "size": size, "dtype": "float32"}
+    here = machine()
+    results: dict[str, Any] = {"machine": here, "size": size, "dtype": "float32"}
     results |= {"repeats": repeats, "workloads": {}}
+    if output and output.exists():
+        results["workloads"] = json.loads(output.read_text())["workloads"]
 
     def keep(name: str, result: dict[str, Any]) -> None:
-        results["workloads"][name] = result
+        taken = {"date": here["date"], "commit": here["commit"], "repeats": repeats}
+        results["workloads"][name] = taken | result
         show(console, name, result)
         if output:  # after each workload: a run that is stopped has measured what it has
             output.write_text(json.dumps(results, indent=2) + "\n")
@@ -216,11 +219,11 @@ def main(
         oracle = Oracle(checkpoint)
         if set(chosen) - {EPOCH}:
             # No cache: a pass that repeats must not be faster for it.
-            with serving(checkpoint, oracle, cache=0) as paths:
+            with all_paths(checkpoint, oracle, cache=0) as paths:
                 for name in (n for n in chosen if n != EPOCH):
-                    keep(name, measure(paths, available[name], repeats))
+                    keep(name, measure(paths, available[name], repeats, path))
         if EPOCH in chosen:
-            with serving(checkpoint, oracle, CACHE_BYTES) as paths:
+            with all_paths(checkpoint, oracle, CACHE_BYTES) as paths:
                 keep(EPOCH, measure_epochs(paths, repeats))
     if output:
         draw(results, output.with_suffix(".svg"))

@@ -7,8 +7,12 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -17,15 +21,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.workloads import Group
+from benchmarks.workloads import Group, Workload
+from triward import RewardClient
 from triward_server import packing
-from triward_server.packing import Cost, Forest, Geometry
+from triward_server.launch import Endpoints, TritonServer
+from triward_server.packing import Cost, Geometry
 from triward_server.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
 from triward_server.scoring import Scorer, price
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "trl", "numpy", "tritonclient", "nvidia-pytriton")
+CONCURRENCY = 16
 
 
 def machine() -> dict[str, Any]:
@@ -101,6 +108,34 @@ def features(preprocessor: Preprocessor, group: Group) -> Features:
     return preprocessor.features(wire.encode(), responses, media)
 
 
+@contextmanager
+def serving(checkpoint: Path, *flags: str) -> Iterator[RewardClient]:
+    """A client of a real Triton that serves a checkpoint, exported with `flags`."""
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder, "repository")
+        script = ROOT / "export" / "build_repository.py"
+        subprocess.run(
+            [sys.executable, str(script), f"--checkpoint={checkpoint}", f"--output={repository}",
+             "--preprocess-instances=2", *flags],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        free = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
+        with (
+            Path(folder, "triton.log").open("w") as log,
+            TritonServer(repository, free, log=log) as server,
+            RewardClient(server.endpoints.grpc, timeout=600) as client,
+        ):
+            yield client
+
+
+def served(client: RewardClient, workload: Workload) -> list[float]:
+    """A group as one request, all else many requests at a time."""
+    if workload.separate or len(workload.groups) > 1:
+        return client.score_many(workload.conversations(), concurrency=CONCURRENCY)
+    (group,) = workload.groups
+    return client.score_responses(group.prompt, group.responses)
+
+
 def scores(scorer: Scorer, batch: Sequence[Features]) -> list[float]:
     """All scores of a batch in order; a request that failed ends the measurement."""
     values: list[float] = []
@@ -111,22 +146,30 @@ def scores(scorer: Scorer, batch: Sequence[Features]) -> list[float]:
     return values
 
 
-def work(batch: Sequence[Features], geometry: Geometry, cost: Cost) -> tuple[float, float]:
-    """FLOPs of a batch with everything shared that can be, and with nothing shared."""
+@dataclass(frozen=True)
+class Work:
+    """What a batch takes, as the Scorer's plan predicts it.
+
+    Attributes:
+        flops: with everything shared that can be.
+        flops_alone: with nothing shared.
+        size: bytes of intermediate results, of one pass over all of it.
+    """
+
+    flops: float
+    flops_alone: float
+    size: float
+
+
+def work(batch: Sequence[Features], geometry: Geometry, cost: Cost) -> Work:
+    """Predict what a batch takes."""
     forest = packing.plant(dict(enumerate(batch)), geometry)
     shown: frozenset[int] = frozenset()
-    shared = 0.0
+    flops = alone = size = 0.0
     for index, branch in enumerate(forest.branches):
-        shared += _flops(forest, index, int(forest.shared[index]), shown, geometry, cost)
+        shared = int(forest.shared[index])
+        _, _, more, extra = price(forest, index, shared, shown, geometry, cost)
+        flops, size = flops + more, size + extra
+        alone += price(forest, index, 0, frozenset(), geometry, cost)[2]
         shown |= branch.images
-    nothing = (
-        _flops(forest, index, 0, frozenset(), geometry, cost)
-        for index in range(len(forest.branches))
-    )
-    return shared, sum(nothing)
-
-
-def _flops(
-    forest: Forest, index: int, shared: int, shown: frozenset[int], geometry: Geometry, cost: Cost
-) -> float:
-    return float(price(forest, index, shared, shown, geometry, cost)[2])
+    return Work(flops, alone, size)

@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import LOCAL
+from triward import RewardClient
+from triward_server import scoring
+from triward_server.attention import Layout
 from triward_server.config import ForwardConfig
+from triward_server.launch import TritonServer
 from triward_server.schema import Features, Scores
 from triward_server.scoring import Scorer
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
 
 COMPILED = ForwardConfig(dtype="float32", device="cpu", compile=True)
 
@@ -78,11 +87,12 @@ def test_nothing_is_compiled_after_warm_up(
     scorer.warm_up()
     warm = len(graphs)
     assert 0 < warm <= MAX_GRAPHS
+    scorer._warm = False  # or what nothing compiled would be run as it is written, unnoticed
     assert_close(scorer, Scorer(checkpoint, replace(COMPILED, compile=False)))
     assert len(graphs) == warm, "a request paid for a compilation"
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@needs_compiler
 def test_compiled_code_scores_the_same(checkpoint: Path) -> None:
     """The compiler that a GPU uses, here with its C++ half."""
     scorer = Scorer(checkpoint, COMPILED)
@@ -90,24 +100,77 @@ def test_compiled_code_scores_the_same(checkpoint: Path) -> None:
     assert_close(scorer, Scorer(checkpoint, replace(COMPILED, compile=False)))
 
 
-def test_layers_ask_the_device_for_nothing(checkpoint: Path) -> None:
-    """On the meta device a value cannot be read, so a layer that waited for one would raise."""
-    scorer = Scorer(checkpoint, replace(COMPILED, compile=False))
-    model = scorer._model
-    inputs: list[tuple[Any, ...]] = []
-    for tower in (model.visual, model.language_model):
-        for layer in list(tower.blocks if tower is model.visual else tower.layers)[:1]:
-            layer.register_forward_pre_hook(lambda _, values: inputs.append(values))
-    scorer.score(batches(scorer.geometry.image_token_id)[5])
-    assert len(inputs) == 2
-    model.to("meta")
-    with pytest.raises(Exception, match=r"meta|Meta"):  # the check itself: reading does raise
-        torch.ones(2, device="meta").sum().item()
-    for tower, (x, rotary, layout) in zip(
-        (model.visual, model.language_model), inputs.copy(), strict=True
+def test_compiled_layers_never_compile_for_a_request(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even shapes that nothing was compiled for: they run as they are written."""
+    scorer = Scorer(checkpoint, COMPILED)
+    monkeypatch.setattr(scoring, "_WARM_UP_TOKENS", (23,))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    scorer._model.compile_layers(backend=count)
+    scorer._warm = True
+    assert_close(scorer, Scorer(checkpoint, replace(COMPILED, compile=False)))
+    assert graphs == []
+
+
+@needs_compiler
+def test_deterministic_and_compiled(checkpoint: Path) -> None:
+    """Both are on by flag on a GPU; bitwise stays bitwise."""
+    scorer = Scorer(checkpoint, replace(COMPILED, deterministic=True))
+    scorer.warm_up()
+    items = [i for batch in batches(scorer.geometry.image_token_id) for i in batch]
+    for item, together in zip(items, scorer.score(items), strict=True):
+        (alone,) = scorer.score([item])
+        assert isinstance(alone, Scores) and isinstance(together, Scores)
+        np.testing.assert_array_equal(alone.scores, together.scores)
+
+
+@needs_compiler
+def test_served(
+    build: Callable[..., Path], client: RewardClient, cases: dict[str, Any], tmp_path: Path
+) -> None:
+    """Compiled inside Triton's stub process, before the model is ready."""
+    some = list(cases.values())[::6]
+    with (
+        (tmp_path / "triton.log").open("w") as log,
+        TritonServer(build("--dtype=float32", "--compile"), LOCAL, log=log) as server,
+        RewardClient(server.endpoints.grpc, timeout=120) as compiled,
     ):
-        rows = layout.key_rows
-        on_meta = replace(layout, key_rows=None if rows is None else rows.to("meta"))
-        layers = tower.blocks if tower is model.visual else tower.layers
-        out = layers[0](x.to("meta"), tuple(t.to("meta") for t in rotary), on_meta)
-        assert out.shape == x.shape and out.device.type == "meta"
+        np.testing.assert_allclose(
+            compiled.score_many(some), client.score_many(some), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+def test_layers_ask_the_device_for_nothing(
+    kernel: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device a value cannot be read: a layer that waited for one would raise."""
+    config = ForwardConfig(dtype="bfloat16", device="cpu")
+    scorer = Scorer(checkpoint, config)
+    model = scorer._model
+    calls: list[tuple[torch.nn.Module, tuple[Any, ...]]] = []
+    for module in (model.visual.blocks[0], model.language_model):
+        module.register_forward_pre_hook(lambda module, values: calls.append((module, values)))
+    scorer.score(batches(scorer.geometry.image_token_id)[5])
+    assert len(calls) == 2
+    model.to("meta")
+    with pytest.raises(RuntimeError, match="meta"):  # the check itself: reading does raise
+        torch.ones(2, device="meta").sum().item()
+
+    def on_meta(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(on_meta, value))
+        if isinstance(value, Layout):
+            tensors = {k: v.to("meta") for k, v in vars(value).items() if torch.is_tensor(v)}
+            return replace(value, kernel=kernel, **tensors)
+        return value.to("meta")
+
+    for module, values in calls.copy():
+        out = module(*on_meta(values))
+        assert out.device.type == "meta" and out.shape[1] == values[0].shape[1]

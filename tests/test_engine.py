@@ -25,7 +25,10 @@ from triward_server.testing import Oracle, fp32_budget
 
 CPU = ForwardConfig(dtype="float32", device="cpu")
 GEOMETRY = Geometry(image_token_id=9, patch_size=14, merge_size=2, vocab_size=99, max_tokens=999)
-COST = Cost(per_token=1000, per_pair=1, per_patch=50, token_bytes=100, key_bytes=7, patch_bytes=30)
+COST = Cost(
+    per_token=1000, per_score=9, per_pair=1, per_patch=50, token_bytes=100, key_bytes=7,
+    patch_bytes=30,
+)  # fmt: skip
 
 rng = np.random.default_rng(0)
 # Two of one shape, one flipped, one of another shape.
@@ -136,7 +139,7 @@ def test_plan_keeps_its_budgets(batch: Any, tokens: int, patches: int, flops: in
             keys * (keys + 1) // 2 - (keys - own) * (keys - own + 1) // 2
             for own, keys in zip(packed.node_lengths, packed.key_lengths, strict=True)
         )
-        work = 1000 * len(packed.input_ids) + pairs + 50 * seen
+        work = 1000 * len(packed.input_ids) + 9 * len(chosen) + pairs + 50 * seen
         return len(packed.input_ids) <= tokens and seen <= patches and work <= flops
 
     for chosen in micro_batches:

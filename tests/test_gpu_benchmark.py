@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer import BadParameter, Exit
 
 from benchmarks import gpu, plot
-from benchmarks.measure import work
+from benchmarks.measure import Work, work
 from benchmarks.workloads import Group, Workload, epochs
 from triward_server.packing import Cost, Geometry
 from triward_server.schema import Features
@@ -30,7 +31,7 @@ def short(*_: object) -> dict[str, Workload]:
 def test_every_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "workloads", short)
     output = tmp_path / "results.json"
-    gpu.main(size="tiny", device="cpu", repeats=1, output=output)
+    gpu.main(size="tiny", device="cpu", repeats=1, step=None, workload=None, output=output)
     results = json.loads(output.read_text())
     assert set(gpu.STEPS) <= results["seconds"].keys()
     parity = results["parity"]
@@ -41,10 +42,15 @@ def test_every_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for row in results["timing"].values():
         assert row["ideal_speedup"] >= 1 and row["share_of_matmul_ceiling"] > 0
         assert row["paths"].keys() == {
-            "card, one by one", "card, padded batches of 8", "Scorer", "Scorer, deterministic",
+            "card, one by one", "card, padded batches of 8", "features and Scorer", "Scorer",
+            "Scorer, deterministic",
         }  # fmt: skip
+    assert results["determinism"]["bitwise_equal"]
     assert results["resizing"]["max_levels"] <= 2
     assert results["warm_up"]["first_s"] > 0
+    for row in results["served"].values():
+        assert row["served"]["conversations_per_s"] > 0
+    assert results["served"].keys() == short().keys()
     # What only a GPU can tell is empty here.
     assert results["memory"] is None and results["synchronisations"] is None
     assert results["machine"]["gpu"] is None
@@ -53,28 +59,43 @@ def test_every_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_parity_would_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A control: scores of another order are neither within noise nor in order."""
     monkeypatch.setattr(gpu, "workloads", short)
-    bench = gpu.Bench("tiny", "cpu", 1, tmp_path)
+    bench = gpu.Bench("tiny", "cpu", 1, None, tmp_path)
     scores = gpu.scores
     monkeypatch.setattr(gpu, "scores", lambda *arguments: scores(*arguments)[::-1])
     parity = bench.parity()
     assert not parity["within_noise"] and parity["swapped_pairs"] > 0
+    output = tmp_path / "results.json"
+    with pytest.raises(Exit):
+        gpu.main(size="tiny", device="cpu", repeats=1, step=None, workload=None, output=output)
+    results = json.loads(output.read_text())
+    assert results["parity"] == parity and results["timing"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_rows_are_empty(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    gpu.main(size="7b", device="cuda", repeats=5, output=output)
+    gpu.main(size="7b", device="cuda", repeats=5, step=None, workload=None, output=output)
     results = json.loads(output.read_text())
     assert "no GPU" in results["empty"]
     assert {results[step] for step in gpu.STEPS} == {None}
 
 
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(BadParameter, match="no step 'paritty'; there are ceilings"):
+        gpu.main(step=["paritty"])
+    with pytest.raises(BadParameter, match="no workload 'group-9'"):
+        gpu.main(workload=["group-9"])
+
+
 def test_work_counts_what_is_shared() -> None:
     geometry = Geometry(image_token_id=9, patch_size=14, merge_size=2, vocab_size=99, max_tokens=99)
-    cost = Cost(per_token=10, per_pair=0, per_patch=0, token_bytes=0, key_bytes=0, patch_bytes=0)
+    cost = Cost(
+        per_token=10, per_score=3, per_pair=0, per_patch=0, token_bytes=1, key_bytes=0,
+        patch_bytes=0,
+    )  # fmt: skip
     prompt = np.arange(1, 9, dtype=np.int32)
     answers = tuple(np.array([20 + n, 30], np.int32) for n in range(4))
-    assert work([Features(prompt, answers)], geometry, cost) == (160, 400)
+    assert work([Features(prompt, answers)], geometry, cost) == Work(172, 412, 16)
 
 
 def test_the_plot_shows_every_workload(tmp_path: Path) -> None:

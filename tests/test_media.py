@@ -162,35 +162,62 @@ class TestTorch:
     def test_what_waits_is_bounded(
         self, loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(media, "_MAX_WAITING", 2 * 64 * 64)
+        """What would exceed the limit is resized before more is taken up."""
+        monkeypatch.setattr(media, "_MAX_WAITING", 2 * 84 * 84)
         resizer = TorchResizer(loader._processor, torch.device("cpu"))
         part = ImagePart(type="image")
-        done = []
-        for seed in range(3):
-            opened = loader.open("media", encode(picture(64, 64, seed)), "p", part)
-            done.append(resizer.submit(opened))
-        assert [pixels.done() for pixels in done] == [True, True, True]
+        waiting = [
+            resizer.submit(loader.open("media", encode(picture(84, 84, seed)), "p", part))
+            for seed in range(3)
+        ]
+        assert [pixels.done() for pixels in waiting] == [True, True, False]
+        resizer.flush()
+        assert waiting[2].done()
 
-    def test_a_failure_is_its_groups_alone(
+    def test_enlarged_pixels_count(
         self, loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(media, "_MAX_WAITING", 280 * 280)
+        resizer = TorchResizer(loader._processor, torch.device("cpu"))
+        part = ImagePart(type="image", min_pixels=200 * 200)
+        first, second = (
+            resizer.submit(loader.open("media", encode(picture(9, 9, seed)), "p", part))
+            for seed in range(2)
+        )
+        assert first.done() and not second.done()
+
+    def test_the_largest_reductions_are_pillows(self, loader: ImageLoader) -> None:
+        """Beyond what torch's filter can do on a GPU; exact, and at once."""
+        resizer = TorchResizer(loader._processor, torch.device("cpu"))
+        part = ImagePart(type="image", max_pixels=56 * 56)
+        file = encode(picture(2000, 1900, 1))
+        pixels = resizer.submit(loader.open("media", file, "p", part)).result(timeout=0)
+        np.testing.assert_array_equal(pixels, load(loader, file, max_pixels=56 * 56))
+
+    def test_a_failure_stands_alone(
+        self, loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A batch that is too much is tried one by one; what still fails is an error."""
         resizer = TorchResizer(loader._processor, torch.device("cpu"))
         resize = resizer._resize
+        attempts: list[int] = []
 
         def little_memory(images: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-            if images[0].shape[0] == 200:
+            attempts.append(len(images))
+            if len(images) > 1 or images[0].shape[0] == 200:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return resize(images, size)
 
         monkeypatch.setattr(resizer, "_resize", little_memory)
         part = ImagePart(type="image")
-        small, large = (
-            resizer.submit(loader.open("media", encode(picture(n, n, 0)), "p", part))
-            for n in (100, 200)
+        *small, large = (
+            resizer.submit(loader.open("media", encode(picture(n, n, n)), "p", part))
+            for n in (100, 100, 100, 200)
         )
         resizer.flush()
-        assert small.result(timeout=0).shape[2] == 3
-        with pytest.raises(Unavailable, match="1 images exceed"):
+        assert attempts == [3, 1, 1, 1, 1]
+        assert {pixels.result(timeout=0).shape[2] for pixels in small} == {3}
+        with pytest.raises(Unavailable, match="exceeds the device's free memory"):
             large.result(timeout=0)
 
     def test_damaged_and_good_requests_share_a_batch(self, checkpoint: Path) -> None:
@@ -212,7 +239,7 @@ class TestTorch:
     def test_served_scores_drift_a_little(
         self, build: Callable[..., Path], client: RewardClient, tmp_path: Path
     ) -> None:
-        """The bound that docs/engine.md states, on images that are really resized."""
+        """On images that are really resized: another score, but hardly."""
         repository = build("--dtype=float32")
         path = repository / "reward_preprocess" / "config.pbtxt"
         text = path.read_text()

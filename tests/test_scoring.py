@@ -12,10 +12,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from triward_server import attention
+from triward_server import attention, packing
 from triward_server.attention import Layout, make_layout, varlen
 from triward_server.config import ForwardConfig, from_parameters, on_instance
-from triward_server.errors import ConfigError, ForwardError, InvalidRequest, NonFiniteScore
+from triward_server.errors import (
+    ConfigError,
+    ForwardError,
+    InvalidRequest,
+    NonFiniteScore,
+    Unavailable,
+)
 from triward_server.packing import Forest
 from triward_server.schema import Features, Scores
 from triward_server.scoring import Scorer
@@ -151,6 +157,33 @@ def test_warm_up_fails_where_the_model_cannot_run(
         scorer.warm_up()
 
 
+def test_warm_up_tries_the_largest_pass_whole(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget that the device cannot keep is found out before the model is ready."""
+    config = ForwardConfig(dtype="float32", device="cpu", max_batch_tokens=2000)
+    scorer = Scorer(checkpoint, config)
+    forward = scorer._forward
+    tried: list[int] = []
+
+    def record(forest: Forest, chosen: Sequence[int]) -> Any:
+        tried.append(len(packing.pack(forest, chosen).input_ids))
+        if tried[-1] > 1500:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(forest, chosen)
+
+    monkeypatch.setattr(scorer, "_forward", record)
+    with pytest.raises(Unavailable, match="2000 tokens, which max_batch_tokens"):
+        scorer.warm_up()
+    assert tried[:3] == [23, 131, 1031]
+
+
+def test_warm_up_leaves_no_trace(checkpoint: Path) -> None:
+    scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+    scorer.warm_up()
+    assert scorer._model.embeddings.nbytes == 0
+
+
 def test_value_head_stays_float32(checkpoint: Path, tmp_path: Path) -> None:
     """A head whose weights bfloat16 cannot hold is not rounded in a bfloat16 model."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
@@ -190,7 +223,8 @@ def test_varlen_with_shared_keys(
 ) -> None:
     """Nodes behind short, long and no ancestors, whatever way is the shortest for the kernel."""
     monkeypatch.setattr(attention, "_CPU_BLOCK", block)
-    attention._largest.cache_clear()
+    monkeypatch.setattr(attention, "_MASK_ROWS", block)
+    monkeypatch.setattr(attention, "_masks", {})
     generator = torch.Generator().manual_seed(0)
     # A root of 6; behind it nodes of 13, 2, 2 and 1; behind that of 13 another of 11.
     parents = {0: [], 1: [0], 2: [0], 3: [0], 4: [0], 5: [0, 1]}

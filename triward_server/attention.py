@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -25,8 +24,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 Kernel = Literal["sdpa", "varlen"]
 
-# Rows of the widest intermediate result that fit a core's cache (measured: docs/engine.md).
+# Rows that row-wise layers compute at once on a CPU: enough for fast matrix products, few enough
+# for its caches.
 _CPU_BLOCK = 1024
+
+_MASK_ROWS = 512
+_masks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     before = k.shape[2] - q.shape[2]
     blocks = []
-    for first in range(0, q.shape[2], _CPU_BLOCK):
-        block = q[:, :, first : first + _CPU_BLOCK]
+    for first in range(0, q.shape[2], _MASK_ROWS):
+        block = q[:, :, first : first + _MASK_ROWS]
         end = before + first + block.shape[2]
         mask = _lower_right(block.shape[2], end, q.dtype, q.device)
         blocks.append(_sdpa(block, k[:, :, :end], v[:, :, :end], attn_mask=mask))
@@ -184,20 +187,17 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 def _lower_right(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive causal mask [queries, keys] whose last row sees everything (is_causal: the first).
 
-    It is the lower right part of any larger one, so few masks serve all lengths.
+    It is the lower right part of any larger one, so one is kept, as large as was ever needed.
     """
-    width = _CPU_BLOCK * -(-keys // _CPU_BLOCK)
-    return _largest(width, dtype, device)[-queries:, -keys:]
-
-
-@lru_cache(maxsize=4)
-def _largest(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    hidden = torch.ones(_CPU_BLOCK, keys, dtype=torch.bool, device=device).triu(
-        keys - _CPU_BLOCK + 1
-    )
-    return torch.zeros(_CPU_BLOCK, keys, dtype=dtype, device=device).masked_fill_(
-        hidden, -torch.inf
-    )
+    mask = _masks.get((dtype, device))
+    if mask is None or mask.shape[1] < keys:
+        width = max(_MASK_ROWS, 1 << (keys - 1).bit_length())
+        mask = torch.zeros(_MASK_ROWS, width, dtype=dtype, device=device)
+        mask.masked_fill_(
+            torch.ones_like(mask, dtype=torch.bool).triu(width - _MASK_ROWS + 1), -torch.inf
+        )
+        _masks[dtype, device] = mask
+    return mask[-queries:, -keys:]
 
 
 def _varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -208,11 +208,14 @@ def _varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout) ->
         key, value = key[layout.key_rows], value[layout.key_rows]
     groups = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {}
-    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    elif groups > 1:  # torch < 2.12
+    if groups > 1 and repeats_keys():
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    if layout.apart and "num_splits" in inspect.signature(varlen_attn).parameters:
+    elif groups > 1:
+        options["enable_gqa"] = True
+    has_splits = "num_splits" in inspect.signature(varlen_attn).parameters
+    if has_splits and (layout.apart or not layout.causal):
+        # One split does not depend on company. It also keeps torch from handing attention without
+        # a mask to cuDNN, which builds and keeps a graph for every new total of rows.
         options["num_splits"] = 1
     window = (-1, 0) if layout.causal else (-1, -1)  # causal is aligned bottom-right
     out = varlen_attn(
@@ -221,6 +224,13 @@ def _varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout) ->
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
+
+
+def repeats_keys() -> bool:
+    """Whether this torch's varlen kernel wants as many key heads as query heads (torch < 2.12)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" not in inspect.signature(varlen_attn).parameters
 
 
 def _cumulative(lengths: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Layout, blocks, join, make_layout, upload, varlen
+from .attention import Layout, blocks, join, make_layout, repeats_keys, upload, varlen
 from .errors import CheckpointError
 from .packing import Cost, Geometry, Image, Int64Array, PackedBatch
 from .vision import EmbeddingCache, GatedMLP, RMSNorm, VisionBlock, VisionTower, rotate_
@@ -278,7 +278,8 @@ def costs(config: Any, itemsize: int) -> Cost:
     """FLOPs and bytes of a forward pass.
 
     In FLOPs multiply-adds count twice; norms, rotations and activations are left out. Bytes are an
-    upper bound: all intermediate results of a layer's wider half, as if none were freed early.
+    upper bound, as if nothing were freed early; float32 on CUDA is left out, where torch may keep
+    attention's weights too.
 
     Args:
         config: transformers' `Qwen2_5_VLConfig`.
@@ -292,14 +293,18 @@ def costs(config: Any, itemsize: int) -> Cost:
     merged = vision.hidden_size * vision.spatial_merge_size**2
     merger = (merged**2 + merged * vision.out_hidden_size) // vision.spatial_merge_size**2
     keys = 2 * text.num_key_value_heads * head
+    seen = text.hidden_size * keys  # what the last layer computes for tokens that are not scored
+    # Gathered, and where the kernel wants it, repeated for every query head.
+    gathered = keys + (2 * text.hidden_size if repeats_keys() else 0)
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return Cost(
-        per_token=2 * layer * text.num_hidden_layers,
-        per_pair=4 * text.hidden_size * text.num_hidden_layers,
+        per_token=2 * (layer * (text.num_hidden_layers - 1) + seen),
+        per_score=2 * (layer - seen),
+        per_pair=4 * text.hidden_size * (text.num_hidden_layers - 1),
         per_patch=2 * (block * vision.depth + merger),
         token_bytes=_row_bytes(text.hidden_size, keys, text.intermediate_size, itemsize),
-        key_bytes=keys * itemsize,
-        patch_bytes=3 * 4 * pixels
+        key_bytes=gathered * itemsize,
+        patch_bytes=5 * 4 * pixels
         + _row_bytes(
             vision.hidden_size, 2 * vision.hidden_size, vision.intermediate_size, itemsize
         ),

@@ -32,7 +32,12 @@ from .schema import UInt8Array
 
 Size = tuple[int, int]  # height, width
 
-_MAX_WAITING = 64_000_000  # decoded pixels that wait for a flush; in float32 they take 768 MB
+# Pixels that wait for a flush, before or after it, whichever are more; in float32 768 MB.
+_MAX_WAITING = 64_000_000
+
+# Torch's filter needs more shared memory than a GPU has for much larger reductions; beyond this one
+# Pillow does them, exactly.
+_MAX_REDUCTION = 32
 
 # What callers send. Pillow's other decoders call external programs, describe vector graphics, or
 # are slow enough to hold a server up.
@@ -178,9 +183,8 @@ class ImageLoader:
         high = limits.get("max_pixels", vision_process.IMAGE_MAX_TOKEN_NUM * area)
         if low > high:
             raise InvalidRequest(field, f"min_pixels {low} is above max_pixels {high}")
-        if (
-            limits.get("min_pixels", 0) > self._max_pixels
-        ):  # a tiny image would be blown up to that size
+        # A tiny image would be blown up to that size.
+        if limits.get("min_pixels", 0) > self._max_pixels:
             raise InvalidRequest(field, f"min_pixels {low}, the limit is {self._max_pixels}")
 
 
@@ -225,38 +229,49 @@ class TorchResizer:
     def __init__(self, image_processor: Any, device: torch.device) -> None:
         self._processor = image_processor
         self._device = device
+        self._exact = PillowResizer(image_processor)
         self._waiting: dict[tuple[Size, Size], list[tuple[Tensor, Future[UInt8Array]]]] = {}
         self._pixels = 0
 
     def submit(self, picture: Picture) -> Future[UInt8Array]:
         """Decode now, resize at the next `flush`; returns and raises as `PillowResizer` does."""
+        height, width = picture.first_size
+        if max(picture.image.height / height, picture.image.width / width) > _MAX_REDUCTION:
+            return self._exact.submit(picture)
         with picture.decoded() as image:
             pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-        result: Future[UInt8Array] = Future()
         key = ((pixels.shape[0], pixels.shape[1]), picture.first_size)
-        self._waiting.setdefault(key, []).append((pixels, result))
-        self._pixels += pixels.shape[0] * pixels.shape[1]
-        if self._pixels > _MAX_WAITING:
+        more = max(height * width for height, width in key)
+        if self._pixels + more > _MAX_WAITING:
             self.flush()
+        result: Future[UInt8Array] = Future()
+        self._waiting.setdefault(key, []).append((pixels, result))
+        self._pixels += more
         return result
 
     def flush(self) -> None:
-        """Resize what waits; what fails, fails for the pictures of its group."""
+        """Resize what waits. A group that fails is tried one by one."""
         waiting, self._waiting, self._pixels = self._waiting, {}, 0
         for (_, size), group in waiting.items():
-            images, results = zip(*group, strict=True)
-            try:
-                resized = _channels_last(self._resize(images, size).cpu())
-            except torch.OutOfMemoryError:
-                problem = Unavailable(f"{len(images)} images exceed the device's free memory")
-                for result in results:
-                    result.set_exception(problem)
-            except Exception as error:
-                for result in results:
-                    result.set_exception(error)
-            else:
-                for result, pixels in zip(results, resized, strict=True):
-                    result.set_result(pixels)
+            if not self._settle(group, size) and len(group) > 1:
+                for one in group:
+                    self._settle([one], size)
+
+    def _settle(self, group: Sequence[tuple[Tensor, Future[UInt8Array]]], size: Size) -> bool:
+        """Resize pictures together; a failure is the result of a lone one alone."""
+        images, results = zip(*group, strict=True)
+        try:
+            resized = _channels_last(self._resize(images, size).cpu())
+        except Exception as error:
+            if len(group) == 1:
+                memory = isinstance(error, torch.OutOfMemoryError)
+                results[0].set_exception(
+                    Unavailable("an image exceeds the device's free memory") if memory else error
+                )
+            return False
+        for result, pixels in zip(results, resized, strict=True):
+            result.set_result(pixels)
+        return True
 
     def _resize(self, images: Sequence[Tensor], size: Size) -> Tensor:
         batch = torch.stack([image.to(self._device, non_blocking=True) for image in images])

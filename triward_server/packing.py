@@ -58,7 +58,8 @@ class Cost:
     """What a forward pass takes.
 
     Attributes:
-        per_token: FLOPs of the language model's matrices, for one token.
+        per_token: FLOPs of the language model's matrices, for one token that others see.
+        per_score: the rest of the last layer, for one token that is scored.
         per_pair: FLOPs of its attention, for one query and one key.
         per_patch: FLOPs of the vision tower's matrices, for one patch.
         token_bytes: intermediate results at their peak, for one token.
@@ -67,6 +68,7 @@ class Cost:
     """
 
     per_token: int
+    per_score: int
     per_pair: int
     per_patch: int
     token_bytes: int

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # dimension of the model that happens to be as large.
 _WARM_UP_TOKENS = (23, 131, 1031, 8209)
 _WARM_UP_LENGTH = 4099  # of one conversation in them
-_CPU_TFLOP = 0.01  # of one such pass on a CPU
+_CPU_TFLOP = 0.01  # of the language model in one such pass on a CPU
 
 
 class Scorer:
@@ -118,39 +118,45 @@ class Scorer:
     def warm_up(self) -> None:
         """Run passes of growing size, so that the first requests are as fast as later ones.
 
-        On CUDA up to the budgets, which also shows that the largest pass fits in memory; on a CPU,
-        where nothing is tuned or compiled by size, as long as a pass takes moments. If the model is
-        compiled, this is where; nothing is compiled after it.
+        On CUDA up to `max_batch_tokens` of text, so that a device with too little memory for them
+        shows here; on a CPU, where nothing is tuned by size, as long as a pass takes moments. If
+        the model is compiled, this is where; nothing is compiled after it.
 
         Raises:
             TriwardError: the model cannot score here, so it must not become ready.
         """
         if self._config.compile:
             self._model.compile_layers()
-        budget = self._config.max_batch_tflop if self._model.device.type == "cuda" else _CPU_TFLOP
-        for tokens in (*_WARM_UP_TOKENS, self._config.max_batch_tokens):
-            batch = warm_up_requests(tokens, self.geometry)
-            if self._flops(batch) > budget * 1e12:
+        largest = self._config.max_batch_tokens
+        passes = [(size, True) for size in _WARM_UP_TOKENS if size < largest]
+        for tokens, images in [*passes, (max(largest, _WARM_UP_TOKENS[0]), False)]:
+            batch = warm_up_requests(tokens, self.geometry, images)
+            forest = packing.plant(dict(enumerate(batch)), self.geometry)
+            flops = self.cost.per_token * tokens
+            if self._model.device.type == "cpu" and flops > _CPU_TFLOP * 1e12:
                 break
-            self._warm_up_with(batch)
+            self._warm_up_with(forest)
         # One row, which compiled code treats apart.
-        self._warm_up_with([Features(np.empty(0, np.int32), (np.zeros(1, np.int32),))])
+        single = Features(np.empty(0, np.int32), (np.zeros(1, np.int32),))
+        self._warm_up_with(packing.plant({0: single}, self.geometry))
         self._model.embeddings.clear()
         self._warm = True
 
-    def _flops(self, batch: Sequence[Features]) -> float:
-        """What a batch that shares nothing takes."""
-        forest = packing.plant(dict(enumerate(batch)), self.geometry)
-        prices = [
-            price(forest, index, 0, frozenset(), self.geometry, self._model.cost)
-            for index in range(len(forest.branches))
-        ]
-        return float(np.sum(prices, axis=0)[2])
-
-    def _warm_up_with(self, batch: Sequence[Features]) -> None:
-        for result in self.score(batch):
-            if isinstance(result, TriwardError):
-                raise result
+    def _warm_up_with(self, forest: Forest) -> None:
+        """Run a forest's micro-batches whole: one that fails is not halved here."""
+        for chosen in plan(forest, self.geometry, self._model.cost, self._config):
+            tokens = len(packing.pack(forest, chosen).input_ids)
+            try:
+                scores = self._forward(forest, chosen)
+            except torch.OutOfMemoryError as error:
+                raise Unavailable(
+                    f"a pass of {tokens} tokens, which max_batch_tokens and max_batch_bytes allow, "
+                    f"exceeds the device's free memory: {error}"
+                ) from None
+            except Exception as error:
+                raise _failure(error, tokens) from error
+            if not np.isfinite(scores).all():
+                raise NonFiniteScore(f"warming up: a pass of {tokens} tokens scores {scores}")
 
     def _score_apart(self, forest: Forest, chosen: Sequence[int]) -> list[float | TriwardError]:
         """Run one forward pass; if it fails, halve it until the failure stands alone."""
@@ -175,21 +181,32 @@ class Scorer:
         return scores
 
 
-def warm_up_requests(tokens: int, geometry: Geometry) -> list[Features]:
-    """Requests of `tokens` tokens together, half of them an image's, that share nothing."""
+def warm_up_requests(tokens: int, geometry: Geometry, images: bool) -> list[Features]:
+    """Requests of `tokens` tokens together, three responses each.
+
+    Args:
+        tokens: at least 23.
+        geometry: the model's.
+        images: whether half of the tokens are images'.
+    """
     requests: list[Features] = []
     unit = geometry.patch_size * geometry.merge_size
     while tokens > 0:
         length = min(tokens, geometry.max_tokens, _WARM_UP_LENGTH)
-        side = int((length / 2) ** 0.5)
-        # Another first token and other pixels for each.
+        side = int((length / 2) ** 0.5) if images else 0
+        # Another first token and other pixels for each, so that requests share nothing.
         first = len(requests)
         pads = np.full(side * (side + 1), geometry.image_token_id, np.int32)
         image = np.full((side * unit, (side + 1) * unit, 3), first % 256, np.uint8)
-        text = np.full(max(1, length // 4), first, np.int32)
-        answer = np.zeros(max(1, length - len(text) - len(pads)), np.int32)
-        prompt = np.concatenate([text, pads])
-        requests.append(Features(prompt, (answer,), (image,) if side else ()))
+        text = np.full(max(1, (length - len(pads)) // 2), first, np.int32)
+        rest = max(3, length - len(pads) - len(text))
+        answers = np.split(np.arange(rest, dtype=np.int32) % 100, [rest // 5, rest // 2])
+        answers = [
+            np.append(answer, 0).astype(np.int32)[: max(1, len(answer))] for answer in answers
+        ]
+        requests.append(
+            Features(np.concatenate([text, pads]), tuple(answers), (image,) if side else ())
+        )
         tokens -= length
     return requests
 
@@ -250,7 +267,8 @@ def price(
     images = (forest.images[i].pixels for i in branch.images - shown)
     patches = sum(geometry.grid(pixels).patches for pixels in images)
     pairs = (length * (length + 1) - shared * (shared + 1)) // 2
-    flops = cost.per_token * (length - shared) + cost.per_pair * pairs + cost.per_patch * patches
+    flops = cost.per_token * (length - shared) + cost.per_pair * pairs
+    flops += cost.per_patch * patches + cost.per_score
     size = cost.token_bytes * (length - shared) + cost.key_bytes * keys + cost.patch_bytes * patches
     return np.array([length - shared, patches, flops, size], np.float64)
 

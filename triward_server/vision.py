@@ -19,7 +19,7 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Layout, blocks, join, make_layout, varlen
+from .attention import Layout, blocks, join, make_layout, upload, varlen
 from .packing import Int64Array
 from .schema import Grid
 
@@ -191,9 +191,8 @@ class VisionTower(nn.Module):
 
         # Units (merged squares of patches) in window order, counted over the whole row.
         first = np.cumsum([0, *(len(order) for order, _ in plans)])
-        units = torch.from_numpy(
-            np.concatenate([order + at for (order, _), at in zip(plans, first, strict=False)])
-        ).to(device, non_blocking=True)
+        order = np.concatenate([order + at for (order, _), at in zip(plans, first, strict=False)])
+        units = upload(torch.from_numpy(order), device)
         in_windows = self._layout([n for _, lengths in plans for n in lengths])
         in_images = self._layout([grid.h * grid.w for grid in grids for _ in range(grid.t)])
 
@@ -230,8 +229,11 @@ class VisionTower(nn.Module):
         squares = image.unflatten(1, (-1, merge, side)).unflatten(0, (-1, merge, side))
         # row, merge, side, column, merge, side, channel
         patches: Tensor = squares.permute(0, 3, 1, 4, 6, 2, 5).flatten(0, 3)
-        mean, std = (image.new_tensor(v, dtype=torch.float32) for v in (self.mean, self.std))
-        patches = (patches.float() - mean[:, None, None]) / std[:, None, None]
+        mean, std = (
+            upload(torch.tensor(values), image.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
+        patches = (patches.float() - mean) / std
         frames = self.config.temporal_patch_size
         return patches[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1)
 
@@ -244,7 +246,7 @@ class VisionTower(nn.Module):
             torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
         )
         places = np.concatenate([_places(grid, config.spatial_merge_size) for grid in grids])
-        angles: Tensor = torch.from_numpy(places).to(device)[..., None].float() * inverse
+        angles: Tensor = upload(torch.from_numpy(places), device)[..., None].float() * inverse
         return angles.flatten(1)
 
 

@@ -11,6 +11,9 @@ from triward.errors import MediaError
 # The modes that PNG holds exactly.
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 
+# Beyond it PNG, which is smaller: servers limit a file's bytes, by default to 64 MiB.
+_MAX_BMP_PIXELS = 4_000_000
+
 # Conversations share images, and PIL's lazy loading is not safe in two threads at once.
 _LOADING = threading.Lock()
 
@@ -18,9 +21,8 @@ _LOADING = threading.Lock()
 def encode_image(image: Any) -> bytes:
     """Encode the current frame of a `PIL.Image.Image`.
 
-    RGB becomes BMP, which costs a copy; deflating a megapixel costs an eighth of a second, longer
-    than a trainer's network needs for its 3 MB. Other modes become PNG; what PNG cannot hold is
-    converted to RGB first, as the model card's preprocessing would.
+    RGB becomes BMP, which costs a copy and 3 bytes a pixel; other modes become PNG. What PNG cannot
+    hold is converted to RGB first, as the model card's preprocessing would.
     EXIF orientation is not applied, and no metadata but transparency is carried over.
 
     Raises:
@@ -36,7 +38,8 @@ def encode_image(image: Any) -> bytes:
             frame.info = {}
         frame.info = _transparency(frame)
         buffer = io.BytesIO()
-        if frame.mode == "RGB" and not frame.info:
+        small = frame.width * frame.height <= _MAX_BMP_PIXELS
+        if frame.mode == "RGB" and small and not frame.info:
             frame.save(buffer, format="BMP")
         else:
             frame.save(buffer, format="PNG", compress_level=1)

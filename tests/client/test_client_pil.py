@@ -50,6 +50,14 @@ def test_a_transparent_colour_is_kept(deadline):
     assert back.convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
 
 
+def test_a_large_image_is_compressed(deadline, monkeypatch):
+    monkeypatch.setattr("triward.pil._MAX_BMP_PIXELS", 34)
+    image = image_of("RGB")
+    back = decoded(image, deadline)
+    assert back.format == "PNG"
+    assert back.tobytes() == image.tobytes()
+
+
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "I", "F", "RGBX"])
 def test_other_modes_become_rgb(mode, deadline):
     image = image_of(mode) if mode != "F" else image_of("L").convert("F")
