@@ -182,16 +182,16 @@ class Scorer:
 
 
 def warm_up_requests(tokens: int, geometry: Geometry, images: bool) -> list[Features]:
-    """Requests of `tokens` tokens together, three responses each.
+    """Requests of `tokens` tokens together, or a few less, three responses each.
 
     Args:
-        tokens: at least 23.
+        tokens: at least the smallest of `_WARM_UP_TOKENS`.
         geometry: the model's.
         images: whether half of the tokens are images'.
     """
     requests: list[Features] = []
     unit = geometry.patch_size * geometry.merge_size
-    while tokens > 0:
+    while tokens >= _WARM_UP_TOKENS[0]:
         length = min(tokens, geometry.max_tokens, _WARM_UP_LENGTH)
         side = int((length / 2) ** 0.5) if images else 0
         # Another first token and other pixels for each, so that requests share nothing.
@@ -199,14 +199,10 @@ def warm_up_requests(tokens: int, geometry: Geometry, images: bool) -> list[Feat
         pads = np.full(side * (side + 1), geometry.image_token_id, np.int32)
         image = np.full((side * unit, (side + 1) * unit, 3), first % 256, np.uint8)
         text = np.full(max(1, (length - len(pads)) // 2), first, np.int32)
-        rest = max(3, length - len(pads) - len(text))
-        answers = np.split(np.arange(rest, dtype=np.int32) % 100, [rest // 5, rest // 2])
-        answers = [
-            np.append(answer, 0).astype(np.int32)[: max(1, len(answer))] for answer in answers
-        ]
-        requests.append(
-            Features(np.concatenate([text, pads]), tuple(answers), (image,) if side else ())
-        )
+        rest = length - len(pads) - len(text)
+        lengths = (rest - 2 * (rest // 3), rest // 3, rest // 3)
+        answers = tuple(np.full(n, index, np.int32) for index, n in enumerate(lengths))
+        requests.append(Features(np.concatenate([text, pads]), answers, (image,) if side else ()))
         tokens -= length
     return requests
 
