@@ -208,7 +208,8 @@ def main(
 
     def keep(name: str, result: dict[str, Any]) -> None:
         taken = {"date": here["date"], "commit": here["commit"], "repeats": repeats}
-        results["workloads"][name] = taken | result
+        rows = results["workloads"] | {name: taken | result}
+        results["workloads"] = {name: rows[name] for name in [*available, EPOCH] if name in rows}
         show(console, name, result)
         if output:  # after each workload: a run that is stopped has measured what it has
             output.write_text(json.dumps(results, indent=2) + "\n")
