@@ -60,7 +60,8 @@ class Shape:
     response: tuple[int, int]
 
 
-# About 1,000 tokens before the responses: the first for CPUs, the second as FACTS.md computes 7B.
+# About 1,000 tokens before the responses: for small models on CPUs, and for 7B, whose image alone
+# takes 999 of them and whose responses take about 250.
 SMALL_IMAGE = Shape(image=(672, 504), prompt=350, response=(40, 120))
 LARGE_IMAGE = Shape(image=(1024, 768), prompt=40, response=(120, 210))
 

@@ -14,7 +14,6 @@ import torch
 
 from tests.conftest import LOCAL
 from triward import RewardClient
-from triward_server import scoring
 from triward_server.attention import Layout
 from triward_server.config import ForwardConfig
 from triward_server.launch import TritonServer
@@ -100,12 +99,9 @@ def test_compiled_code_scores_the_same(checkpoint: Path) -> None:
     assert_close(scorer, Scorer(checkpoint, replace(COMPILED, compile=False)))
 
 
-def test_compiled_layers_never_compile_for_a_request(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_layers_never_compile_for_a_request(checkpoint: Path) -> None:
     """Even shapes that nothing was compiled for: they run as they are written."""
     scorer = Scorer(checkpoint, COMPILED)
-    monkeypatch.setattr(scoring, "_WARM_UP_TOKENS", (23,))
     graphs: list[torch.fx.GraphModule] = []
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -147,9 +143,7 @@ def test_served(
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
-def test_layers_ask_the_device_for_nothing(
-    kernel: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_ask_the_device_for_nothing(kernel: Any, checkpoint: Path) -> None:
     """On the meta device a value cannot be read: a layer that waited for one would raise."""
     config = ForwardConfig(dtype="bfloat16", device="cpu")
     scorer = Scorer(checkpoint, config)

@@ -171,13 +171,13 @@ def _masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     In blocks of queries, each with the keys up to its own end, so that the mask stays small.
     """
     before = k.shape[2] - q.shape[2]
-    blocks = []
+    parts = []
     for first in range(0, q.shape[2], _MASK_ROWS):
         block = q[:, :, first : first + _MASK_ROWS]
         end = before + first + block.shape[2]
         mask = _lower_right(block.shape[2], end, q.dtype, q.device)
-        blocks.append(_sdpa(block, k[:, :, :end], v[:, :, :end], attn_mask=mask))
-    return torch.cat(blocks, dim=2)
+        parts.append(_sdpa(block, k[:, :, :end], v[:, :, :end], attn_mask=mask))
+    return torch.cat(parts, dim=2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

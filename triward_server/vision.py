@@ -24,16 +24,13 @@ from .packing import Int64Array
 from .schema import Grid
 
 
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotary embedding, computed in float32 and written in place.
 
     Args:
         heads: [T, H, D]; the two halves of D are paired.
         cos: float32 [T, D / 2].
         sin: likewise.
-
-    Returns:
-        `heads`.
     """
     first, second = heads.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -41,7 +38,6 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     heads_first, heads_second = heads.chunk(2, dim=-1)
     heads_second.copy_(torch.addcmul(second * cos, first, sin))
     heads_first.copy_(turned)
-    return heads
 
 
 class RMSNorm(nn.Module):
