@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,12 @@ from triward_server.config import ForwardConfig, PreprocessConfig
 from triward_server.conversation import ImagePart
 from triward_server.errors import InvalidRequest, Unavailable
 from triward_server.launch import TritonServer
-from triward_server.media import ImageLoader, PillowResizer, TorchResizer
+from triward_server.media import ImageLoader, PillowResizer, TimeLimit, TorchResizer
 from triward_server.preprocess import Preprocessor
 from triward_server.scoring import Scorer
 from triward_server.testing import Oracle, fp32_budget
 
+FOREVER = TimeLimit(float("inf"), float("inf"))
 SIZES = [(28, 28), (31, 997), (1999, 2001), (56, 55), (13, 7)]
 
 
@@ -39,7 +41,7 @@ def loader(checkpoint: Path) -> ImageLoader:
 
 
 def load(loader: ImageLoader, data: bytes, **limits: int) -> np.ndarray:
-    picture = loader.open("media[0]", data, "part", ImagePart(type="image", **limits))
+    picture = loader.open("media[0]", data, "part", ImagePart(type="image", **limits), FOREVER)
     pixels = PillowResizer(loader._processor).submit(picture).result(timeout=0)
     assert pixels.shape == (*picture.size, 3)
     return pixels
@@ -132,7 +134,9 @@ class TestTorch:
     def resized(self, loader: ImageLoader, sources: list[Image.Image]) -> list[np.ndarray]:
         resizer = TorchResizer(loader._processor, torch.device("cpu"))
         part = ImagePart(type="image")
-        waiting = [resizer.submit(loader.open("media", encode(s), "p", part)) for s in sources]
+        waiting = [
+            resizer.submit(loader.open("media", encode(s), "p", part, FOREVER)) for s in sources
+        ]
         resizer.flush()
         return [pixels.result(timeout=0) for pixels in waiting]
 
@@ -167,7 +171,7 @@ class TestTorch:
         resizer = TorchResizer(loader._processor, torch.device("cpu"))
         part = ImagePart(type="image")
         waiting = [
-            resizer.submit(loader.open("media", encode(picture(84, 84, seed)), "p", part))
+            resizer.submit(loader.open("media", encode(picture(84, 84, seed)), "p", part, FOREVER))
             for seed in range(3)
         ]
         assert [pixels.done() for pixels in waiting] == [True, True, False]
@@ -181,7 +185,7 @@ class TestTorch:
         resizer = TorchResizer(loader._processor, torch.device("cpu"))
         part = ImagePart(type="image", min_pixels=200 * 200)
         first, second = (
-            resizer.submit(loader.open("media", encode(picture(9, 9, seed)), "p", part))
+            resizer.submit(loader.open("media", encode(picture(9, 9, seed)), "p", part, FOREVER))
             for seed in range(2)
         )
         assert first.done() and not second.done()
@@ -191,7 +195,7 @@ class TestTorch:
         resizer = TorchResizer(loader._processor, torch.device("cpu"))
         part = ImagePart(type="image", max_pixels=56 * 56)
         file = encode(picture(2000, 1900, 1))
-        pixels = resizer.submit(loader.open("media", file, "p", part)).result(timeout=0)
+        pixels = resizer.submit(loader.open("media", file, "p", part, FOREVER)).result(timeout=0)
         np.testing.assert_array_equal(pixels, load(loader, file, max_pixels=56 * 56))
 
     def test_a_failure_stands_alone(
@@ -211,7 +215,7 @@ class TestTorch:
         monkeypatch.setattr(resizer, "_resize", little_memory)
         part = ImagePart(type="image")
         *small, large = (
-            resizer.submit(loader.open("media", encode(picture(n, n, n)), "p", part))
+            resizer.submit(loader.open("media", encode(picture(n, n, n)), "p", part, FOREVER))
             for n in (100, 100, 100, 200)
         )
         resizer.flush()
@@ -281,3 +285,36 @@ def test_changed_pixel_limits_miss_the_cache(checkpoint: Path) -> None:
     assert score() == (1, 1)
     assert score(max_pixels=100 * 100) == (1, 2)
     assert score(max_pixels=100 * 100) == (2, 2)
+
+
+class TestTimeLimit:
+    """Decoding stops when a request's time is over."""
+
+    def test_between_two_reads(self, loader: ImageLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A PNG of many blocks; the clock runs out while the decoder asks for more of it."""
+        data = encode(Image.effect_noise((900, 900), 80))
+        assert len(data) > 8 * 65536
+        clock = iter([0.0] * 8 + [9.0] * 1000)
+        monkeypatch.setattr(media, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        limit = TimeLimit(5.0, end=5.0)
+        picture = loader.open("media[3]", data, "part", ImagePart(type="image"), limit)
+        with pytest.raises(InvalidRequest, match=r"^media\[3\]: .*longer than 5 s to decode"):
+            PillowResizer(loader._processor).submit(picture)
+        assert next(clock) == 9.0, "it was stopped on the way, not before"
+
+    def test_between_two_images(self, checkpoint: Path) -> None:
+        preprocessor = Preprocessor(checkpoint, PreprocessConfig(max_decode_seconds=1e-9))
+        wire = b'[{"role":"user","content":[{"type":"image"}]}]'
+        with pytest.raises(InvalidRequest, match=r"^media\[0\]: .*1e-09 s"):
+            preprocessor.open(wire, [b"a"], [encode(picture(60, 60, 1))])
+
+    def test_enough_time_changes_nothing(self, loader: ImageLoader) -> None:
+        data = encode(picture(300, 200, 1), "JPEG")
+        part = ImagePart(type="image")
+        resizer = PillowResizer(loader._processor)
+        ample = TimeLimit.starting_now(60)
+        one, other = (
+            resizer.submit(loader.open("media[0]", data, "part", part, limit)).result(timeout=0)
+            for limit in (ample, FOREVER)
+        )
+        assert (one == other).all()

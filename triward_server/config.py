@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from .errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 _STRICT = ConfigDict(extra="forbid")
 
@@ -30,18 +31,28 @@ class PreprocessConfig:
             `torch`, nearly so, all images of a dynamic batch together.
         max_responses: candidate responses in one request.
         max_text_bytes: bytes of `messages`, and of all `responses` together.
+        max_parts: messages and their parts in one request.
         max_media: media items in one request.
         max_media_bytes: bytes of one encoded media item.
+        max_request_bytes: bytes of all media items together.
         max_image_pixels: pixels of one image as encoded; also the largest `min_pixels`.
+        max_decode_seconds: for decoding and resizing all images of one request.
+        max_tokens: tokens of one conversation; 0: as many as the model has positions.
+        max_request_tokens: tokens of one request, its prompt once and every response.
     """
 
     device: Device = "cpu"
     resize: Literal["pillow", "torch"] = "pillow"
     max_responses: Positive = 256
     max_text_bytes: Positive = 4 * 1024 * 1024
+    max_parts: Positive = 4096
     max_media: Positive = 64
     max_media_bytes: Positive = 64 * 1024 * 1024
+    max_request_bytes: Positive = 512 * 1024 * 1024
     max_image_pixels: Positive = 64_000_000
+    max_decode_seconds: Annotated[float, Field(gt=0)] = 10.0
+    max_tokens: Count = 0
+    max_request_tokens: Positive = 262_144
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -62,6 +73,9 @@ class ForwardConfig:
         compile: fuse the layers' row-wise halves with torch.compile, before the model is ready.
             It needs a C compiler; without one loading fails.
         threads: CPU threads of torch; 0 leaves torch's own choice.
+        max_responses: as for preprocessing; here for who calls this model directly.
+        max_tokens: likewise.
+        max_request_tokens: likewise.
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -70,10 +84,24 @@ class ForwardConfig:
     max_batch_patches: Positive = 65_536
     max_batch_tflop: Annotated[float, Field(gt=0)] = 500.0
     max_batch_bytes: Positive = 12 * 1024**3
-    embedding_cache_bytes: Annotated[int, Field(ge=0)] = 1024**3
+    embedding_cache_bytes: Count = 1024**3
     deterministic: bool = False
     compile: bool = False
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Count = 0
+    max_responses: Positive = 256
+    max_tokens: Count = 0
+    max_request_tokens: Positive = 262_144
+
+
+def token_limit(max_tokens: int, positions: int) -> int:
+    """Tokens that a conversation may have: a configured limit, or the model's positions.
+
+    Raises:
+        ConfigError: the model has fewer positions than the limit allows.
+    """
+    if max_tokens > positions:
+        raise ConfigError(f"max_tokens {max_tokens}, the model has {positions} positions")
+    return max_tokens or positions
 
 
 def on_instance(device: str, device_id: str) -> str:

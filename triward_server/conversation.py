@@ -163,12 +163,17 @@ def parse_conversation(
     _at_most("responses", sum(map(len, responses)), limits.max_text_bytes, "bytes in all")
     for index, item in enumerate(media):
         _at_most(f"media[{index}]", len(item), limits.max_media_bytes, "bytes")
+    _at_most("media", sum(map(len, media)), limits.max_request_bytes, "bytes in all")
 
     conversation = Conversation(
         messages=_parse_messages(_utf8("messages", messages)),
         responses=tuple(_utf8(f"responses[{i}]", text) for i, text in enumerate(responses)),
         media=tuple(media),
     )
+    count = len(conversation.messages) + sum(
+        len(m.content) for m in conversation.messages if not isinstance(m.content, str)
+    )
+    _at_most("messages", count, limits.max_parts, "messages and parts")
     parts = len(conversation.media_parts())
     if parts != len(media):
         raise InvalidRequest(

@@ -11,6 +11,7 @@ or two levels (docs/engine.md).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -50,6 +51,46 @@ Image.init()  # registers all decoders; `Image.open(formats=…)` knows only reg
 
 
 @dataclass(frozen=True)
+class TimeLimit:
+    """How long the images of one request may take, from when this is made.
+
+    Attributes:
+        seconds: the limit.
+        end: when it is over, of `time.monotonic`.
+    """
+
+    seconds: float
+    end: float
+
+    @classmethod
+    def starting_now(cls, seconds: float) -> TimeLimit:
+        """A limit that begins to run."""
+        return cls(seconds, time.monotonic() + seconds)
+
+    def check(self) -> None:
+        """Raise `_TooSlow` when it is over."""
+        if time.monotonic() > self.end:
+            raise _TooSlow(f"the request's images take longer than {self.seconds:g} s to decode")
+
+
+class _TooSlow(Exception):
+    """No OSError or ValueError: Pillow takes those for the end of a damaged file."""
+
+
+class _TimedFile(BytesIO):
+    """Most decoders read as they go, 64 KiB at a time: there a slow one can be stopped."""
+
+    def __init__(self, data: bytes, limit: TimeLimit) -> None:
+        super().__init__(data)
+        self._limit = limit
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file, while there is time."""
+        self._limit.check()
+        return super().read(size)
+
+
+@dataclass(frozen=True)
 class Picture:
     """An encoded image whose header has been read.
 
@@ -58,21 +99,24 @@ class Picture:
         image: not decoded yet.
         first_size: height and width after qwen-vl-utils' resize.
         size: and after the processor's, multiples of the merged patch size.
+        limit: until when it may be decoded.
     """
 
     field: str
     image: Image.Image
     first_size: Size
     size: Size
+    limit: TimeLimit
 
     @contextmanager
     def decoded(self) -> Iterator[Image.Image]:
         """The image as RGB; it is closed after the block, and what fails in it is its fault.
 
         Raises:
-            InvalidRequest: the file is damaged.
+            InvalidRequest: the file is damaged, or decoding takes too long.
         """
         try:
+            self.limit.check()
             with self.image as image:
                 yield vision_process.to_rgb(image)
         except Exception as error:  # decoders raise nearly everything for hostile bytes
@@ -95,7 +139,9 @@ class ImageLoader:
         self._patch = int(image_processor.patch_size)
         self._factor = self._patch * int(image_processor.merge_size)
 
-    def open(self, field: str, data: bytes, part_field: str, part: MediaPart) -> Picture:
+    def open(
+        self, field: str, data: bytes, part_field: str, part: MediaPart, limit: TimeLimit
+    ) -> Picture:
         """Read an image's header; no pixel is decoded yet.
 
         Args:
@@ -103,6 +149,7 @@ class ImageLoader:
             data: an encoded image.
             part_field: name of the part in error messages.
             part: its size limits.
+            limit: until when it may be decoded.
 
         Raises:
             InvalidRequest: not an image, too large, too narrow, or limits that contradict each
@@ -112,7 +159,7 @@ class ImageLoader:
             raise InvalidRequest(part_field, "videos are not supported yet")
         size_limits = part.model_dump(exclude={"type"}, exclude_none=True)
         self._check_limits(part_field, size_limits)
-        image = self._open(field, data)
+        image = self._open(field, data, limit)
         self._check_size(field, *image.size)
         try:
             height, width = self._first_size(image, size_limits)
@@ -121,7 +168,7 @@ class ImageLoader:
             final = self._final_size(height, width)
         except ValueError as error:
             raise InvalidRequest(field, f"the image cannot be used: {error}") from None
-        return Picture(field, image, (height, width), final)
+        return Picture(field, image, (height, width), final, limit)
 
     def _first_size(self, image: Image.Image, limits: dict[str, int]) -> Size:
         """Where qwen-vl-utils' resize leads."""
@@ -147,11 +194,11 @@ class ImageLoader:
         )
         return height, width
 
-    def _open(self, field: str, data: bytes) -> Image.Image:
+    def _open(self, field: str, data: bytes, limit: TimeLimit) -> Image.Image:
         if not data:
             raise InvalidRequest(field, "0 bytes were given; an encoded image is needed")
         try:
-            return Image.open(BytesIO(data), formats=FORMATS)
+            return Image.open(_TimedFile(data, limit), formats=FORMATS)
         except UnidentifiedImageError:
             problem = (
                 f"{len(data)} bytes that are no image in a known format ({', '.join(FORMATS)})"

@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import ForwardConfig
 from .errors import InvalidRequest
 from .schema import Features, Grid, Int32Array, UInt8Array
 
@@ -167,14 +168,24 @@ class PackedBatch:
     image_tokens: Int64Array
 
 
-def check(features: Features, geometry: Geometry) -> None:
-    """Raise `InvalidRequest` unless the features fit the model.
+def check(features: Features, geometry: Geometry, limits: ForwardConfig) -> None:
+    """Raise `InvalidRequest` unless the features fit the model and its limits.
 
     Ours always do; a caller of `reward_forward` may send anything.
     """
-    ids = np.concatenate([features.prompt_ids, *features.response_ids])
-    if not features.response_ids:
+    responses = len(features.response_ids)
+    if not responses:
         raise InvalidRequest("segment_lengths", "a prompt without a response was given")
+    if responses > limits.max_responses:
+        raise InvalidRequest(
+            "segment_lengths", f"{responses} responses, the limit is {limits.max_responses}"
+        )
+    ids = np.concatenate([features.prompt_ids, *features.response_ids])
+    if len(ids) > limits.max_request_tokens:
+        raise InvalidRequest(
+            "input_ids",
+            f"the request has {len(ids)} tokens, the limit is {limits.max_request_tokens}",
+        )
     if min(map(len, features.response_ids)) == 0:
         raise InvalidRequest("segment_lengths", "a response segment of 0 tokens was given")
     outside = (ids < 0) | (ids >= geometry.vocab_size)

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
-from .config import PreprocessConfig
+from .config import PreprocessConfig, token_limit
 from .conversation import Conversation, parse_conversation
 from .errors import CheckpointError, InvalidRequest
-from .media import ImageLoader, Picture, PillowResizer, TorchResizer
+from .media import ImageLoader, Picture, PillowResizer, TimeLimit, TorchResizer
 from .schema import Features, UInt8Array
 from .tokenization import ConversationTokenizer
 
@@ -56,8 +56,11 @@ class Preprocessor:
             if config.resize == "pillow"
             else TorchResizer(processor.image_processor, torch.device(config.device))
         )
-        self._max_tokens = int(model.text_config.max_position_embeddings)
-        self._tokenizer = ConversationTokenizer(processor, self._max_tokens)
+        positions = int(model.text_config.max_position_embeddings)
+        self._max_tokens = token_limit(config.max_tokens, positions)
+        self._tokenizer = ConversationTokenizer(
+            processor, self._max_tokens, config.max_request_tokens
+        )
 
     def features(
         self, messages: bytes, responses: Sequence[bytes], media: Sequence[bytes]
@@ -101,10 +104,11 @@ class Preprocessor:
         self.finish(opened)
 
     def _open(self, conversation: Conversation) -> Opened:
+        limit = TimeLimit.starting_now(self._config.max_decode_seconds)
         pictures = []
         tokens = 0
         for i, (path, part) in enumerate(conversation.media_parts()):
-            picture = self._images.open(f"media[{i}]", conversation.media[i], path, part)
+            picture = self._images.open(f"media[{i}]", conversation.media[i], path, part, limit)
             pictures.append(picture)
             tokens += picture.size[0] * picture.size[1] // self._merged_patch**2
             if tokens > self._max_tokens:  # many small files can be very many pixels

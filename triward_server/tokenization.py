@@ -40,12 +40,14 @@ class ConversationTokenizer:
     Args:
         processor: the checkpoint's processor, with tokenizer and chat template. Its tokenizer is
             changed: special-token strings in text are encoded as text from now on.
-        max_tokens: positions that the model has.
+        max_tokens: what one conversation may have.
+        max_request_tokens: what a prompt and all its responses may have together.
     """
 
-    def __init__(self, processor: Any, max_tokens: int) -> None:
+    def __init__(self, processor: Any, max_tokens: int, max_request_tokens: int) -> None:
         self._processor = processor
         self._max_tokens = max_tokens
+        self._max_request_tokens = max_request_tokens
         self._backend = processor.tokenizer.backend_tokenizer
         self._backend.encode_special_tokens = True
         added = processor.tokenizer.added_tokens_decoder
@@ -67,7 +69,7 @@ class ConversationTokenizer:
             placeholders: for each media item, how many tokens it takes.
 
         Raises:
-            InvalidRequest: a conversation has more tokens than the model has positions.
+            InvalidRequest: a conversation or the request has too many tokens.
         """
         prompt = self._render(conversation.messages, None)
         # Before it is rendered once for each response: a prompt that is too long ends here.
@@ -82,6 +84,13 @@ class ConversationTokenizer:
         response_ids = tuple(encode(pieces[shared:]) for pieces in full)
         for index, ids in enumerate(response_ids):
             self._check_length(f"responses[{index}]", len(prompt_ids), len(ids))
+        total = len(prompt_ids) + sum(map(len, response_ids))
+        if total > self._max_request_tokens:
+            raise InvalidRequest(
+                "responses",
+                f"with its prompt of {len(prompt_ids)} tokens the request has {total}, the limit "
+                f"is {self._max_request_tokens}",
+            )
         return TokenizedConversation(prompt_ids, response_ids)
 
     def _check_length(self, field: str, prompt: int, response: int) -> None:
