@@ -296,7 +296,7 @@ def test_cancelled_requests_cost_nothing_more(
     computed: list[int] = []
     forward = scorer._forward
 
-    def record(forest: Forest, chosen: Sequence[int]) -> Any:
+    def record(forest: Forest, chosen: Sequence[int], *rest: Any) -> Any:
         computed.extend(forest.branches[i].request for i in chosen)
         return forward(forest, chosen)
 
@@ -316,7 +316,7 @@ def test_out_of_memory_halves_and_names_what_does_not_fit(
     memory: list[weakref.ref[torch.Tensor]] = []
     still_held: list[int] = []
 
-    def little_memory(forest: Forest, chosen: Sequence[int]) -> Any:
+    def little_memory(forest: Forest, chosen: Sequence[int], *rest: Any) -> Any:
         still_held.append(sum(tensor() is not None for tensor in memory))
         activations = torch.empty(8)
         memory.append(weakref.ref(activations))

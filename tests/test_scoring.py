@@ -132,7 +132,7 @@ def test_a_failing_forward_pass_is_one_requests_error(
     """All five share a micro-batch at first; only those that fail alone answer an error."""
     forward = scorer._forward
 
-    def fail_on_long(forest: Forest, chosen: Sequence[int]) -> Any:
+    def fail_on_long(forest: Forest, chosen: Sequence[int], *rest: Any) -> Any:
         if any(forest.branches[index].prompt_length == 30 for index in chosen):
             raise RuntimeError("no kernel")
         return forward(forest, chosen)
@@ -152,7 +152,7 @@ def test_warm_up_fails_where_the_model_cannot_run(
 ) -> None:
     """Or Triton would say ready and answer INTERNAL to everybody."""
     scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
-    monkeypatch.setattr(scorer, "_forward", lambda forest, chosen: 1 / 0)
+    monkeypatch.setattr(scorer, "_forward", lambda *_: 1 / 0)
     with pytest.raises(ForwardError, match="ZeroDivisionError"):
         scorer.warm_up()
 
@@ -166,7 +166,7 @@ def test_warm_up_tries_the_largest_pass_whole(
     forward = scorer._forward
     tried: list[int] = []
 
-    def record(forest: Forest, chosen: Sequence[int]) -> Any:
+    def record(forest: Forest, chosen: Sequence[int], *rest: Any) -> Any:
         tried.append(len(packing.pack(forest, chosen).input_ids))
         if tried[-1] > 1500:
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -6,8 +6,10 @@ checkpoint's, but for `qkv_proj` and `gate_up_proj`, which `checkpoint.py` joins
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -161,6 +163,33 @@ class ValueHead(nn.Module):
         return out
 
 
+class Clock:
+    """Marks in a device's work, read when the work is done, so that nothing waits for them.
+
+    Args:
+        device: whose time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Note when the device gets here."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From each mark to the next; the device must have got to the last."""
+        if self._cuda:
+            return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self._marks)]
+        return [b - a for a, b in pairwise(self._marks)]
+
+
 class RewardModel(nn.Module):
     """The vision tower, the language model and the value head.
 
@@ -223,12 +252,20 @@ class RewardModel(nn.Module):
                         setattr(layer, name, partial(function, layer))
 
     @torch.inference_mode()
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Scores float32 [C] of a packed batch, on the model's device."""
+    def forward(self, batch: PackedBatch, clock: Clock | None = None) -> Tensor:
+        """Scores float32 [C] of a packed batch, on the model's device.
+
+        Args:
+            batch: what to score.
+            clock: gets three marks, around the vision tower and behind the value head.
+        """
+        clock = clock or Clock(self.device)
         language = self.language_model
+        clock.mark()
+        embeddings = torch.cat(self._embed(batch.images)) if batch.images else None
+        clock.mark()
         x: Tensor = language.embed_tokens(self._upload(batch.input_ids)).float()
-        if batch.images:
-            embeddings = torch.cat(self._embed(batch.images))
+        if embeddings is not None:
             x[self._upload(batch.image_rows)] = embeddings[self._upload(batch.image_tokens)].float()
         shares = batch.key_lengths != batch.node_lengths
         layout = self._layout(
@@ -247,6 +284,7 @@ class RewardModel(nn.Module):
         rows = self._upload(np.cumsum(batch.node_lengths)[nodes] - 1)
         hidden = language(x, self._upload(batch.positions), rows, layout, last)
         scores: Tensor = self.v_head(hidden)[self._upload(conversations)]
+        clock.mark()
         return scores
 
     def _embed(self, images: Sequence[Image]) -> list[Tensor]:

@@ -21,8 +21,11 @@ Array = NDArray[Any]
 ENSEMBLE = "reward"
 PREPROCESS = "reward_preprocess"
 FORWARD = "reward_forward"
+DRAINING = "reward_draining"  # stands in for the ensemble while the server shuts down
 
 MAX_BATCH_SIZE = 64
+
+CANARY_ID = "triward-canary"  # the request id of health checks, whose scores are no callers'
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from numpy.typing import NDArray
 from torch.compiler import set_stance
 
 from . import packing
+from .backbone import Clock
 from .checkpoint import load_model
-from .config import ForwardConfig
+from .config import ForwardConfig, token_limit
 from .errors import Cancelled, ForwardError, NonFiniteScore, TriwardError, Unavailable
 from .packing import Cost, Forest, Geometry
 from .schema import Features, Float32Array, Scores
@@ -40,6 +42,34 @@ _WARM_UP_LENGTH = 4099  # of one conversation in them
 _CPU_TFLOP = 0.01  # of the language model in one such pass on a CPU
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass did, for who watches.
+
+    Attributes:
+        tokens: computed.
+        tokens_saved: what they would have been more without sharing.
+        images: distinct ones that it showed.
+        images_cached: those of them that were not encoded.
+        cache_bytes: of all embeddings that are kept behind it.
+        vision_seconds: the device's, for the vision tower.
+        language_model_seconds: for the rest.
+        out_of_memory: it failed for lack of memory, and did nothing of the above.
+    """
+
+    tokens: int = 0
+    tokens_saved: int = 0
+    images: int = 0
+    images_cached: int = 0
+    cache_bytes: int = 0
+    vision_seconds: float = 0.0
+    language_model_seconds: float = 0.0
+    out_of_memory: bool = False
+
+
+Observer = Callable[[Pass], None]
+
+
 class Scorer:
     """Scores batches of requests with one model.
 
@@ -49,6 +79,7 @@ class Scorer:
 
     Raises:
         CheckpointError: the checkpoint is not complete and exact.
+        ConfigError: the model has fewer positions than `max_tokens`.
     """
 
     def __init__(self, checkpoint: Path, config: ForwardConfig) -> None:
@@ -63,11 +94,15 @@ class Scorer:
             config.deterministic,
             config.embedding_cache_bytes,
         )
+        geometry = self._model.geometry
+        self._geometry = replace(
+            geometry, max_tokens=token_limit(config.max_tokens, geometry.max_tokens)
+        )
 
     @property
     def geometry(self) -> Geometry:
-        """Token ids and sizes of the model."""
-        return self._model.geometry
+        """Token ids and sizes of the model, `max_tokens` as configured."""
+        return self._geometry
 
     @property
     def cost(self) -> Cost:
@@ -75,7 +110,10 @@ class Scorer:
         return self._model.cost
 
     def score(
-        self, batch: Sequence[Features], is_cancelled: Callable[[int], bool] = lambda index: False
+        self,
+        batch: Sequence[Features],
+        is_cancelled: Callable[[int], bool] = lambda index: False,
+        observe: Observer = lambda done: None,
     ) -> list[Scores | TriwardError]:
         """Score every conversation of every request.
 
@@ -83,6 +121,7 @@ class Scorer:
             batch: requests, of one or many callers.
             is_cancelled: whether the caller of a request has given up; asked between
                 micro-batches.
+            observe: called after every forward pass.
 
         Returns:
             For each request its scores, in the order of its responses, or what is wrong with it.
@@ -90,7 +129,7 @@ class Scorer:
         errors: dict[int, TriwardError] = {}
         for index, features in enumerate(batch):
             try:
-                packing.check(features, self.geometry)
+                packing.check(features, self.geometry, self._config)
             except TriwardError as error:
                 errors[index] = error
         valid = {index: item for index, item in enumerate(batch) if index not in errors}
@@ -104,7 +143,7 @@ class Scorer:
                 for caller in gone
             }
             needed = [i for i in chosen if forest.branches[i].request not in errors]
-            for i, score in zip(needed, self._score_apart(forest, needed), strict=True):
+            for i, score in zip(needed, self._score_apart(forest, needed, observe), strict=True):
                 branch = forest.branches[i]
                 if isinstance(score, TriwardError):
                     errors[branch.request] = score
@@ -158,26 +197,47 @@ class Scorer:
             if not np.isfinite(scores).all():
                 raise NonFiniteScore(f"warming up: a pass of {tokens} tokens scores {scores}")
 
-    def _score_apart(self, forest: Forest, chosen: Sequence[int]) -> list[float | TriwardError]:
+    def _score_apart(
+        self, forest: Forest, chosen: Sequence[int], observe: Observer
+    ) -> list[float | TriwardError]:
         """Run one forward pass; if it fails, halve it until the failure stands alone."""
         if not chosen:
             return []
         try:
-            return list(self._forward(forest, chosen))
+            return list(self._forward(forest, chosen, observe))
         except Exception as error:
             if len(chosen) == 1:
                 return [_failure(error, len(forest.branches[chosen[0]].keys))]
+            if isinstance(error, torch.OutOfMemoryError):
+                observe(Pass(out_of_memory=True))
         # Outside the handler: the traceback would keep the failed pass's tensors in memory.
         middle = len(chosen) // 2
         halves = chosen[:middle], chosen[middle:]
-        return [score for half in halves for score in self._score_apart(forest, half)]
+        return [score for half in halves for score in self._score_apart(forest, half, observe)]
 
-    def _forward(self, forest: Forest, chosen: Sequence[int]) -> Float32Array:
+    def _forward(
+        self, forest: Forest, chosen: Sequence[int], observe: Observer = lambda done: None
+    ) -> Float32Array:
         # A pass whose shapes no compiled code serves runs as it is written: compiling takes longer
         # than any caller waits.
         compiled = self._config.compile and self._warm
+        batch, clock = packing.pack(forest, chosen), Clock(self._model.device)
+        cached = self._model.embeddings.hits
         with set_stance("eager_on_recompile") if compiled else nullcontext():
-            scores: Float32Array = self._model(packing.pack(forest, chosen)).cpu().numpy()
+            scores: Float32Array = self._model(batch, clock).cpu().numpy()
+        vision, language = clock.seconds()
+        observe(
+            Pass(
+                tokens=len(batch.input_ids),
+                tokens_saved=sum(len(forest.branches[i].keys) for i in chosen)
+                - len(batch.input_ids),
+                images=len(batch.images),
+                images_cached=self._model.embeddings.hits - cached,
+                cache_bytes=self._model.embeddings.nbytes,
+                vision_seconds=vision,
+                language_model_seconds=language,
+            )
+        )
         return scores
 
 

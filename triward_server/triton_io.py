@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +24,11 @@ import torch
 from . import schema
 from .config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
 from .errors import InvalidRequest, TriwardError
+from .metrics import PREPROCESS_COUNTERS, ForwardMetrics, Metrics
 from .packing import Geometry
 from .preprocess import Opened, Preprocessor
 from .schema import Array, Features, Grid, Scores, TensorSpec, UInt8Array
-from .scoring import Scorer
+from .scoring import Pass, Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class PreprocessBackend:
 
     def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
         _log_to_stderr(schema.PREPROCESS)
+        self._metrics = Metrics(pb_utils, _labels(args), PREPROCESS_COUNTERS, {}, _codes(pb_utils))
         # Several instances share the machine, one thread each; images are resized in it.
         torch.set_num_threads(1)
         self._pb = pb_utils
@@ -55,9 +58,13 @@ class PreprocessBackend:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch, each request for itself; images are resized together."""
-        opened = [_capture(partial(self._open, request)) for request in requests]
-        self._preprocessor.resizer.flush()
-        return [_answer(self._pb, partial(self._respond, result)) for result in opened]
+        with self._metrics.timed("preprocess_seconds"):
+            opened = [_capture(partial(self._open, request)) for request in requests]
+            self._preprocessor.resizer.flush()
+            return [
+                _answer(self._pb, self._metrics, partial(self._respond, result))
+                for result in opened
+            ]
 
     def _open(self, request: Any) -> Opened:
         messages, responses, media = (
@@ -83,8 +90,10 @@ class ForwardBackend:
     def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
         _log_to_stderr(schema.FORWARD)
         self._pb = pb_utils
-        self._scorer = Scorer(_checkpoint(args), _config(ForwardConfig, args))
+        self._config = _config(ForwardConfig, args)
+        self._scorer = Scorer(_checkpoint(args), self._config)
         self._scorer.warm_up()
+        self._metrics = ForwardMetrics(pb_utils, _labels(args), _codes(pb_utils))
         gc.freeze()  # what is loaded stays; later collections need not walk it
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -94,15 +103,43 @@ class ForwardBackend:
         pairs = zip(requests, parsed, strict=True)
         callers = [request for request, item in pairs if isinstance(item, Features)]
         features = [item for item in parsed if isinstance(item, Features)]
-        scored = iter(
-            self._scorer.score(features, lambda index: _has_given_up(callers[index], begun))
+        scored = self._scorer.score(
+            features, lambda index: _has_given_up(callers[index], begun), self._observe
         )
-        results = [next(scored) if isinstance(item, Features) else item for item in parsed]
-        return [_answer(self._pb, partial(self._respond, result)) for result in results]
+        self._count(callers, scored)
+        answers = iter(scored)
+        results = [next(answers) if isinstance(item, Features) else item for item in parsed]
+        return [
+            _answer(self._pb, self._metrics, partial(self._respond, result)) for result in results
+        ]
 
     def _parse(self, request: Any) -> Features:
         arrays = [_row(self._pb, request, spec) for spec in schema.FORWARD_INPUTS]
         return arrays_to_features(*arrays, geometry=self._scorer.geometry)
+
+    def _observe(self, done: Pass) -> None:
+        if done.out_of_memory:
+            self._metrics.add(oom_retries=1)
+            return
+        self._metrics.add(
+            tokens_computed=done.tokens,
+            tokens_saved=done.tokens_saved,
+            forward_passes=1,
+            forward_capacity_tokens=self._config.max_batch_tokens,
+            images_encoded=done.images - done.images_cached,
+            images_cached=done.images_cached,
+            vision_seconds=done.vision_seconds,
+            language_model_seconds=done.language_model_seconds,
+        )
+        self._metrics.set("triward_embedding_cache_bytes", done.cache_bytes)
+
+    def _count(self, callers: Sequence[Any], scored: Sequence[Scores | TriwardError]) -> None:
+        scores = [
+            result.scores.tolist()
+            for caller, result in zip(callers, scored, strict=True)
+            if isinstance(result, Scores) and caller.request_id() != schema.CANARY_ID
+        ]
+        self._metrics.observe(chain.from_iterable(scores))
 
     def _respond(self, result: Scores | Exception) -> Any:
         if isinstance(result, Exception):
@@ -188,21 +225,22 @@ def _capture(function: Callable[[], T]) -> T | Exception:
         return error
 
 
-def _answer(pb_utils: Any, respond: Callable[[], Any]) -> Any:
+def _answer(pb_utils: Any, metrics: Metrics, respond: Callable[[], Any]) -> Any:
     """Run one request's part; an exception answers that request alone."""
     result = _capture(respond)
     if not isinstance(result, Exception):
         return result
-    code = pb_utils.TritonError.INTERNAL
+    code = "INTERNAL"
     if isinstance(result, TriwardError):
-        code = _codes(pb_utils)[result.code]
+        code = result.code
         message = str(result)
     else:
         logger.error("a request failed", exc_info=result)
         message = f"internal error: {type(result).__name__}: {result}"
     if len(message) > _MAX_MESSAGE:  # it may quote what the caller sent
         message = message[:_MAX_MESSAGE] + "…"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+    metrics.error(code)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, _codes(pb_utils)[code]))
 
 
 def _has_given_up(request: Any, begun: float) -> bool:
@@ -228,6 +266,10 @@ def _codes(pb_utils: Any) -> dict[str, Any]:
 def _config(config_type: type[ConfigT], args: dict[str, str]) -> ConfigT:
     config = from_parameters(config_type, json.loads(args["model_config"])["parameters"])
     return replace(config, device=on_instance(config.device, args["model_instance_device_id"]))
+
+
+def _labels(args: dict[str, str]) -> dict[str, str]:
+    return {"model": args["model_name"], "version": args["model_version"]}
 
 
 def _checkpoint(args: dict[str, str]) -> Path:
