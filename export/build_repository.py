@@ -2,9 +2,13 @@
 
     python export/build_repository.py --checkpoint DIR_OR_HUB_ID --output DIR
 
-Checks every tensor first, so that nothing random is ever served. Writes to a temporary folder
-beside the output and renames it, so that there is never half a repository. The result holds
-everything but Python packages and can be moved or mounted elsewhere.
+Checks every tensor first, so that nothing random is ever served. Scores one small request, which
+`triward-server health --deep` asks again. Writes to a temporary folder beside the output and
+renames it, so that there is never half a repository. The result holds everything but Python
+packages and can be moved or mounted elsewhere.
+
+`--version 2` on a repository that has version 1 puts the new one beside it; the served version
+stays as it is until `triward-server switch`.
 """
 
 from __future__ import annotations
@@ -22,24 +26,31 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from google.protobuf import text_format
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from triward_server import __version__, checkpoint, schema
+from triward_server.canary import TOLERANCE, Canary
 from triward_server.config import ForwardConfig, PreprocessConfig, from_strings
 from triward_server.errors import ConfigError, TriwardError
 from triward_server.preprocess import Preprocessor
+from triward_server.repository import pin, versions
+from triward_server.scoring import Scorer
 from triward_server.triton_io import CHECKPOINT_DIRECTORY
 
 SOURCE = Path(__file__).resolve().parent.parent / "model_repository"
 MANIFEST = "manifest.json"
-VERSION = "1"
+SOURCE_VERSION = "1"  # of the adapters in SOURCE
+STEPS = (schema.PREPROCESS, schema.FORWARD)
 
 # What the processor and the configuration are read from; weights come on top.
 PROCESSOR_FILES = (
@@ -66,55 +77,114 @@ class Options:
     forward: ForwardConfig
     preprocess_instances: int
     queue_delay_us: int
+    max_queue_size: int
+    queue_timeout_ms: int
     weights: Weights
+    canary: bool
 
 
-def build(source: str, revision: str | None, output: Path, options: Options, force: bool) -> None:
-    """Write the repository.
+def build(
+    source: str, revision: str | None, output: Path, version: str, options: Options, force: bool
+) -> None:
+    """Write the repository, or another version into it.
 
     Args:
         source: a local folder, or a Hugging Face id that is resolved through the hub's cache.
         revision: branch, tag or commit on the hub.
-        output: folder to create.
+        output: folder to create, or a repository that lacks this version.
+        version: a positive number.
         options: how its models run.
-        force: replace a repository that is already there.
+        force: replace a repository that is already there, with all its versions.
 
     Raises:
         TriwardError: the checkpoint or an option is wrong; nothing was written.
     """
-    _check_output(output, force)
+    _check_output(output, version, force)
     folder, commit = _resolve(source, revision)
     checkpoint.verify(folder)
     # Here the processor's files are tried, wherever they will run.
-    Preprocessor(folder, replace(options.preprocess, device="cpu")).warm_up()
-    with _written_whole(output) as draft:
-        shutil.copytree(
-            SOURCE, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__*")
-        )
-        (draft / schema.ENSEMBLE / VERSION).mkdir(exist_ok=True)
+    preprocessor = Preprocessor(folder, replace(options.preprocess, device="cpu"))
+    preprocessor.warm_up()
+    canary = _canary(folder, preprocessor, options)
+    add = output.exists() and not force
+    with _written_whole(output, version if add else None) as draft:
+        _copy_source(draft, version)
         _configure(draft, options)
+        pin(draft, version)
         weights = checkpoint.weight_files(folder)
         files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
         index = [p for p in [folder / checkpoint.INDEX_FILE] if p.is_file()]
-        _place(files, draft / schema.PREPROCESS / VERSION / CHECKPOINT_DIRECTORY, Weights.COPY)
-        target = draft / schema.FORWARD / VERSION / CHECKPOINT_DIRECTORY
+        _place(files, draft / schema.PREPROCESS / version / CHECKPOINT_DIRECTORY, Weights.COPY)
+        target = draft / schema.FORWARD / version / CHECKPOINT_DIRECTORY
         _place([*files, *index], target, Weights.COPY)
         _place(weights, target, options.weights)
         manifest = _manifest(source, commit, [*files, *index, *weights], options)
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (draft / schema.ENSEMBLE / version).mkdir(exist_ok=True)
+        (draft / schema.ENSEMBLE / version / MANIFEST).write_text(
+            json.dumps(manifest, indent=2) + "\n"
+        )
+        canary.write(draft / schema.ENSEMBLE / version)
 
 
-def _check_output(output: Path, force: bool) -> None:
+def _check_output(output: Path, version: str, force: bool) -> None:
     if not output.exists():
         return
-    if not force:
-        raise ConfigError(f"{output} exists; --force replaces it")
-    try:
-        ours = "triward_server" in json.loads((output / MANIFEST).read_text())
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
+    there = [name for name in versions(output) if _is_ours(output, name)]
+    if not there:
         raise ConfigError(f"{output} is not a repository (no {MANIFEST} of ours) and is left alone")
+    if not force and version in there:
+        raise ConfigError(
+            f"{output} exists and has version {version}; --version adds another one to it, --force "
+            "replaces it"
+        )
+
+
+def _is_ours(repository: Path, version: str) -> bool:
+    try:
+        manifest = json.loads((repository / schema.ENSEMBLE / version / MANIFEST).read_text())
+        return "triward_server" in manifest
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _canary(folder: Path, preprocessor: Preprocessor, options: Options) -> Canary:
+    """A request with an image and, where the limits allow it, two responses; and its scores.
+
+    Taken on the device that will serve if this machine has it, or else on the CPU.
+    """
+    picture = BytesIO()
+    Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(picture, "PNG")
+    content = [{"type": "image"}, {"type": "text", "text": "Does it get brighter downwards?"}]
+    canary = Canary(
+        messages=json.dumps([{"role": "user", "content": content}]),
+        responses=("Yes, from black to white.", "No.")[: options.preprocess.max_responses],
+        media=(picture.getvalue(),),
+        scores=None,
+        tolerance=TOLERANCE[options.forward.dtype],
+    )
+    features = preprocessor.features(
+        canary.messages.encode(), [text.encode() for text in canary.responses], canary.media
+    )
+    if not options.canary:
+        return canary
+    device = options.forward.device if torch.cuda.is_available() else "cpu"
+    scorer = Scorer(folder, replace(options.forward, device=device, compile=False))
+    [scored] = scorer.score([features])
+    if isinstance(scored, TriwardError):
+        raise scored
+    return replace(canary, scores=tuple(scored.scores.tolist()))
+
+
+def _copy_source(draft: Path, version: str) -> None:
+    shutil.copytree(SOURCE, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__*"))
+    if version != SOURCE_VERSION:
+        for model in STEPS:
+            (draft / model / SOURCE_VERSION).rename(draft / model / version)
+    for adapter in draft.glob("*/*/model.py"):
+        # In the place of the folder that Python would make there. Triton takes a version whose
+        # folder changed for a new one, and loads it again whenever another one comes; its Python
+        # heeds no variable that says not to write.
+        (adapter.parent / "__pycache__").touch()
 
 
 def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
@@ -135,13 +205,19 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 @contextmanager
-def _written_whole(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `output` if the block succeeds and vanishes if not."""
+def _written_whole(output: Path, version: str | None) -> Iterator[Path]:
+    """A temporary folder that becomes `output` if the block succeeds and vanishes if not.
+
+    With a version, that version's part becomes part of `output`, which is there already.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     draft.chmod(0o755)
     try:
         yield draft
+        if version:
+            _add(draft, output, version)
+            return
         if not output.exists():
             draft.rename(output)
             return
@@ -158,12 +234,35 @@ def _written_whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _add(draft: Path, output: Path, version: str) -> None:
+    """Move a version's folders; the public model's comes last and makes it complete."""
+    for model in STEPS:
+        # A model's configuration is all its versions': Triton would load them all again.
+        file = f"{model}/config.pbtxt"
+        if _read_config(draft / file) != _read_config(output / file):
+            raise ConfigError(
+                f"{file} would change with this version's options, for the running versions too; "
+                "use the same options, or another repository"
+            )
+    moved: list[Path] = []
+    try:
+        for model in (*STEPS, schema.ENSEMBLE):
+            target = output / model / version
+            (draft / model / version).rename(target)
+            moved.append(target)
+    except BaseException:
+        for target in moved:
+            shutil.rmtree(target)
+        raise
+
+
 def _configure(draft: Path, options: Options) -> None:
     path = draft / schema.PREPROCESS / "config.pbtxt"
     model = _read_config(path)
     _set_parameters(model, asdict(options.preprocess))
     model.instance_group[0].count = options.preprocess_instances
     _place_on(model, options.preprocess.device)
+    _bound_queue(model, options)
     _write_config(path, model)
 
     path = draft / schema.FORWARD / "config.pbtxt"
@@ -171,7 +270,16 @@ def _configure(draft: Path, options: Options) -> None:
     _set_parameters(model, asdict(options.forward))
     _place_on(model, options.forward.device)
     model.dynamic_batching.max_queue_delay_microseconds = options.queue_delay_us
+    _bound_queue(model, options)
     _write_config(path, model)
+
+
+def _bound_queue(model: Any, options: Options) -> None:
+    policy = model.dynamic_batching.default_queue_policy
+    policy.max_queue_size = options.max_queue_size
+    policy.timeout_action = policy.REJECT
+    policy.default_timeout_microseconds = options.queue_timeout_ms * 1000
+    policy.allow_timeout_override = True  # a caller's shorter timeout counts
 
 
 def _place_on(model: Any, device: str) -> None:
@@ -229,6 +337,8 @@ def _manifest(
             "forward": asdict(options.forward),
             "preprocess_instances": options.preprocess_instances,
             "queue_delay_us": options.queue_delay_us,
+            "max_queue_size": options.max_queue_size,
+            "queue_timeout_ms": options.queue_timeout_ms,
         },
         "sha256": {file.name: _sha256(file) for file in files},
     }
@@ -288,21 +398,51 @@ def main(
     threads: Annotated[
         int, typer.Option(help="CPU threads of the forward model; 0: torch's choice.")
     ] = _FORWARD.threads,
+    max_queue_size: Annotated[
+        int, typer.Option(min=1, help="Requests that wait for each model; more are UNAVAILABLE.")
+    ] = 1024,
+    queue_timeout_ms: Annotated[
+        int, typer.Option(min=1, help="How long one waits for each model, unless it allows less.")
+    ] = 30_000,
     max_responses: Annotated[
         int, typer.Option(help="Responses in one request.")
     ] = _PREPROCESS.max_responses,
     max_text_bytes: Annotated[
         int, typer.Option(help="Bytes of messages, and of all responses, in one request.")
     ] = _PREPROCESS.max_text_bytes,
+    max_parts: Annotated[
+        int, typer.Option(help="Messages and their parts in one request.")
+    ] = _PREPROCESS.max_parts,
+    max_tokens: Annotated[
+        int, typer.Option(help="Tokens of one conversation; 0: the model's positions.")
+    ] = _PREPROCESS.max_tokens,
+    max_request_tokens: Annotated[
+        int, typer.Option(help="Tokens of a request: its prompt once and every response.")
+    ] = _PREPROCESS.max_request_tokens,
     max_media: Annotated[
         int, typer.Option(help="Media items in one request.")
     ] = _PREPROCESS.max_media,
+    max_request_bytes: Annotated[
+        int, typer.Option(help="Bytes of all media items of a request.")
+    ] = _PREPROCESS.max_request_bytes,
     max_media_bytes: Annotated[
         int, typer.Option(help="Bytes of one encoded media item.")
     ] = _PREPROCESS.max_media_bytes,
     max_image_pixels: Annotated[
         int, typer.Option(help="Pixels of one image before it is resized.")
     ] = _PREPROCESS.max_image_pixels,
+    max_decode_seconds: Annotated[
+        float, typer.Option(help="For decoding and resizing a request's images.")
+    ] = _PREPROCESS.max_decode_seconds,
+    version: Annotated[
+        int, typer.Option(min=1, help="A new one is added to a repository that is there.")
+    ] = 1,
+    canary: Annotated[
+        bool,
+        typer.Option(
+            "--canary/--no-canary", help="Score one request, for deep health checks to compare."
+        ),
+    ] = True,
     weights: Annotated[
         Weights, typer.Option(help="Hard-link weight files (same file system) or copy them.")
     ] = Weights.LINK,
@@ -314,9 +454,14 @@ def main(
         "resize": "pillow" if preprocess_device == "cpu" else "torch",
         "max_responses": max_responses,
         "max_text_bytes": max_text_bytes,
+        "max_parts": max_parts,
         "max_media": max_media,
         "max_media_bytes": max_media_bytes,
+        "max_request_bytes": max_request_bytes,
         "max_image_pixels": max_image_pixels,
+        "max_decode_seconds": max_decode_seconds,
+        "max_tokens": max_tokens,
+        "max_request_tokens": max_request_tokens,
     }
     forward = {
         "dtype": dtype,
@@ -329,6 +474,9 @@ def main(
         "deterministic": deterministic,
         "compile": device != "cpu" if compile_ is None else compile_,
         "threads": threads,
+        "max_responses": max_responses,
+        "max_tokens": max_tokens,
+        "max_request_tokens": max_request_tokens,
     }
     try:
         options = Options(
@@ -336,9 +484,12 @@ def main(
             forward=from_strings(ForwardConfig, {k: str(v) for k, v in forward.items()}),
             preprocess_instances=preprocess_instances,
             queue_delay_us=queue_delay_us,
+            max_queue_size=max_queue_size,
+            queue_timeout_ms=queue_timeout_ms,
             weights=weights,
+            canary=canary,
         )
-        build(checkpoint, revision, output, options, force)
+        build(checkpoint, revision, output, str(version), options, force)
     except (TriwardError, OSError) as error:
         typer.echo(f"build_repository: {error}", err=True)
         raise typer.Exit(1) from None

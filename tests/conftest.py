@@ -9,6 +9,7 @@ import re
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.commands import BIN, Command
 from tests.conversations import Messages, conversations
 from triward import RewardClient
 from triward_server.launch import Endpoints, TritonServer
@@ -140,6 +142,30 @@ def metric(server: TritonServer) -> Callable[[str, str], float]:
         return sum(map(float, lines))
 
     return read
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., Command]]:
+    with ExitStack() as stack:
+
+        def run(*arguments: object, **environment: str) -> Command:
+            started = Command(*arguments, **environment)
+            stack.callback(started.kill)
+            return started
+
+        yield run
+
+
+@pytest.fixture
+def serve(command: Callable[..., Command], repository: Path) -> Callable[..., Command]:
+    def run(*flags: object, repository: Path = repository, **environment: str) -> Command:
+        ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
+        return command(
+            BIN / "triward-server", "serve", "--repository", repository, "--host=127.0.0.1",
+            *ports, *flags, **environment,
+        )  # fmt: skip
+
+    return run
 
 
 def encode(image: Image.Image, format_: str = "PNG") -> bytes:

@@ -18,8 +18,9 @@ from triward_server import schema
 # In the order in which data flows; a module imports only what stands above it.
 ORDER = (
     "errors", "schema", "config", "conversation", "media", "tokenization", "preprocess",
-    "packing", "attention", "vision", "backbone", "checkpoint", "scoring", "triton_io",
-    "installation", "launch", "random_checkpoint", "testing", "cli",
+    "packing", "attention", "vision", "backbone", "checkpoint", "scoring", "metrics", "draining",
+    "triton_io", "canary", "repository", "triton_http", "installation", "launch", "watchdog",
+    "switch", "random_checkpoint", "testing", "cli",
 )  # fmt: skip
 PACKAGE = ROOT / "triward_server"
 MODELS = ROOT / "model_repository"
@@ -58,13 +59,21 @@ def test_tritons_module_is_imported_by_adapters_alone() -> None:
     files = [p for p in ROOT.glob("*/**/*.py") if not {".venv", "build"} & set(p.parts)]
     needle = "import triton_python_" + "backend_utils"
     assert sorted(p for p in files if needle in p.read_text()) == ADAPTERS
-    assert len(ADAPTERS) == 2
+    assert len(ADAPTERS) == 3
 
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.parts[-3])
 def test_adapters_hold_no_logic(path: Path) -> None:
     logic = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.comprehension, ast.BoolOp)
     assert [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, logic)] == []
+
+
+@pytest.mark.parametrize("module", ["cli", "draining"])
+def test_commands_and_the_idle_model_load_nothing_heavy(module: str) -> None:
+    """A probe starts the command every few seconds."""
+    code = f"import sys, triward_server.{module}; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert {"torch", "transformers", "PIL", "onnx"} & set(modules) == set()
 
 
 def test_the_client_loads_nothing_heavy() -> None:
@@ -103,6 +112,7 @@ def test_client_and_server_agree_on_the_wire() -> None:
         (schema.ENSEMBLE, schema.REWARD_INPUTS, schema.REWARD_OUTPUTS),
         (schema.PREPROCESS, schema.REWARD_INPUTS, schema.FORWARD_INPUTS),
         (schema.FORWARD, schema.FORWARD_INPUTS, schema.REWARD_OUTPUTS),
+        (schema.DRAINING, schema.REWARD_INPUTS, schema.REWARD_OUTPUTS),
     ],
 )
 def test_config_and_schema_agree(

@@ -42,19 +42,30 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         "--max-batch-tflop=2.5", "--max-batch-bytes=777777", "--compile",
         "--embedding-cache-bytes=12345", "--deterministic",
         "--max-media=5", "--max-media-bytes=2000", "--max-image-pixels=3000",
+        "--max-parts=7", "--max-request-bytes=4000", "--max-decode-seconds=1.5",
+        "--max-tokens=900", "--max-request-tokens=901", "--max-queue-size=11",
+        "--queue-timeout-ms=2222",
     )  # fmt: skip
     assert result.code == 0, result.stderr
     assert parameters(output, "reward_forward") == {
         "dtype": "float32", "device": "cpu", "max_batch_tokens": "4096",
         "max_batch_patches": "9999", "threads": "1", "max_batch_tflop": "2.5",
         "embedding_cache_bytes": "12345", "deterministic": "True",
-        "max_batch_bytes": "777777", "compile": "True",
+        "max_batch_bytes": "777777", "compile": "True", "max_responses": "8",
+        "max_tokens": "900", "max_request_tokens": "901",
     }  # fmt: skip
     assert parameters(output, "reward_preprocess") == {
         "device": "cpu", "resize": "pillow",
         "max_responses": "8", "max_text_bytes": "1000", "max_media": "5",
-        "max_media_bytes": "2000", "max_image_pixels": "3000",
+        "max_media_bytes": "2000", "max_image_pixels": "3000", "max_parts": "7",
+        "max_request_bytes": "4000", "max_decode_seconds": "1.5", "max_tokens": "900",
+        "max_request_tokens": "901",
     }  # fmt: skip
+    for model in ("reward_preprocess", "reward_forward"):
+        policy = config(output, model).dynamic_batching.default_queue_policy
+        assert policy.max_queue_size == 11
+        assert policy.default_timeout_microseconds == 2_222_000
+        assert policy.allow_timeout_override and policy.timeout_action == policy.REJECT
     forward = config(output, "reward_forward")
     assert forward.dynamic_batching.max_queue_delay_microseconds == 777
     assert [(g.kind, g.count) for g in forward.instance_group] == [
@@ -92,7 +103,7 @@ def test_on_a_cpu_nothing_is_compiled(checkpoint: Path, export: Export, tmp_path
 
 
 def test_manifest_accounts_for_every_file(checkpoint: Path, repository: Path) -> None:
-    manifest = json.loads((repository / "manifest.json").read_text())
+    manifest = json.loads((repository / "reward/1/manifest.json").read_text())
     assert manifest["source"] == str(checkpoint)
     assert set(manifest["packages"]) >= {"torch", "transformers", "qwen-vl-utils", "pillow"}
     for folder in ("reward_forward", "reward_preprocess"):
@@ -131,7 +142,8 @@ def test_refuses_to_overwrite(checkpoint: Path, export: Export, tmp_path: Path) 
 def test_force_replaces_repositories_only(checkpoint: Path, export: Export, tmp_path: Path) -> None:
     precious = tmp_path / "thesis.tex"
     precious.touch()
-    (tmp_path / "manifest.json").write_text('{"name": "somebody else\'s web app"}')
+    (tmp_path / "reward" / "1").mkdir(parents=True)
+    (tmp_path / "reward/1/manifest.json").write_text('{"name": "somebody else\'s web app"}')
     result = export("--checkpoint", checkpoint, "--output", tmp_path, "--force")
     assert result.code == 1 and "not a repository" in result.stderr
     assert precious.exists()
@@ -217,7 +229,7 @@ def test_hub_id_is_resolved_through_the_cache(checkpoint: Path, tmp_path: Path) 
         env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    manifest = json.loads((output / "manifest.json").read_text())
+    manifest = json.loads((output / "reward/1/manifest.json").read_text())
     assert manifest["source"] == "Skywork/Skywork-VL-Reward-7B"
     assert manifest["revision"] == commit
     shutil.rmtree(tmp_path / "hub")  # the repository stands by itself

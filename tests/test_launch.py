@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import queue
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.commands import BIN, Command, assert_gone, regions
 from tests.conftest import LOCAL, ROOT
 from triward import RewardClient, ServerUnavailable
 from triward_server import installation
@@ -30,90 +29,9 @@ from triward_server.errors import LaunchError
 from triward_server.installation import find_triton
 from triward_server.launch import Endpoints, TritonServer
 
-BIN = Path(sys.executable).parent
 ASK: list[dict[str, Any]] = [
     {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
 ]  # fmt: skip
-
-
-class Command:
-    """A command in a process group of its own, with its output as it comes."""
-
-    def __init__(self, *arguments: object, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [*map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | environment | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
-        )  # fmt: skip
-        self.output = ""
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
-
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        """Read until a line matches."""
-        while (line := self._lines.get(timeout=120)) is not None:
-            self.output += line
-            if match := re.search(pattern, line):
-                return match
-        raise AssertionError(f"ended without {pattern!r}:\n{self.output}")
-
-    def wait(self) -> int:
-        while (line := self._lines.get(timeout=120)) is not None:
-            self.output += line
-        return self.process.wait(timeout=120)
-
-    def family(self) -> list[psutil.Process]:
-        """The process and all below it."""
-        process = psutil.Process(self.process.pid)
-        return [process, *process.children(recursive=True)]
-
-    def kill(self) -> None:
-        if self.process.poll() is None:  # the test failed
-            for member in self.family():
-                member.kill()
-            for region in regions(self.process.pid):
-                region.unlink(missing_ok=True)
-
-
-@pytest.fixture
-def command() -> Iterator[Callable[..., Command]]:
-    with ExitStack() as stack:
-
-        def run(*arguments: object, **environment: str) -> Command:
-            started = Command(*arguments, **environment)
-            stack.callback(started.kill)
-            return started
-
-        yield run
-
-
-@pytest.fixture
-def serve(command: Callable[..., Command], repository: Path) -> Callable[..., Command]:
-    def run(*flags: object, repository: Path = repository, **environment: str) -> Command:
-        ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
-        return command(
-            BIN / "triward-server", "serve", "--repository", repository, "--host=127.0.0.1",
-            *ports, *flags, **environment,
-        )  # fmt: skip
-
-    return run
-
-
-def assert_gone(family: list[psutil.Process]) -> None:
-    """No process of a launcher and none of its shared memory is there any more."""
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert alive == []
-    assert regions(family[0].pid) == []
-
-
-def regions(launcher: int) -> list[Path]:
-    """A launcher's regions; other servers may run on this machine."""
-    return list(Path("/dev/shm").glob(f"triward-{launcher}-*"))
 
 
 def free(port: str) -> bool:

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
+from . import repository as repositories
+from . import schema
 from .errors import LaunchError
-from .launch import STOP_SIGNALS, Endpoints, TritonServer
+from .launch import STOP_SIGNALS, Endpoints, Tls, TritonServer
+from .switch import switch_version
+from .triton_http import HttpError, TritonHttp
+from .watchdog import Watchdog, check_once
+
+# A GPU's forward passes take a second or two; a CPU's may take minutes.
+_HANG_TIMEOUT_GPU = 10.0
+_HANG_TIMEOUT_CPU = 120.0
+_WATCH_INTERVAL = 2.0
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+Repository = Annotated[Path, typer.Option(help="What export/build_repository.py wrote.")]
+Host = Annotated[str, typer.Option(help="Where the server is.")]
+HttpPort = Annotated[int, typer.Option(help="The server's, for HTTP.")]
+AdminKeyFile = Annotated[
+    Path | None,
+    typer.Option(envvar="TRIWARD_ADMIN_KEY_FILE", help="File with the key of the admin protocols."),
+]
 
 
 @app.callback()
@@ -23,34 +46,181 @@ def main() -> None:
 @app.command(context_settings={"allow_extra_args": True})
 def serve(
     context: typer.Context,
-    repository: Annotated[Path, typer.Option(help="What export/build_repository.py wrote.")],
+    repository: Repository,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = Endpoints.host,
     grpc_port: Annotated[int, typer.Option(help="0: a free one.")] = Endpoints.grpc_port,
     http_port: Annotated[int, typer.Option(help="0: a free one.")] = Endpoints.http_port,
     metrics_port: Annotated[int, typer.Option(help="0: a free one.")] = Endpoints.metrics_port,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM; encrypts gRPC, and keeps HTTP to this machine.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's private key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM; callers must show a certificate that it signed.")
+    ] = None,
+    admin_key_file: AdminKeyFile = None,
+    trace_endpoint: Annotated[
+        str | None, typer.Option(help="OpenTelemetry collector, http://HOST:4318/v1/traces.")
+    ] = None,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds for requests in flight when told to stop.")
+    ] = TritonServer.drain_timeout,
+    hang_timeout: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds without progress that end the server; 10 on a GPU."),
+    ] = None,
 ) -> None:
     """Run tritonserver on a repository until SIGTERM or Ctrl-C.
 
-    Flags behind `--` go to tritonserver as they are.
+    Ends with 1 when the server no longer scores. Flags behind `--` go to tritonserver as they are.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)
-    endpoints = Endpoints(host, grpc_port, http_port, metrics_port)
-    try:
-        with TritonServer(repository, endpoints, flags=context.args) as server:
+    with _errors():
+        server = TritonServer(
+            repository,
+            Endpoints(host, grpc_port, http_port, metrics_port),
+            flags=context.args,
+            drain_timeout=drain_timeout,
+            tls=_tls(tls_certificate, tls_key, tls_client_ca),
+            trace_endpoint=trace_endpoint,
+            admin_key=_admin_key(admin_key_file) or secrets.token_hex(16),
+        )
+        with server:
             e = server.endpoints
             typer.echo(f"ready  grpc     {e.host}:{e.grpc_port}")
-            typer.echo(f"       http     http://{e.host}:{e.http_port}")
+            typer.echo(
+                f"       http     http://{server.http.host if server.tls else e.host}:{e.http_port}"
+            )
             typer.echo(f"       metrics  http://{e.host}:{e.metrics_port}/metrics")
             sys.stdout.flush()
-            server.wait()
-    except LaunchError as error:
+            gpu = repositories.serves_on_gpu(repository)
+            watchdog = Watchdog(
+                server.http,
+                e.metrics_port,
+                repository,
+                server.pid,
+                hang_timeout or (_HANG_TIMEOUT_GPU if gpu else _HANG_TIMEOUT_CPU),
+            )
+            server.wait(watchdog.check, _WATCH_INTERVAL)
+
+
+@app.command()
+def health(
+    host: Host = "127.0.0.1",
+    http_port: HttpPort = Endpoints.http_port,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds.")] = 10.0,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also score the repository's canary.")
+    ] = False,
+    repository: Annotated[Path | None, typer.Option(help="What is served; for --deep.")] = None,
+) -> None:
+    """Say whether a server is well; exits with 1 when it is not."""
+    with _errors():
+        if deep and repository is None:
+            raise LaunchError("--deep needs --repository, where the canary is")
+        check_once(TritonHttp(host, http_port), repository if deep else None, timeout)
+    typer.echo("well")
+
+
+@app.command()
+def models(
+    host: Host = "127.0.0.1",
+    http_port: HttpPort = Endpoints.http_port,
+    admin_key_file: AdminKeyFile = None,
+) -> None:
+    """List what is loaded."""
+    table = Table("model", "version", "state")
+    with _errors():
+        for model in _triton(host, http_port, admin_key_file).index():
+            table.add_row(model.name, model.version, model.state)
+    Console().print(table)
+
+
+@app.command()
+def load(
+    model: Annotated[str, typer.Argument(help="Its name.")],
+    host: Host = "127.0.0.1",
+    http_port: HttpPort = Endpoints.http_port,
+    admin_key_file: AdminKeyFile = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds.")] = 900.0,
+) -> None:
+    """Load a model, or what has changed of it: versions that came, versions that went."""
+    with _errors():
+        _triton(host, http_port, admin_key_file).load(model, timeout)
+    typer.echo(f"{model}: loaded")
+
+
+@app.command()
+def unload(
+    model: Annotated[str, typer.Argument(help="Its name.")],
+    host: Host = "127.0.0.1",
+    http_port: HttpPort = Endpoints.http_port,
+    admin_key_file: AdminKeyFile = None,
+) -> None:
+    """Unload a model with all its versions; requests that it has taken finish."""
+    with _errors():
+        _triton(host, http_port, admin_key_file).unload(model)
+    typer.echo(f"{model}: unloaded")
+
+
+@app.command()
+def switch(
+    version: Annotated[int, typer.Argument(help="Which one to serve from now on.")],
+    repository: Repository,
+    host: Host = "127.0.0.1",
+    http_port: HttpPort = Endpoints.http_port,
+    admin_key_file: AdminKeyFile = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for loading it.")] = 900.0,
+) -> None:
+    """Serve another version, without a failed request; going back works the same way.
+
+    Loads it beside the one that is served, changes over, and asks the canary; if that does not
+    score what it did at export, changes back and exits with 1.
+    """
+    with _errors():
+        triton = _triton(host, http_port, admin_key_file)
+        before = switch_version(triton, repository, str(version), timeout)
+    typer.echo(f"{schema.ENSEMBLE}: version {version} is served, was {before}")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except (LaunchError, HttpError) as error:
         typer.echo(f"triward-server: {error}", err=True)
         raise typer.Exit(1) from None
 
 
+def _triton(host: str, port: int, admin_key_file: Path | None) -> TritonHttp:
+    return TritonHttp(host, port, _admin_key(admin_key_file))
+
+
+def _admin_key(file: Path | None) -> str:
+    """What the file holds; empty without one."""
+    if file is None:
+        return ""
+    try:
+        key = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LaunchError(f"{file}: {error}") from None
+    # It travels in a header and in a flag that is cut at colons and commas.
+    if not key or not key.isascii() or not all(c.isalnum() or c in "-_." for c in key):
+        raise LaunchError(f"{file}: a key is one or more of A-Z a-z 0-9 - _ .")
+    return key
+
+
+def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> Tls | None:
+    if certificate and key:
+        return Tls(certificate, key, client_ca)
+    if certificate or key or client_ca:
+        raise LaunchError("--tls-certificate and --tls-key come together, before --tls-client-ca")
+    return None
+
+
 def _stop(number: int, frame: object) -> NoReturn:
-    """Unwinds through `TritonServer`, which forwards SIGTERM and waits; once is enough."""
+    """Unwinds through `TritonServer`, which drains and ends; once is enough."""
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise SystemExit(0)

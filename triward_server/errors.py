@@ -9,6 +9,7 @@
     ├── ConfigError         a model parameter or flag is wrong         at load or export
     ├── CheckpointError     the weights are not the model's            at load or export
     └── LaunchError         tritonserver cannot be started or died     at launch
+        └── Unhealthy       it runs, but does not score                while serving
 
 The first five answer single requests; the code beside each is the gRPC status its caller sees.
 """
@@ -69,3 +70,7 @@ class CheckpointError(TriwardError):
 
 class LaunchError(TriwardError):
     """`tritonserver` cannot be found or started, or it stopped by itself."""
+
+
+class Unhealthy(LaunchError):
+    """The server runs but no longer scores, or scores something else; it must be restarted."""

@@ -12,24 +12,29 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from .errors import LaunchError
+from . import schema
+from .errors import LaunchError, Unhealthy
 from .installation import Installation, find_triton
+from .repository import draining
+from .triton_http import ADMIN_HEADER, HttpError, TritonHttp
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG = 1
 _SHARED_MEMORY = Path("/dev/shm")  # Triton's Python backend keeps its regions there
 _EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
+_LOOPBACK = "127.0.0.1"
+# What changes or shows the server itself, and no caller needs.
+_ADMIN_PROTOCOLS = "model-repository,model-config,shared-memory,trace,logging"
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Endpoints:
     @property
     def client_host(self) -> str:
         """A name by which this machine reaches the server."""
-        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        return _LOOPBACK if self.host == "0.0.0.0" else self.host
 
     @property
     def grpc(self) -> str:
@@ -74,6 +79,41 @@ class Endpoints:
         return int(probe.getsockname()[1])
 
 
+@dataclass(frozen=True)
+class Tls:
+    """Encryption of the gRPC endpoint; PEM files.
+
+    Attributes:
+        certificate: the server's, with its chain.
+        key: its private key.
+        client_ca: who must have signed the callers' certificates; None asks them for none.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def flags(self) -> list[str]:
+        """For tritonserver.
+
+        Raises:
+            LaunchError: a file cannot be read; Triton would stop without a reason.
+        """
+        files = [self.certificate, self.key, *([self.client_ca] if self.client_ca else [])]
+        for file in files:
+            try:
+                file.read_bytes()
+            except OSError as error:
+                raise LaunchError(f"{file}: {error.strerror}") from None
+        flags = [
+            "--grpc-use-ssl=1", f"--grpc-server-cert={self.certificate}",
+            f"--grpc-server-key={self.key}",
+        ]  # fmt: skip
+        if self.client_ca:
+            flags += [f"--grpc-root-cert={self.client_ca}", "--grpc-use-ssl-mutual=1"]
+        return flags
+
+
 @dataclass
 class TritonServer:
     """A running Triton, as a context manager: ready on entry, gone on exit.
@@ -87,6 +127,11 @@ class TritonServer:
         flags: further flags for tritonserver.
         log: where its output goes; standard error by default.
         startup_timeout: seconds until all models must be ready.
+        drain_timeout: seconds that requests in flight get to finish when it is stopped.
+        admin_key: opens the restricted protocols; a random one by default, so that nobody else
+            can. Triton takes it on its command line, where other processes of the user see it.
+        tls: encrypts gRPC. HTTP, which Triton cannot encrypt, then listens on 127.0.0.1 alone.
+        trace_endpoint: an OpenTelemetry collector's URL for OTLP over HTTP.
     """
 
     repository: Path
@@ -94,9 +139,14 @@ class TritonServer:
     flags: Sequence[str] = ()
     log: IO[str] | None = None
     startup_timeout: float = 900.0
+    drain_timeout: float = 30.0
+    admin_key: str = field(default_factory=partial(secrets.token_hex, 16), repr=False)
+    tls: Tls | None = None
+    trace_endpoint: str | None = None
 
     # Names this server's regions in /dev/shm, so that it can remove its own and no other's.
     _shm_prefix: str = field(init=False, default="")
+    _ready: bool = field(init=False, default=False)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
     _process: subprocess.Popen[str] | None = field(init=False, default=None)
     _pump: threading.Thread | None = field(init=False, default=None)
@@ -115,10 +165,23 @@ class TritonServer:
         try:
             self._cleanup.callback(self._remove_shared_memory)
             self._wait_until_ready(self._spawn(find_triton(self._cleanup)))
+            self._ready = True
         except BaseException:
             self.stop()
             raise
         return self
+
+    @property
+    def http(self) -> TritonHttp:
+        """Its HTTP endpoint, for this machine, with the admin key."""
+        host = _LOOPBACK if self.tls else self.endpoints.client_host
+        return TritonHttp(host, self.endpoints.http_port, self.admin_key)
+
+    @property
+    def pid(self) -> int:
+        """The process of tritonserver."""
+        assert self._process, "it runs inside the with block"
+        return self._process.pid
 
     def __exit__(
         self,
@@ -126,24 +189,40 @@ class TritonServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop."""
+        """Stop; at once if it is `Unhealthy`: nothing in flight there can be trusted."""
+        if isinstance(error, Unhealthy):
+            self._kill()
         self.stop()
 
-    def wait(self) -> None:
-        """Wait until the server ends by itself.
+    def wait(self, check: Callable[[], None], interval: float) -> None:
+        """Wait until the server ends by itself, or is found to be unhealthy.
+
+        Args:
+            check: raises when it is.
+            interval: seconds between two checks.
 
         Raises:
             LaunchError: always, saying how it ended; a server that is told to stop is stopped
                 with `stop`, from a signal handler that raises, say.
         """
         assert self._process, "wait is called inside the with block"
-        code = self._process.wait()
-        raise LaunchError(f"tritonserver stopped by itself ({_describe_exit(code)})")
+        while True:
+            try:
+                code = self._process.wait(interval)
+            except subprocess.TimeoutExpired:
+                check()
+            else:
+                raise LaunchError(f"tritonserver stopped by itself ({_describe_exit(code)})")
 
     def stop(self) -> None:
-        """Forward SIGTERM, wait for Triton's own exit, then end what is left of its processes."""
+        """Let requests in flight finish, refuse new ones, and end the server.
+
+        After `drain_timeout`, or when it does not answer, it ends with what is in flight.
+        """
         with _signals_ignored():
             if self._process:
+                if self._ready and self._process.poll() is None:
+                    self._drain()
                 self._process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(_EXIT_TIMEOUT)
@@ -156,18 +235,50 @@ class TritonServer:
                 self._pump.join(timeout=10)
             self._cleanup.close()
 
+    def _drain(self) -> None:
+        """Put what refuses everything behind the public name; wait for who came before.
+
+        Triton, told to stop, drops requests that are between an ensemble's steps.
+        """
+        deadline = time.monotonic() + self.drain_timeout
+        try:
+            config, files = draining(self.repository)
+            self.http.load(schema.ENSEMBLE, self.drain_timeout, config, files)
+            while time.monotonic() < deadline:
+                states = {m.state for m in self.http.index() if m.name == schema.ENSEMBLE}
+                if "UNLOADING" not in states:
+                    return
+                time.sleep(0.1)
+            self._say(f"requests are still in flight after {self.drain_timeout:g} s")
+        except (HttpError, LaunchError) as error:
+            self._say(f"cannot drain: {error}")
+
+    def _kill(self) -> None:
+        if self._process:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _say(self, line: str) -> None:
+        print(f"triward-server: {line}", file=self.log or sys.stderr, flush=True)
+
     def _spawn(self, installation: Installation) -> subprocess.Popen[str]:
         e = self.endpoints
+        http = _LOOPBACK if self.tls else e.host
         command = [
             installation.executable,
             f"--model-repository={self.repository.resolve()}",
             *installation.flags,
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             "--disable-auto-complete-config",
-            "--model-control-mode=none",
+            "--model-control-mode=explicit", "--load-model=*",
+            f"--grpc-restricted-protocol={_ADMIN_PROTOCOLS}:{ADMIN_HEADER}={self.admin_key}",
+            f"--http-restricted-api={_ADMIN_PROTOCOLS}:{ADMIN_HEADER}={self.admin_key}",
             f"--grpc-address={e.host}", f"--grpc-port={e.grpc_port}",
-            f"--http-address={e.host}", f"--http-port={e.http_port}",
+            f"--http-address={http}", f"--http-port={e.http_port}",
             f"--metrics-address={e.host}", f"--metrics-port={e.metrics_port}",
+            *(self.tls.flags() if self.tls else []),
+            *(_trace_flags(self.trace_endpoint) if self.trace_endpoint else []),
             *self.flags,
         ]  # fmt: skip
         # A signal between the fork and the assignment would lose sight of the process.
@@ -197,16 +308,13 @@ class TritonServer:
 
     def _wait_until_ready(self, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + self.startup_timeout
-        url = f"http://{self.endpoints.client_host}:{self.endpoints.http_port}/v2/health/ready"
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while time.monotonic() < deadline:
             code = process.poll()
             if code is not None:
                 if self._pump:
                     self._pump.join(timeout=10)
                 raise LaunchError(_failure(self._tail) or f"tritonserver: {_describe_exit(code)}")
-            # Not reachable yet, or an HTTP 400: not ready yet.
-            with suppress(OSError, HTTPException), direct.open(url, timeout=5):
+            if self.http.is_ready():
                 return
             time.sleep(0.1)
         raise LaunchError(f"not ready after {self.startup_timeout:.0f} s; the log says why")
@@ -214,6 +322,13 @@ class TritonServer:
     def _remove_shared_memory(self) -> None:
         for region in _SHARED_MEMORY.glob(self._shm_prefix + "*"):
             region.unlink(missing_ok=True)
+
+
+def _trace_flags(endpoint: str) -> list[str]:
+    return [
+        "--trace-config=mode=opentelemetry", f"--trace-config=opentelemetry,url={endpoint}",
+        "--trace-config=level=TIMESTAMPS", "--trace-config=rate=1",
+    ]  # fmt: skip
 
 
 def _in_child(parent: int) -> Callable[[], None]:

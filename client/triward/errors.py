@@ -18,10 +18,6 @@ from contextlib import contextmanager
 
 from tritonclient.utils import InferenceServerException
 
-# Triton's words for a request whose `timeout` parameter expired in a queue. Its status is
-# UNAVAILABLE, but what ran out is the caller's time.
-_QUEUE_TIMEOUT = "Request timeout expired"
-
 _ENSEMBLE_PREFIX = re.compile(r"^(?:in ensemble '[^']*', )+")
 
 
@@ -60,8 +56,10 @@ def from_triton(error: InferenceServerException, *, model: str, url: str) -> Tri
     message = _ENSEMBLE_PREFIX.sub("", error.message() or f"no details, status {code}")
     if code == "INVALID_ARGUMENT":
         return InvalidRequest(message)
-    if code == "DEADLINE_EXCEEDED" or (code == "UNAVAILABLE" and _QUEUE_TIMEOUT in message):
+    if code == "DEADLINE_EXCEEDED":
         return DeadlineExceeded(message)
+    # Also for one that waited too long in a queue: had the caller's own time run out, gRPC would
+    # have said so first.
     if code == "UNAVAILABLE":
         return ServerUnavailable(f"{url}: {message}")
     if code == "NOT_FOUND":

@@ -69,9 +69,9 @@ def test_a_prefix_inside_the_sentence_stays():
     assert str(from_triton(text, "StatusCode.INVALID_ARGUMENT")) == text
 
 
-def test_a_queue_timeout_is_a_deadline_though_triton_says_unavailable():
+def test_waiting_too_long_in_a_queue_is_overload():
     error = from_triton("in ensemble 'reward', Request timeout expired", "StatusCode.UNAVAILABLE")
-    assert type(error) is triward.DeadlineExceeded
+    assert type(error) is triward.ServerUnavailable
 
 
 def test_a_missing_model_is_named_with_the_server():

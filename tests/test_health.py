@@ -1,0 +1,397 @@
+"""A server that no longer scores is noticed, named and ended; one that is told to stop drains."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tritonclient.grpc as triton
+
+from tests.commands import BIN, Command, assert_gone, regions
+from triward import RewardClient, ServerError, ServerUnavailable, TriwardError
+from triward_server import watchdog
+from triward_server.canary import Canary
+from triward_server.errors import LaunchError, Unhealthy
+from triward_server.launch import TritonServer
+from triward_server.triton_http import HttpError, Loaded, TritonHttp
+from triward_server.watchdog import Watchdog
+
+NOTICED_WITHIN = 15.0  # seconds
+ASK: list[dict[str, Any]] = [
+    {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
+]  # fmt: skip
+
+UTILS = "triton_python_" + "backend_utils"  # which only adapters may import
+
+# In front of the real adapter: what a GPU or a deadlock would do, when a file says so.
+FAULTY = f"""
+import threading, time
+from pathlib import Path
+
+import torch
+import {UTILS} as pb_utils
+
+from triward_server.triton_io import ForwardBackend
+
+FOLDER = Path(__file__).parent
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self._backend = ForwardBackend(args, pb_utils)
+        self._model = self._backend._scorer._model
+
+    def execute(self, requests):
+        if (FOLDER / "hang").exists():
+            threading.Event().wait()
+        if (FOLDER / "lost").exists():
+            def forward(*arguments):
+                raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+            self._model.forward = forward
+        if (FOLDER / "nan").exists():
+            self._model.v_head.summary.bias.data.fill_(float("nan"))
+        if (FOLDER / "drift").exists():
+            self._model.v_head.summary.bias.data.add_(0.5)
+        return self._backend.execute(requests)
+"""
+
+
+def ready(running: Command) -> str:
+    return running.wait_for(r"ready\s+grpc\s+(127.0.0.1:\d+)")[1]
+
+
+def ended(running: Command, since: float) -> str:
+    """The reason that `serve` gave, which must come in time."""
+    assert running.wait() == 1
+    assert time.monotonic() - since < NOTICED_WITHIN
+    return running.output.splitlines()[-1].removeprefix("triward-server: ")
+
+
+def keep_asking(url: str, until: Callable[[], bool]) -> list[float | TriwardError]:
+    """Scores and errors of one caller, until an end that it does not know."""
+    answers: list[float | TriwardError] = []
+    with RewardClient(url, timeout=20) as client:
+        while not until():
+            try:
+                answers.append(client.score(ASK))
+            except TriwardError as error:
+                answers.append(error)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (signal.SIGKILL, "reward_forward"),
+        (signal.SIGKILL, "reward_preprocess"),
+        (signal.SIGSTOP, "reward_forward"),
+        (signal.SIGSTOP, "tritonserver"),
+    ],
+)
+def test_a_process_dies_or_stops_under_load(
+    number: signal.Signals, name: str, serve: Callable[..., Command], client: RewardClient
+) -> None:
+    expected = client.score(ASK)
+    running = serve()
+    url = ready(running)
+    family = running.family()
+    [victim, *_] = [p for p in family if name in (p.name(), Path(p.cmdline()[1]).parts[-3:][0])]
+    with ThreadPoolExecutor(4) as pool:
+        callers = [
+            pool.submit(keep_asking, url, lambda: running.process.poll() is not None)
+            for _ in range(4)
+        ]
+        with RewardClient(url, timeout=60) as warm:
+            assert warm.score(ASK) == pytest.approx(expected, rel=1e-5)
+        hit = time.monotonic()
+        victim.send_signal(number)
+        reason = ended(running, hit)
+    word = "dead" if number == signal.SIGKILL else "stopped"
+    assert (name in reason and word in reason) or "model processes are left" in reason
+    assert_gone(family)
+    for answer in itertools.chain.from_iterable(caller.result() for caller in callers):
+        if isinstance(answer, float):
+            assert answer == pytest.approx(expected, rel=1e-5), "no answer may be a wrong score"
+        else:
+            assert isinstance(answer, (ServerUnavailable, ServerError)), answer
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("hang", "reward_forward has got nothing done for"),
+        ("lost", "CUDA error: uncorrectable ECC error"),
+        ("nan", "the model's score is nan"),
+        ("drift", "the canary scores"),
+    ],
+)
+def test_a_model_that_no_longer_scores(
+    fault: str, words: str, serve: Callable[..., Command], repository: Path, tmp_path: Path
+) -> None:
+    faulty = Path(shutil.copytree(repository, tmp_path / "faulty"))
+    (faulty / "reward_forward/1/model.py").write_text(FAULTY)
+    running = serve("--hang-timeout=3", repository=faulty)
+    ready(running)
+    family = running.family()
+    (faulty / "reward_forward/1" / fault).touch()
+    assert words in ended(running, time.monotonic())
+    assert_gone(family)
+
+
+def test_tritonserver_killed_in_mid_batch(serve: Callable[..., Command]) -> None:
+    running = serve()
+    url = ready(running)
+    family = running.family()
+    long = [{"role": "user", "content": "word " * 3000}]
+    with RewardClient(url, timeout=60) as client, ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(client.score_responses, long, ["a"] * 64) for _ in range(4)]
+        _wait_until(lambda: any(_cpu(p) > 0.2 for p in family if "python_b" in p.name()))
+        next(p for p in family if p.name() == "tritonserver").kill()
+        for call in calls:
+            assert isinstance(call.exception(timeout=60), ServerUnavailable)
+    assert "stopped by itself (signal SIGKILL)" in ended(running, time.monotonic())
+    assert_gone(family)
+
+
+def _cpu(process: psutil.Process) -> float:
+    return float(process.cpu_percent(interval=0.05)) / 100
+
+
+def _wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_shared_memory_runs_out(repository: Path, tmp_path: Path) -> None:
+    """In a namespace whose /dev/shm is as small as a container's default: 64 MB."""
+    script = tmp_path / "run.sh"
+    script.write_text(
+        "mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "
+        f"{BIN}/triward-server serve --repository {repository} --host=127.0.0.1 "
+        "--grpc-port=0 --http-port=0 --metrics-port=0\n"
+    )
+    namespace = ["unshare", "-rm", "sh"]
+    if subprocess.run([*namespace, "-c", "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no mount namespaces")
+    running = Command(*namespace, script)
+    try:
+        url = ready(running)
+        picture = b"BM" + os.urandom(60 * 2**20)
+        message = [{"role": "user", "content": [{"type": "image", "image": picture}]}]
+        with RewardClient(url, timeout=60) as client:
+            score = client.score(ASK)
+            with pytest.raises(TriwardError) as caught:
+                client.score_responses(message, ["a"])
+            assert not isinstance(caught.value, ValueError), "the caller is not to blame"
+            # Either it still scores, the same as before, or it was ended for a reason.
+            try:
+                assert client.score(ASK) == pytest.approx(score, rel=1e-5)
+            except ServerUnavailable:
+                assert running.wait() == 1
+                assert "triward-server: " in running.output.splitlines()[-1]
+    finally:
+        running.kill()
+
+
+def test_told_to_stop_under_load(serve: Callable[..., Command], client: RewardClient) -> None:
+    """What is in flight finishes with its score; what comes later is refused, typed."""
+    prompt = [{"role": "user", "content": "word " * 800}]
+    expected = client.score_responses(prompt, ["yes", "no"])
+    running = serve()
+    url = ready(running)
+    family = running.family()
+    with RewardClient(url, timeout=60) as asking, ThreadPoolExecutor(24) as pool:
+        asking.score(ASK)
+        flight = [pool.submit(asking.score_responses, prompt, ["yes", "no"]) for _ in range(24)]
+        with triton.InferenceServerClient(url) as raw:
+            _wait_until(lambda: _accepted(raw) >= 5)
+        running.process.send_signal(signal.SIGTERM)
+        refused = keep_asking(url, lambda: running.process.poll() is not None)
+        scores = [call.result(timeout=60) for call in flight]
+    assert running.wait() == 0
+    for each in scores:
+        assert each == pytest.approx(expected, rel=1e-5)
+    errors = [answer for answer in refused if not isinstance(answer, float)]
+    assert errors and all(isinstance(error, ServerUnavailable) for error in errors)
+    assert any("shutting down" in str(error) for error in errors)
+    assert_gone(family)
+
+
+def _accepted(raw: Any) -> int:
+    statistics = raw.get_inference_statistics("reward_preprocess").model_stats[0]
+    return int(statistics.inference_stats.success.count)
+
+
+def test_what_does_not_finish_is_given_up(serve: Callable[..., Command]) -> None:
+    running = serve("--drain-timeout=0.5")
+    url = ready(running)
+    long = [{"role": "user", "content": "word " * 3000}]
+    with RewardClient(url, timeout=100) as client, ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(client.score_responses, long, ["a"] * 200) for _ in range(8)]
+        with triton.InferenceServerClient(url) as raw:
+            _wait_until(lambda: _accepted(raw) >= 2)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait() == 0
+        failures = [call.exception(timeout=60) for call in calls]
+    assert "still in flight after 0.5 s" in running.output
+    assert any(failures)
+    assert all(isinstance(f, (ServerUnavailable, ServerError)) for f in failures if f)
+
+
+class TestCommand:
+    """`triward-server health`."""
+
+    def run(self, server: TritonServer, *flags: object) -> subprocess.CompletedProcess[str]:
+        command = [BIN / "triward-server", "health", f"--http-port={server.endpoints.http_port}"]
+        return subprocess.run(
+            [*map(str, [*command, *flags])], capture_output=True, text=True, timeout=60
+        )
+
+    def test_well(self, server: TritonServer, repository: Path) -> None:
+        for flags in ((), ("--deep", "--repository", repository)):
+            result = self.run(server, *flags)
+            assert (result.returncode, result.stdout) == (0, "well\n"), result.stderr
+
+    def test_nothing_there(self, server: TritonServer) -> None:
+        result = self.run(server, "--host=127.0.0.2")
+        assert result.returncode == 1
+        assert result.stderr.startswith("triward-server: reward at 127.0.0.2:")
+
+    def test_another_score(self, server: TritonServer, repository: Path, tmp_path: Path) -> None:
+        """As with other weights than those that were exported."""
+        changed = Path(shutil.copytree(repository, tmp_path / "changed"))
+        path = changed / "reward/1/canary.json"
+        canary = json.loads(path.read_text())
+        score = canary["scores"][1]
+        canary["scores"][1] += 0.01
+        path.write_text(json.dumps(canary))
+        result = self.run(server, "--deep", "--repository", changed)
+        assert result.returncode == 1
+        assert f"the canary scores {score:.4g}"[:-1] in result.stderr
+
+    def test_what_is_missing_is_said(self, server: TritonServer, tmp_path: Path) -> None:
+        assert "--deep needs --repository" in self.run(server, "--deep").stderr
+        result = self.run(server, "--deep", "--repository", tmp_path)
+        assert result.returncode == 1 and "config.pbtxt" in result.stderr
+
+
+@pytest.fixture
+def canary() -> Canary:
+    return Canary("[]", ("a", "b"), (b"x",), (1.0, -30.0), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        ([1.0009, -30.02], None),
+        ([1.0011, -30.0], "1.0011, at export 1"),
+        ([1.0, -30.04], "-30.04, at export -30"),
+        ([1.0], "scores [1.0]"),
+        ([1.0, float("nan")], "nan"),
+        ([float("inf"), 0.0], "inf"),
+    ],
+)
+def test_what_a_canary_notices(scores: list[float], words: str | None, canary: Canary) -> None:
+    problem = canary.problem(scores)
+    assert problem is None if words is None else words in (problem or "")
+
+
+def test_a_canary_without_scores_still_wants_numbers() -> None:
+    canary = Canary("[]", ("a",), (), None, 1e-3)
+    assert canary.problem([99.0]) is None
+    assert canary.problem([float("nan")])
+
+
+def test_a_canary_survives_its_file(canary: Canary, tmp_path: Path) -> None:
+    folder = tmp_path / "reward" / "3"
+    folder.mkdir(parents=True)
+    canary.write(folder)
+    assert Canary.of(tmp_path, "3") == canary
+    (folder / "canary.json").write_text("{}")
+    with pytest.raises(LaunchError, match="no canary: KeyError"):
+        Canary.of(tmp_path, "3")
+
+
+class TestProgress:
+    """A busy server is left alone, a hung one is not."""
+
+    @pytest.fixture
+    def rounds(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
+        """Plays rounds: seconds that pass, what each model has done and has waiting."""
+
+        def play(*rounds: tuple[float, float, int, float, int]) -> str | None:
+            now = [100.0]
+            page: dict[tuple[str, str], float] = {}
+            monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+            monkeypatch.setattr(watchdog, "read_metrics", lambda *_: page)
+            monkeypatch.setattr(watchdog, "ask_canary", _busy)
+            monkeypatch.setattr(Watchdog, "_check_processes", lambda self: None)
+            dog = Watchdog(TritonHttp("h", 1), 2, Path(), os.getpid(), hang_timeout=10)
+            for seconds, prepared, preparing, passed, passing in rounds:
+                now[0] += seconds
+                page |= {
+                    ("triward_preprocess_seconds_total", "reward_preprocess"): prepared,
+                    ("nv_inference_pending_request_count", "reward_preprocess"): preparing,
+                    ("triward_forward_passes_total", "reward_forward"): passed,
+                    ("nv_inference_pending_request_count", "reward_forward"): passing,
+                }
+                try:
+                    dog.check()
+                except Unhealthy as error:
+                    return str(error)
+            return None
+
+        return play
+
+    def test_a_busy_forward_model(self, rounds: Callable[..., str | None]) -> None:
+        assert rounds(*((6, 5, 900, n, 64) for n in range(20))) is None
+
+    def test_a_hung_forward_model(self, rounds: Callable[..., str | None]) -> None:
+        problem = rounds(*((6, n, 9, 7, 64) for n in range(3)))
+        assert problem and problem.startswith("reward_forward has got nothing done for 12 s")
+
+    def test_slow_images_starve_the_forward_model(self, rounds: Callable[..., str | None]) -> None:
+        """It has nothing to do then; that is no fault of its own."""
+        assert rounds(*((6, n, 9, 7, 0) for n in range(20))) is None
+
+    def test_hung_preprocessing(self, rounds: Callable[..., str | None]) -> None:
+        problem = rounds(*((6, 5, 9, n, 0) for n in range(3)))
+        assert problem and problem.startswith("reward_preprocess has got nothing done")
+
+    def test_nothing_moves_and_nothing_waits(self, rounds: Callable[..., str | None]) -> None:
+        problem = rounds(*((6, 5, 0, 7, 0) for _ in range(3)))
+        assert problem and "overloaded" in problem
+
+
+def _busy(*_: object) -> None:
+    raise HttpError(503, "overloaded")
+
+
+def test_a_missing_process_is_noticed_twice_before_it_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that is being unloaded goes between two looks; one that died stays away."""
+    monkeypatch.setattr(TritonHttp, "index", lambda *_: [Loaded("m", "1", "READY")])
+    config = {"backend": "python", "instance_group": [{"count": 2, "gpus": [0, 1]}]}
+    monkeypatch.setattr(TritonHttp, "config", lambda *_: config)
+    dog = Watchdog(TritonHttp("h", 1), 2, Path(), os.getpid(), hang_timeout=10)
+    dog._check_processes()
+    with pytest.raises(Unhealthy, match="only 0 of 4 model processes are left"):
+        dog._check_processes()
+
+
+def test_regions_are_where_the_tests_look(server: TritonServer) -> None:
+    assert regions(os.getpid()), "or `assert_gone` would prove nothing"

@@ -1,0 +1,223 @@
+"""Several versions side by side, changing from one to another under load, and back."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from tests.conftest import LOCAL, Exit
+from triward import RewardClient, ServerError
+from triward_server.canary import Canary
+from triward_server.cli import app
+from triward_server.errors import LaunchError
+from triward_server.launch import TritonServer
+from triward_server.random_checkpoint import make_checkpoint
+from triward_server.repository import pin, pinned, versions
+from triward_server.switch import switch_version
+from triward_server.watchdog import Watchdog
+
+Export = Callable[..., Exit]
+ASK: list[dict[str, Any]] = [
+    {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def upgraded(
+    build: Callable[..., Path], export: Export, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A repository that serves version 1 and has another checkpoint as version 2."""
+    output = build("--dtype=float32")
+    other = tmp_path_factory.mktemp("other") / "checkpoint"
+    make_checkpoint("tiny", 7, other)
+    result = export(
+        "--checkpoint", other, "--output", output, "--device=cpu", "--dtype=float32",
+        "--preprocess-instances=2", "--version=2",
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def running(upgraded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    log = tmp_path_factory.mktemp("log") / "triton.log"
+    aside = upgraded.with_name("aside")
+    for model in ("reward", "reward_preprocess", "reward_forward"):
+        (aside / model).mkdir(parents=True)
+        (upgraded / model / "2").rename(aside / model / "2")
+    with log.open("w") as file, TritonServer(upgraded, LOCAL, log=file) as server:
+        for model in ("reward", "reward_preprocess", "reward_forward"):  # as an export does
+            (aside / model / "2").rename(upgraded / model / "2")
+        yield server
+
+
+def test_a_version_is_added_beside_the_others(upgraded: Path) -> None:
+    assert versions(upgraded) == ["1", "2"]
+    assert pinned(upgraded) == "1", "an export changes nothing that is served"
+    one, two = (Canary.of(upgraded, version) for version in ("1", "2"))
+    assert one.scores and two.scores and one.scores != two.scores
+
+
+def test_a_version_that_is_there_is_refused(
+    upgraded: Path, checkpoint: Path, export: Export
+) -> None:
+    result = export("--checkpoint", checkpoint, "--output", upgraded, "--version=2")
+    assert result.code == 1 and "has version 2; --version adds another" in result.stderr
+
+
+def test_options_that_would_change_running_versions_are_refused(
+    upgraded: Path, checkpoint: Path, export: Export
+) -> None:
+    before = sorted(upgraded.rglob("*"))
+    result = export(
+        "--checkpoint", checkpoint, "--output", upgraded, "--device=cpu", "--dtype=float32",
+        "--preprocess-instances=2", "--version=3", "--max-responses=9",
+    )  # fmt: skip
+    assert result.code == 1 and "reward_preprocess/config.pbtxt would change" in result.stderr
+    assert sorted(upgraded.rglob("*")) == before, "nothing was left"
+    assert [p.name for p in upgraded.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_checkpoint_is_swapped_under_load(running: TritonServer, upgraded: Path) -> None:
+    """There and back: every answer is one version's exact score, and none fails."""
+    with RewardClient(running.endpoints.grpc, timeout=60) as client:
+        old = client.score(ASK)
+    done = threading.Event()
+    answers: list[tuple[int, float]] = []
+    phase = [0]
+
+    def ask() -> None:
+        with RewardClient(running.endpoints.grpc, timeout=60) as asking:
+            while not done.is_set():
+                begun = phase[0]
+                score = asking.score(ASK)  # raises, and fails the test, if it fails
+                answers.append((begun if begun == phase[0] else -1, score))
+
+    before = set(_model_processes(running))
+    dog = Watchdog(
+        running.http, running.endpoints.metrics_port, upgraded, running.pid, hang_timeout=60
+    )
+    with ThreadPoolExecutor(6) as pool:
+        callers = [pool.submit(ask) for _ in range(6)]
+        try:
+            for number, version in enumerate(("2", "1", "2", "1"), start=1):
+                dog.check()
+                switch_version(running.http, upgraded, version, 120)
+                phase[0] = number
+                dog.check()
+                count = len(answers)
+                while len(answers) < count + 30 and not any(c.done() for c in callers):
+                    done.wait(0.01)
+        finally:
+            done.set()
+        for caller in callers:
+            caller.result()
+    new = {score for phase_, score in answers if phase_ in (1, 3)}
+    assert len(new) == 1 and abs(new.pop() - old) > 1e-2, "version 2 alone, while it is served"
+    back = [score for phase_, score in answers if phase_ in (0, 2, 4)]
+    assert back and all(score == pytest.approx(old, rel=1e-5) for score in back)
+    assert pinned(upgraded) == "1"
+    after = set(_model_processes(running))
+    assert before <= after and len(after - before) == 3, "version 1 was not loaded again"
+
+
+def _model_processes(server: TritonServer) -> list[int]:
+    children = psutil.Process(server.pid).children(recursive=True)
+    return [p.pid for p in children if p.name().startswith("triton_python_b")]
+
+
+def test_a_version_with_other_weights_is_rolled_back(running: TritonServer, upgraded: Path) -> None:
+    """What the canary does not know is not served."""
+    honest = Canary.of(upgraded, "2")
+    assert honest.scores
+    replace(honest, scores=tuple(s + 1 for s in honest.scores)).write(upgraded / "reward" / "2")
+    try:
+        with pytest.raises(LaunchError, match=r"version 2: the canary .* 1 is served again"):
+            switch_version(running.http, upgraded, "2", 120)
+    finally:
+        honest.write(upgraded / "reward" / "2")
+    assert pinned(upgraded) == "1"
+    version, scores = running.http.infer(Canary.of(upgraded, "1"), 20)
+    assert version == "1" and Canary.of(upgraded, "1").problem(scores) is None
+
+
+def test_a_version_that_cannot_be_loaded(running: TritonServer, upgraded: Path) -> None:
+    for model in ("reward", "reward_preprocess", "reward_forward"):
+        shutil.copytree(upgraded / model / "2", upgraded / model / "3")
+    (upgraded / "reward_forward/3/checkpoint/value_head.safetensors").unlink()
+    try:
+        with pytest.raises(Exception, match=r"reward_forward|load"):
+            switch_version(running.http, upgraded, "3", 120)
+        assert pinned(upgraded) == "1"
+        with RewardClient(running.endpoints.grpc, timeout=60) as client:
+            client.score(ASK)
+    finally:
+        for model in ("reward", "reward_preprocess", "reward_forward"):
+            shutil.rmtree(upgraded / model / "3")
+        for model in ("reward_preprocess", "reward_forward"):
+            running.http.load(model, 120)
+
+
+class TestCommands:
+    """The same from a shell."""
+
+    @pytest.fixture
+    def run(self, running: TritonServer, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+        key = tmp_path / "key"
+        key.write_text(running.admin_key)
+
+        def run(*arguments: object) -> tuple[int, str]:
+            flags = [f"--http-port={running.endpoints.http_port}", f"--admin-key-file={key}"]
+            result = CliRunner().invoke(app, [*map(str, arguments), *flags])
+            return result.exit_code, result.output
+
+        return run
+
+    def test_switch_and_back(self, run: Callable[..., tuple[int, str]], upgraded: Path) -> None:
+        flag = f"--repository={upgraded}"
+        assert run("switch", 2, flag) == (0, "reward: version 2 is served, was 1\n")
+        assert run("switch", 1, flag) == (0, "reward: version 1 is served, was 2\n")
+        code, output = run("switch", 9, flag)
+        assert code == 1 and "has no version 9, only 1, 2" in output
+
+    def test_unload_and_load(
+        self, run: Callable[..., tuple[int, str]], running: TritonServer
+    ) -> None:
+        assert run("unload", "reward") == (0, "reward: unloaded\n")
+        assert not running.http.is_ready()
+        with (
+            RewardClient(running.endpoints.grpc, timeout=20) as client,
+            pytest.raises(ServerError, match="no available versions"),
+        ):
+            client.score(ASK)
+        assert run("load", "reward") == (0, "reward: loaded\n")
+        assert running.http.is_ready()
+        code, output = run("load", "no-such-model")
+        assert code == 1 and "no-such-model" in output
+
+    def test_an_old_version_is_retired(
+        self, run: Callable[..., tuple[int, str]], running: TritonServer, upgraded: Path
+    ) -> None:
+        """Its folder goes, and with it, when the model is loaded again, its memory."""
+        for model in ("reward_preprocess", "reward_forward"):
+            (upgraded / model / "2").rename(upgraded.parent / f"{model}-2")
+            assert run("load", model)[0] == 0
+        assert "reward_forward" in run("models")[1]
+        ready = {(m.name, m.version) for m in running.http.index() if m.state == "READY"}
+        assert ("reward_forward", "1") in ready and ("reward_forward", "2") not in ready
+
+
+def test_pinning_is_one_change(upgraded: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(upgraded, tmp_path / "copy"))
+    pin(copy, "2")
+    assert pinned(copy) == "2"
+    assert sorted(p.name for p in (copy / "reward").iterdir()) == ["1", "2", "config.pbtxt"]
