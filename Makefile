@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test soak lint audit bench perf clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -11,11 +11,21 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# What takes too long for every change: half an hour.
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m benchmarks.soak --minutes 20 --output benchmarks/results/$$(date +%F)-soak.json
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file client/pyproject.toml client/triward
+
+# Known vulnerabilities of the pinned packages.
+audit: $(READY)
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --format json \
+	    --progress-spinner off | $(BIN)/python .ci/audit.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.compare --output benchmarks/results/$$(date +%F)-cpu-small.json
