@@ -22,6 +22,7 @@ from tests.commands import BIN, Command, assert_gone, regions
 from triward import RewardClient, ServerError, ServerUnavailable, TriwardError
 from triward_server import watchdog
 from triward_server.canary import Canary
+from triward_server.cli import _WATCH_INTERVAL
 from triward_server.errors import LaunchError, Unhealthy
 from triward_server.launch import TritonServer
 from triward_server.triton_http import HttpError, Loaded, TritonHttp
@@ -325,6 +326,10 @@ def test_a_canary_survives_its_file(canary: Canary, tmp_path: Path) -> None:
         Canary.of(tmp_path, "3")
 
 
+def _busy(*_: object) -> None:
+    raise HttpError(503, "overloaded")
+
+
 class TestProgress:
     """A busy server is left alone, a hung one is not."""
 
@@ -332,12 +337,14 @@ class TestProgress:
     def rounds(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
         """Plays rounds: seconds that pass, what each model has done and has waiting."""
 
-        def play(*rounds: tuple[float, float, int, float, int]) -> str | None:
+        def play(
+            *rounds: tuple[float, float, int, float, int], ask: Callable[..., None] = _busy
+        ) -> str | None:
             now = [100.0]
             page: dict[tuple[str, str], float] = {}
             monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
             monkeypatch.setattr(watchdog, "read_metrics", lambda *_: page)
-            monkeypatch.setattr(watchdog, "ask_canary", _busy)
+            monkeypatch.setattr(watchdog, "ask_canary", ask)
             monkeypatch.setattr(Watchdog, "_check_processes", lambda self: None)
             dog = Watchdog(TritonHttp("h", 1), 2, Path(), os.getpid(), hang_timeout=10)
             for seconds, prepared, preparing, passed, passing in rounds:
@@ -357,7 +364,7 @@ class TestProgress:
         return play
 
     def test_a_busy_forward_model(self, rounds: Callable[..., str | None]) -> None:
-        assert rounds(*((6, 5, 900, n, 64) for n in range(20))) is None
+        assert rounds(*((6, n, 900, n, 64) for n in range(20))) is None
 
     def test_a_hung_forward_model(self, rounds: Callable[..., str | None]) -> None:
         problem = rounds(*((6, n, 9, 7, 64) for n in range(3)))
@@ -371,13 +378,21 @@ class TestProgress:
         problem = rounds(*((6, 5, 9, n, 0) for n in range(3)))
         assert problem and problem.startswith("reward_preprocess has got nothing done")
 
+    def test_it_is_noticed_in_time(self, rounds: Callable[..., str | None]) -> None:
+        """Two rounds of an interval and a canary's timeout, where the last answer was fine."""
+        answers = iter([None, *[HttpError(503, "overloaded")] * 9])
+
+        def ask(*_: object) -> None:
+            if answer := next(answers):
+                raise answer
+
+        problem = rounds((2, 3, 0, 7, 0), (6, 4, 1, 7, 1), (6, 4, 1, 7, 1), ask=ask)
+        assert problem and problem.startswith("reward_forward has got nothing done for 12 s")
+        assert 2 * (_WATCH_INTERVAL + watchdog.CANARY_TIMEOUT) < NOTICED_WITHIN
+
     def test_nothing_moves_and_nothing_waits(self, rounds: Callable[..., str | None]) -> None:
         problem = rounds(*((6, 5, 0, 7, 0) for _ in range(3)))
         assert problem and "overloaded" in problem
-
-
-def _busy(*_: object) -> None:
-    raise HttpError(503, "overloaded")
 
 
 def test_a_missing_process_is_noticed_twice_before_it_counts(

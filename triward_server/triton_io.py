@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -58,25 +59,30 @@ class PreprocessBackend:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch, each request for itself; images are resized together."""
-        with self._metrics.timed("preprocess_seconds"):
-            opened = [_capture(partial(self._open, request)) for request in requests]
+        opened = [_capture(partial(self._open, request)) for request in requests]
+        with self._timed():
             self._preprocessor.resizer.flush()
-            return [
-                _answer(self._pb, self._metrics, partial(self._respond, result))
-                for result in opened
-            ]
+        return [
+            _answer(self._pb, self._metrics, partial(self._respond, result)) for result in opened
+        ]
+
+    def _timed(self) -> AbstractContextManager[None]:
+        """Counted for each request, so that a batch of slow images shows progress."""
+        return self._metrics.timed("preprocess_seconds")
 
     def _open(self, request: Any) -> Opened:
-        messages, responses, media = (
-            _row(self._pb, request, spec) for spec in schema.REWARD_INPUTS
-        )
-        return self._preprocessor.open(messages[0], list(responses), list(media))
+        with self._timed():
+            messages, responses, media = (
+                _row(self._pb, request, spec) for spec in schema.REWARD_INPUTS
+            )
+            return self._preprocessor.open(messages[0], list(responses), list(media))
 
     def _respond(self, opened: Opened | Exception) -> Any:
         if isinstance(opened, Exception):
             raise opened
-        features = self._preprocessor.finish(opened)
-        return _response(self._pb, features_to_arrays(features, self._preprocessor.patch_size))
+        with self._timed():
+            features = self._preprocessor.finish(opened)
+            return _response(self._pb, features_to_arrays(features, self._preprocessor.patch_size))
 
 
 class ForwardBackend:

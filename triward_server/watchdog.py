@@ -89,13 +89,13 @@ class Watchdog:
             Unhealthy: why the server must be restarted.
         """
         self._check_processes()
+        reason = None
         try:
             ask_canary(self.triton, self.repository, CANARY_TIMEOUT)
         except HttpError as error:
             if error.status != 404:  # unloaded by its operator
-                self._check_progress(str(error))
-                return
-        self._moved = dict.fromkeys(_STEPS, time.monotonic())
+                reason = str(error)
+        self._check_progress(reason)
 
     def _check_processes(self) -> None:
         try:
@@ -138,7 +138,8 @@ class Watchdog:
                 )
         return count
 
-    def _check_progress(self, reason: str) -> None:
+    def _check_progress(self, reason: str | None) -> None:
+        """See what has been done since the last round; judge it if the canary got no answer."""
         now = time.monotonic()
         try:
             metrics = read_metrics(self.triton.host, self.metrics_port, _CALL_TIMEOUT)
@@ -146,8 +147,12 @@ class Watchdog:
             metrics = {}
         for model in _STEPS:
             done = sum(metrics.get((name, model), 0.0) for name in _PROGRESS)
-            if metrics and done != self._seen.get(model):
-                self._seen[model], self._moved[model] = done, now
+            if reason is None or (metrics and done != self._seen.get(model)):
+                self._moved[model] = now
+            if metrics:
+                self._seen[model] = done
+        if reason is None:
+            return
         idle = {model: now - self._moved.setdefault(model, now) for model in _STEPS}
         stuck = [model for model in _STEPS if idle[model] >= self.hang_timeout]
         # One that nobody waits for may be idle while the other is busy, but not both.
