@@ -109,8 +109,8 @@ def features(preprocessor: Preprocessor, group: Group) -> Features:
 
 
 @contextmanager
-def serving(checkpoint: Path, *flags: str) -> Iterator[RewardClient]:
-    """A client of a real Triton that serves a checkpoint, exported with `flags`."""
+def triton(checkpoint: Path, *flags: str) -> Iterator[TritonServer]:
+    """A real Triton that serves a checkpoint, exported with `flags`."""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder, "repository")
         script = ROOT / "export" / "build_repository.py"
@@ -123,9 +123,18 @@ def serving(checkpoint: Path, *flags: str) -> Iterator[RewardClient]:
         with (
             Path(folder, "triton.log").open("w") as log,
             TritonServer(repository, free, log=log) as server,
-            RewardClient(server.endpoints.grpc, timeout=600) as client,
         ):
-            yield client
+            yield server
+
+
+@contextmanager
+def serving(checkpoint: Path, *flags: str) -> Iterator[RewardClient]:
+    """A client of `triton`."""
+    with (
+        triton(checkpoint, *flags) as server,
+        RewardClient(server.endpoints.grpc, timeout=600) as client,
+    ):
+        yield client
 
 
 def served(client: RewardClient, workload: Workload) -> list[float]:

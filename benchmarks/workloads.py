@@ -68,7 +68,7 @@ LARGE_IMAGE = Shape(image=(1024, 768), prompt=40, response=(120, 210))
 
 def workloads(shape: Shape = SMALL_IMAGE, seed: int = 0) -> dict[str, Workload]:
     """All workloads that are measured pass by pass, by name."""
-    write = _Writer(np.random.default_rng(seed))
+    write = Writer(np.random.default_rng(seed))
 
     def group(responses: int) -> Group:
         prompt = write.prompt(shape.prompt, shape.image)
@@ -94,7 +94,7 @@ def workloads(shape: Shape = SMALL_IMAGE, seed: int = 0) -> dict[str, Workload]:
 
 def epochs(seed: int) -> tuple[Workload, Workload]:
     """Two passes over the same images with other text: large pictures, short questions."""
-    write = _Writer(np.random.default_rng(seed))
+    write = Writer(np.random.default_rng(seed))
     sizes = [(700, 500), (840, 616), (616, 700), (560, 560)]
     images = [photo(write.rng, *size) for size in sizes]
 
@@ -107,23 +107,28 @@ def epochs(seed: int) -> tuple[Workload, Workload]:
 
 def odd_sizes(seed: int = 0) -> Workload:
     """Photographs that must all be resized, up and down."""
-    write = _Writer(np.random.default_rng(seed))
+    write = Writer(np.random.default_rng(seed))
     sizes = [(1000, 750), (640, 480), (333, 221), (1280, 720), (90, 120), (450, 811)]
     return Workload(tuple(Group(write.prompt(20, size), (write.text(5, 30),)) for size in sizes))
 
 
-class _Writer:
+class Writer:
+    """Draws texts and prompts from one random stream."""
+
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
 
     def between(self, low: int, high: int) -> int:
+        """A number from `low` to `high` - 1."""
         return int(self.rng.integers(low, high))
 
     def text(self, low: int, high: int) -> str:
+        """From `low` to `high` - 1 words."""
         return " ".join(self.rng.choice(_WORDS, self.between(low, high)))
 
-    def prompt(self, words: int, *images: tuple[int, int] | Image.Image) -> Messages:
-        pictures = [i if isinstance(i, Image.Image) else photo(self.rng, *i) for i in images]
+    def prompt(self, words: int, *images: tuple[int, int] | Image.Image | bytes) -> Messages:
+        """One user message: images (a size is drawn, bytes are an encoded file), then words."""
+        pictures = [photo(self.rng, *i) if isinstance(i, tuple) else i for i in images]
         parts = [{"type": "image", "image": picture} for picture in pictures]
         text = {"type": "text", "text": self.text(words, words + 1)}
         return [{"role": "user", "content": [*parts, text]}]
