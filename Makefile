@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
+PERF ?=
 
 .PHONY: demo test soak lint audit bench perf clean
 
@@ -29,6 +31,9 @@ audit: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.compare --output benchmarks/results/$$(date +%F)-cpu-small.json
+
+perf: $(READY)
+	$(BIN)/python -m benchmarks.perf_analyzer --output benchmarks/results/$$(date +%F)-perf-cpu-small.json $(PERF)
 
 clean:
 	rm -rf .venv
