@@ -27,12 +27,12 @@ PERCENTILES = {"p50": "#7fb77e", "p95": "#2b7a3d", "p99": "#12351b"}
 LIMIT = "#b3261e"
 GRAY = "#5f6368"
 
-# What a request waits for on the server, in order of time: label, model, parts, colour.
+# What a request waits for on the server, in order of time: label, model, part, colour.
 STACK = (
-    ("preprocess: queue", PREPROCESS, ("queue",), "#c9d7f0"),
-    ("preprocess: compute", PREPROCESS, ("compute_infer",), "#4a74b8"),
-    ("forward: queue", FORWARD, ("queue",), "#f3d9a4"),
-    ("forward: compute", FORWARD, ("compute_infer",), "#d98e1f"),
+    ("preprocess: queue", PREPROCESS, "queue", "#c9d7f0"),
+    ("preprocess: compute", PREPROCESS, "compute_infer", "#4a74b8"),
+    ("forward: queue", FORWARD, "queue", "#f3d9a4"),
+    ("forward: compute", FORWARD, "compute_infer", "#d98e1f"),
 )
 REST = ("copies and the rest", "#c9ccd1")
 
@@ -59,6 +59,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.bad td { background: #fdf1f0; }
 .result { background: #f1f7f2; border-left: 4px solid #2b7a3d; padding: .7rem 1rem;
   margin: .8rem 0; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .87rem; }
+.legend i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
 code { font-size: .92em; overflow-wrap: anywhere; }
 """
 
@@ -95,6 +97,7 @@ def _page(results: Mapping[str, Any]) -> str:
             "Where the time goes on the server",
             "<p>Triton's own averages over a point's requests, failed ones not included. A request "
             "waits as long as its whole batch computes.</p>"
+            + _legend()
             + _plots(
                 _split_plot(name, loop, mix[loop])
                 for name, mix in mixes.items()
@@ -250,31 +253,33 @@ def _split_plot(name: str, loop: str, points: Sequence[Point]) -> str:
     served = [p for p in points if p["server"][ENSEMBLE]["requests"]]
     places = range(len(served))
     bottom = [0.0] * len(served)
-    for label, heights, color in _layers(served):
-        axes.bar(places, heights, 0.62, bottom=bottom, color=color, label=label)
+    for heights, color in _layers(served):
+        axes.bar(places, heights, 0.62, bottom=bottom, color=color)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     rate = "arrivals_per_s" if loop == "open" else "value"
     axes.set_xticks(places, [f"{p.get(rate, p['value']):.3g}" for p in served])
     axes.set_xlabel("offered, requests/s" if loop == "open" else "callers at a time")
     axes.set_ylabel("ms a request")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[::-1], labels[::-1], frameon=False, fontsize=7.5, loc="upper left", handlelength=1
-    )
     return _svg(figure, f"{name}, {loop} loop: time on the server")
 
 
-def _layers(points: Sequence[Point]) -> list[tuple[str, list[float], str]]:
+def _layers(points: Sequence[Point]) -> list[tuple[list[float], str]]:
     """Milliseconds of each part, bottom first; what is left of the ensemble's total on top."""
     layers = [
-        (label, [sum(p["server"][model][f"{part}_ms"] for part in parts) for p in points], color)
-        for label, model, parts, color in STACK
+        ([p["server"][model][f"{part}_ms"] for p in points], color)
+        for _, model, part, color in STACK
     ]
     totals = [p["server"][ENSEMBLE]["total_ms"] for p in points]
-    known = [sum(column) for column in zip(*(heights for _, heights, _ in layers), strict=True)]
+    known = [sum(column) for column in zip(*(heights for heights, _ in layers), strict=True)]
     rest = [max(0.0, t - k) for t, k in zip(totals, known, strict=True)]
-    return [*layers, (REST[0], rest, REST[1])]
+    return [*layers, (rest, REST[1])]
+
+
+def _legend() -> str:
+    entries = [*((label, color) for label, _, _, color in STACK), REST]
+    marks = [f'<span><i style="background:{c}"></i>{escape(label)}</span>' for label, c in entries]
+    return f'<p class="legend">{"".join(marks)}</p>'
 
 
 _COLUMNS = (

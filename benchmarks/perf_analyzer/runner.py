@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,9 @@ WINDOWS = 3  # perf_analyzer exports nothing before it has seen three
 _STRETCH = 1.2  # it waits this much longer than --measurement-interval says
 WARM_UP = 0.1  # share of a run that is left out at its start: the queue is still filling
 BACKLOG = 0.1  # share of the arrivals by which the queue may grow before a point is overloaded
+
+_EMPTY_WINDOW = "No valid requests recorded"  # perf_analyzer's words
+_LONGER = 4
 
 _DELAYED = re.compile(r"([\d.]+)% of the requests were delayed")
 _ERROR = re.compile(r"(?:had error|error): (.+)", re.IGNORECASE)
@@ -142,6 +145,14 @@ def measure(tool: Tool, target: Target, inputs: Path, load: Load) -> dict[str, A
     Returns:
         Counts, rates per second, latencies in milliseconds. `error` says why there are none.
     """
+    point = _measure(tool, target, inputs, load)
+    if point["error"] and point["error"].startswith(_EMPTY_WINDOW):
+        # One more time, long enough for a server that is slower than was thought.
+        point = _measure(tool, target, inputs, replace(load, seconds=_LONGER * load.seconds))
+    return point
+
+
+def _measure(tool: Tool, target: Target, inputs: Path, load: Load) -> dict[str, Any]:
     before = target.statistics()
     with tempfile.TemporaryDirectory() as folder:
         export = Path(folder, "export.json")
