@@ -6,7 +6,7 @@ python -m benchmarks.perf_analyzer.report benchmarks/results/NAME.json
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -48,18 +48,20 @@ p { max-width: 76ch; margin: .5rem 0; }
 .quiet { color: #5f6368; font-size: .87rem; }
 .plots { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); }
+.plots.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 540px), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #eceef0; }
-th { font-weight: 600; color: #3c4043; border-bottom-color: #9aa0a6; vertical-align: bottom; }
+th { font-weight: 600; color: #3c4043; white-space: normal; vertical-align: bottom;
+  border-bottom-color: #9aa0a6; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.bad td { background: #fdf1f0; }
 .result { background: #f1f7f2; border-left: 4px solid #2b7a3d; padding: .7rem 1rem;
   margin: .8rem 0; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .87rem; }
+.legend { display: flex; flex-wrap: wrap; max-width: none; gap: .2rem 1.1rem; font-size: .87rem; }
 .legend i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
 code { font-size: .92em; overflow-wrap: anywhere; }
 """
@@ -85,7 +87,7 @@ def _page(results: Mapping[str, Any]) -> str:
             "do. The dashed line is the closed loop's highest throughput. A hollow marker is "
             f"overloaded: the queue grew by more than {BACKLOG:.0%} of the arrivals, so its "
             "latencies would grow on with time.</p>"
-            + _plots(_open_plot(name, mix, results) for name, mix in opened.items()),
+            + _plots((_open_plot(n, mix, results) for n, mix in opened.items()), "large"),
         ),
         _section(
             "Closed loop: throughput against latency",
@@ -120,8 +122,8 @@ def _section(title: str, body: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>\n"
 
 
-def _plots(figures: Any) -> str:
-    return f'<div class="plots">\n{"".join(figures)}</div>'
+def _plots(figures: Iterable[str], kind: str = "") -> str:
+    return f'<div class="plots {kind}">\n{"".join(figures)}</div>'
 
 
 def _head(results: Mapping[str, Any]) -> str:
@@ -168,8 +170,9 @@ def _sizing(results: Mapping[str, Any]) -> str:
     return text
 
 
-def _figure(title: str, height: float = 2.7) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(3.7, height), layout="constrained")
+def _figure(title: str, size: tuple[float, float] = (3.7, 2.3)) -> tuple[Figure, Axes]:
+    """A plot; its width in inches sets how large its letters look in the page."""
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
@@ -202,7 +205,7 @@ def _measured(points: Sequence[Point]) -> list[Point]:
 
 
 def _open_plot(name: str, mix: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    figure, axes = _figure(name)
+    figure, axes = _figure(name, (4.8, 3.0))
     points = _measured(mix["open"])
     rates = [p["arrivals_per_s"] for p in points]
     for label, color in PERCENTILES.items():
@@ -230,7 +233,7 @@ def _open_plot(name: str, mix: Mapping[str, Any], results: Mapping[str, Any]) ->
 
 
 def _closed_plot(name: str, mix: Mapping[str, Any]) -> str:
-    figure, axes = _figure(name, 2.3)
+    figure, axes = _figure(name)
     points = _measured(mix["closed"])
     rates = [p["requests_per_s"] for p in points]
     for label, color in PERCENTILES.items():
@@ -249,7 +252,7 @@ def _closed_plot(name: str, mix: Mapping[str, Any]) -> str:
 
 
 def _split_plot(name: str, loop: str, points: Sequence[Point]) -> str:
-    figure, axes = _figure(f"{name}, {loop} loop", 2.3)
+    figure, axes = _figure(f"{name}, {loop} loop")
     served = [p for p in points if p["server"][ENSEMBLE]["requests"]]
     places = range(len(served))
     bottom = [0.0] * len(served)
@@ -284,7 +287,7 @@ def _legend() -> str:
 
 _COLUMNS = (
     "load", "requests", "requests/s", "responses/s", "arrivals/s", "p50 ms", "p95 ms", "p99 ms",
-    "failed", "delayed", "unfinished", "requests a forward pass", "",
+    "failed", "delayed", "unfinished", "requests a pass", "",
 )  # fmt: skip
 
 
@@ -292,8 +295,8 @@ def _table(name: str, mix: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in _COLUMNS)
     rows = "".join(_row(point, mix) for loop in ("closed", "open") for point in mix[loop])
     note = (
-        f'<p class="quiet"><b>{escape(name)}</b>: {mix["responses_per_request"]:.2g} responses and '
-        f"{mix['bytes_per_request'] / 1000:.3g} kB a request</p>"
+        f'<p class="quiet"><b>{escape(name)}</b>: on average {mix["responses_per_request"]:.2g} '
+        f"to score and {mix['bytes_per_request'] / 1000:.3g} kB a request</p>"
     )
     return (
         f'{note}<div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -305,7 +308,7 @@ def _row(point: Point, mix: Mapping[str, Any]) -> str:
     closed = point["loop"] == "closed"
     forward = point["server"][FORWARD]
     batch = forward["requests"] / max(1, forward["executions"])
-    load = f"{point['value']:g} callers" if closed else f"{point['value']:.3g}/s"
+    load = f"{point['value']:g} at a time" if closed else f"{point['value']:.3g}/s"
     end = [f"{point['failed']}", f"{point['delayed_percent']:g} %"]
     if point["error"]:
         middle = ["–"] * 7
