@@ -20,10 +20,12 @@ from benchmarks.perf_analyzer import inputs, report, runner
 from benchmarks.perf_analyzer.inputs import MIXES, Scale, encode, requests
 from benchmarks.perf_analyzer.runner import Load, Target, Tool, find_perf_analyzer, measure
 from benchmarks.perf_analyzer.sizing import Objective, capacity, replicas
+from tests.conftest import ROOT
 from triward.conversation import RewardRequest
 from triward_server.launch import TritonServer
 
 MILLISECOND = 10**6
+COMMITTED = max((ROOT / "benchmarks" / "results").glob("*-perf-cpu-*.json"))
 
 
 def strings(tensor: dict[str, Any]) -> list[bytes]:
@@ -321,10 +323,23 @@ def test_replicas() -> None:
 # --- The report
 
 
+def test_results_are_sized_anew(tmp_path: Path) -> None:
+    results = json.loads(COMMITTED.read_text())
+    points = [point(2, 200), point(5, 300)]
+    copy = tmp_path / "results.json"
+    for measured, row in zip(points, results["mixes"]["mixed"]["open"], strict=False):
+        row |= measured
+        row["latency_ms"] = dict.fromkeys(("mean", "p50", "p95"), 1.0) | measured["latency_ms"]
+    del results["mixes"]["mixed"]["open"][2:]
+    copy.write_text(json.dumps(results))
+    report.main(copy, p99_ms=250, peak=11, headroom=1.0)
+    assert json.loads(copy.read_text())["sizing"]["mixed"]["replicas"] == 7
+    assert "<b>7 replicas</b>" in copy.with_suffix(".html").read_text()
+
+
 def test_the_report_stands_alone(tmp_path: Path) -> None:
     """Drawn from the committed results: nothing is loaded, and every point has its row."""
-    committed = sorted((Path(perf.__file__).parents[1] / "results").glob("*-perf-cpu-*.json"))[-1]
-    results = json.loads(committed.read_text())
+    results = json.loads(COMMITTED.read_text())
     report.write_report(results, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"<script|<link|<iframe|\bsrc=|@import|url\((?!#)", page)

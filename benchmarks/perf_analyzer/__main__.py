@@ -29,7 +29,7 @@ from benchmarks.perf_analyzer import inputs
 from benchmarks.perf_analyzer.inputs import MIXES, REQUESTS, Scale
 from benchmarks.perf_analyzer.report import write_report
 from benchmarks.perf_analyzer.runner import Load, Target, Tool, find_perf_analyzer, measure
-from benchmarks.perf_analyzer.sizing import Objective, capacity, replicas
+from benchmarks.perf_analyzer.sizing import Objective, capacity, sizing
 from triward_server.random_checkpoint import Size, make_checkpoint
 
 CONCURRENCIES = (1, 2, 4, 8)
@@ -132,16 +132,12 @@ def measure_all(
     results: dict[str, Any] = {
         "machine": machine() | {"load_average": [round(v, 2) for v in os.getloadavg()]},
         "plan": asdict(plan),
-        "objective": asdict(objective),
         "mixes": {},
     }
     with find_perf_analyzer() as tool:
         for mix in plan.mixes():
             results["mixes"][mix] = measure_mix(tool, target, mix, plan, console)
-    results["sizing"] = {
-        mix: replicas(results["mixes"][mix]["open"], objective) for mix in plan.open
-    }
-    return results
+    return results | sizing(results["mixes"], objective)
 
 
 def _known(mixes: Sequence[str]) -> Sequence[str]:

@@ -1,6 +1,8 @@
 """One HTML file of the results: plots as inline SVG, tables, sizing. It loads nothing.
 
-python -m benchmarks.perf_analyzer.report benchmarks/results/NAME.json
+    python -m benchmarks.perf_analyzer.report benchmarks/results/NAME.json [--peak 50 --p99-ms 800]
+
+draws it again, and sizes for another objective from the same measurements.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.perf_analyzer.runner import BACKLOG, WARM_UP
+from benchmarks.perf_analyzer.sizing import Objective, sizing
 from triward_server.schema import ENSEMBLE, FORWARD, PREPROCESS
 
 Point = Mapping[str, Any]
@@ -63,6 +66,7 @@ tr.bad td { background: #fdf1f0; }
   margin: .8rem 0; }
 .legend { display: flex; flex-wrap: wrap; max-width: none; gap: .2rem 1.1rem; font-size: .87rem; }
 .legend i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
+.busy { background: #fdf1f0; border-left-color: #b3261e; }
 code { font-size: .92em; overflow-wrap: anywhere; }
 """
 
@@ -137,11 +141,16 @@ def _head(results: Mapping[str, Any]) -> str:
             f"{served['threads']} forward thread{'s' * (served['threads'] != 1)}, on {where}"
         )
     loads = ", ".join(f"{value:g}" for value in machine["load_average"])
+    busy = (
+        '<p class="result busy">Other work kept this machine busy during the run: its figures show '
+        "the method, not what the server can do.</p>\n"
+    )
     return (
         "<h1>Throughput against latency</h1>\n"
         f"<p>Measured with perf_analyzer over gRPC against {what}.</p>\n"
         f'<p class="quiet">{escape(machine["date"])}, commit <code>{escape(str(machine["commit"]))}'
         f"</code>, load averages before the run {loads}</p>\n"
+        + (busy if machine["load_average"][0] > 2 * machine["cores"] else "")
     )
 
 
@@ -347,9 +356,17 @@ def _method(results: Mapping[str, Any]) -> str:
 
 def main(
     results: Annotated[Path, typer.Argument(help="JSON file of benchmarks.perf_analyzer.")],
+    p99_ms: Annotated[float | None, typer.Option(help="Another objective.")] = None,
+    peak: Annotated[float | None, typer.Option(help="Other requests per second.")] = None,
+    headroom: Annotated[float | None, typer.Option(help="Another factor on the peak.")] = None,
 ) -> None:
-    """Write the report beside the results."""
-    write_report(json.loads(results.read_text()), results.with_suffix(".html"))
+    """Size for what is given, in the results too, and write the report beside them."""
+    data = json.loads(results.read_text())
+    given = {"p99_ms": p99_ms, "peak": peak, "headroom": headroom}
+    wanted = data["objective"] | {key: value for key, value in given.items() if value is not None}
+    data |= sizing(data["mixes"], Objective(**wanted))
+    results.write_text(json.dumps(data, indent=2) + "\n")
+    write_report(data, results.with_suffix(".html"))
 
 
 if __name__ == "__main__":

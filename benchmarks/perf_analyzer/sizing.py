@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 Points = Sequence[Mapping[str, Any]]
@@ -59,3 +59,12 @@ def replicas(open_loop: Points, objective: Objective) -> dict[str, Any]:
     working = math.ceil(objective.peak * objective.headroom / rate)
     p99 = best["latency_ms"]["p99"]
     return {"rate_per_s": rate, "p99_ms": p99, "working": working, "replicas": working + 1}
+
+
+def sizing(mixes: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
+    """The `objective` of a results file and `sizing` of each mix with an open loop."""
+    opened = {name: mix["open"] for name, mix in mixes.items() if mix["open"]}
+    return {
+        "objective": asdict(objective),
+        "sizing": {name: replicas(points, objective) for name, points in opened.items()},
+    }
