@@ -23,6 +23,7 @@ from benchmarks.perf_analyzer.sizing import Objective, capacity, replicas
 from tests.conftest import ROOT
 from triward.conversation import RewardRequest
 from triward_server.launch import TritonServer
+from triward_server.triton_http import GRPC_ADMIN_HEADER
 
 MILLISECOND = 10**6
 COMMITTED = max((ROOT / "benchmarks" / "results").glob("*-perf-cpu-*.json"))
@@ -194,7 +195,12 @@ def test_a_failure_is_a_failure(server: TritonServer, exports: list[Path], tmp_p
     (tmp_path / "inputs.json").write_text(encode([*good, bad]))
     load = Load("closed", 2, 6)
     with find_perf_analyzer() as tool:
-        point = measure(tool, Target(server.endpoints.grpc), tmp_path / "inputs.json", load)
+        point = measure(
+            tool,
+            Target(server.endpoints.grpc, {GRPC_ADMIN_HEADER: server.admin_key}),
+            tmp_path / "inputs.json",
+            load,
+        )
     assert point["failed"] >= 1
     assert "messages: Invalid JSON" in point["error"]
     assert not {"requests_per_s", "latency_ms"} & point.keys()

@@ -20,7 +20,7 @@ from tests.conftest import LOCAL
 from triward import RewardClient
 from triward_server.errors import LaunchError
 from triward_server.launch import Tls, TritonServer
-from triward_server.triton_http import HttpError, TritonHttp
+from triward_server.triton_http import GRPC_ADMIN_HEADER, HttpError, TritonHttp
 
 ADMIN: dict[str, Callable[[Any, dict[str, str]], Any]] = {
     "model-repository": lambda c, h: c.get_model_repository_index(headers=h),
@@ -38,7 +38,8 @@ ADMIN: dict[str, Callable[[Any, dict[str, str]], Any]] = {
 
 @pytest.mark.parametrize("name", ADMIN)
 def test_admin_protocols_want_the_key(name: str, server: TritonServer) -> None:
-    header = "triton-grpc-protocol-admin-key"
+    header = GRPC_ADMIN_HEADER
+    assert header == "triton-grpc-protocol-admin-key", "as documented"
     with triton.InferenceServerClient(server.endpoints.grpc) as client:
         for headers in ({}, {header: "wrong"}, {header: ""}):
             with pytest.raises(triton.InferenceServerException, match="restricted") as caught:

@@ -19,8 +19,9 @@ from . import schema
 from .canary import Canary
 from .errors import TriwardError
 
-# What a restricted protocol's caller must send; over gRPC `triton-grpc-protocol-` stands before it.
+# What a restricted protocol's caller must send.
 ADMIN_HEADER = "admin-key"
+GRPC_ADMIN_HEADER = f"triton-grpc-protocol-{ADMIN_HEADER}"
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _SERIES = re.compile(r"^(?P<name>\w+){(?P<labels>[^}]*)} (?P<value>\S+)$", re.MULTILINE)

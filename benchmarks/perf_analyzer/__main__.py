@@ -31,6 +31,7 @@ from benchmarks.perf_analyzer.report import write_report
 from benchmarks.perf_analyzer.runner import Load, Target, Tool, find_perf_analyzer, measure
 from benchmarks.perf_analyzer.sizing import Objective, capacity, sizing
 from triward_server.random_checkpoint import Size, make_checkpoint
+from triward_server.triton_http import GRPC_ADMIN_HEADER
 
 CONCURRENCIES = (1, 2, 4, 8)
 FRACTIONS = (0.3, 0.5, 0.7, 0.85, 0.95, 1.2)
@@ -122,7 +123,8 @@ def target_of(
         checkpoint = Path(folder, "checkpoint")
         make_checkpoint(checkpoint_size, 0, checkpoint)
         with triton(checkpoint, *flags) as server:
-            yield Target(server.endpoints.grpc, headers)
+            # perf_analyzer reads the model's configuration.
+            yield Target(server.endpoints.grpc, {**headers, GRPC_ADMIN_HEADER: server.admin_key})
 
 
 def measure_all(
