@@ -25,7 +25,8 @@ from triward_server.canary import Canary
 from triward_server.cli import _WATCH_INTERVAL
 from triward_server.errors import LaunchError, Unhealthy
 from triward_server.launch import TritonServer
-from triward_server.triton_http import HttpError, Loaded, TritonHttp
+from triward_server.metrics import WORKING
+from triward_server.triton_http import HttpError, Loaded, Series, TritonHttp
 from triward_server.watchdog import Watchdog
 
 NOTICED_WITHIN = 15.0  # seconds
@@ -37,7 +38,7 @@ UTILS = "triton_python_" + "backend_utils"  # which only adapters may import
 
 # In front of the real adapter: what a GPU or a deadlock would do, when a file says so.
 FAULTY = f"""
-import threading, time
+import threading
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class TritonPythonModel:
 
     def execute(self, requests):
         if (FOLDER / "hang").exists():
-            threading.Event().wait()
+            self._model.forward = lambda *arguments: threading.Event().wait()
         if (FOLDER / "lost").exists():
             def forward(*arguments):
                 raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
@@ -131,7 +132,7 @@ def test_a_process_dies_or_stops_under_load(
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("hang", "reward_forward has got nothing done for"),
+        ("hang", "reward_forward_0_0 has got nothing done for"),
         ("lost", "CUDA error: uncorrectable ECC error"),
         ("nan", "the model's score is nan"),
         ("drift", "the canary scores"),
@@ -335,26 +336,33 @@ class TestProgress:
 
     @pytest.fixture
     def rounds(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
-        """Plays rounds: seconds that pass, what each model has done and has waiting."""
+        """Plays rounds of six seconds: how long ago each working instance got something done."""
 
         def play(
-            *rounds: tuple[float, float, int, float, int], ask: Callable[..., None] = _busy
+            *rounds: dict[str, float] | None, ask: Callable[..., None] = _busy, seconds: float = 6
         ) -> str | None:
             now = [100.0]
-            page: dict[tuple[str, str], float] = {}
+            page: list[Series] = []
+
+            def read(*_: object) -> list[Series]:
+                if page:
+                    return page
+                raise HttpError(0, "no metrics")
+
             monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
-            monkeypatch.setattr(watchdog, "read_metrics", lambda *_: page)
+            monkeypatch.setattr(watchdog, "read_metrics", read)
             monkeypatch.setattr(watchdog, "ask_canary", ask)
             monkeypatch.setattr(Watchdog, "_check_processes", lambda self: None)
             dog = Watchdog(TritonHttp("h", 1), 2, Path(), os.getpid(), hang_timeout=10)
-            for seconds, prepared, preparing, passed, passing in rounds:
+            for ages in rounds:
                 now[0] += seconds
-                page |= {
-                    ("triward_preprocess_seconds_total", "reward_preprocess"): prepared,
-                    ("nv_inference_pending_request_count", "reward_preprocess"): preparing,
-                    ("triward_forward_passes_total", "reward_forward"): passed,
-                    ("nv_inference_pending_request_count", "reward_forward"): passing,
-                }
+                idle = {"idle": now[0]}
+                page[:] = [
+                    Series(WORKING, {"instance": name}, now[0] - age)
+                    for name, age in (idle if ages is None else idle | ages).items()
+                ]
+                if ages is None:
+                    page.clear()
                 try:
                     dog.check()
                 except Unhealthy as error:
@@ -363,36 +371,38 @@ class TestProgress:
 
         return play
 
-    def test_a_busy_forward_model(self, rounds: Callable[..., str | None]) -> None:
-        assert rounds(*((6, n, 900, n, 64) for n in range(20))) is None
+    def test_busy(self, rounds: Callable[..., str | None]) -> None:
+        """The canary never gets through; the models work."""
+        assert rounds(*[{"reward_forward_0_0": 5.0, "reward_preprocess_0_1": 9.9}] * 20) is None
 
-    def test_a_hung_forward_model(self, rounds: Callable[..., str | None]) -> None:
-        problem = rounds(*((6, n, 9, 7, 64) for n in range(3)))
-        assert problem and problem.startswith("reward_forward has got nothing done for 12 s")
-
-    def test_slow_images_starve_the_forward_model(self, rounds: Callable[..., str | None]) -> None:
-        """It has nothing to do then; that is no fault of its own."""
-        assert rounds(*((6, n, 9, 7, 0) for n in range(20))) is None
-
-    def test_hung_preprocessing(self, rounds: Callable[..., str | None]) -> None:
-        problem = rounds(*((6, 5, 9, n, 0) for n in range(3)))
-        assert problem and problem.startswith("reward_preprocess has got nothing done")
+    def test_one_instance_hangs(self, rounds: Callable[..., str | None]) -> None:
+        """Also when others answer the canary."""
+        ages = {"reward_preprocess_0_0": 0.1, "reward_preprocess_0_1": 10.0}
+        problem = rounds({}, ages, ask=lambda *_: None)
+        assert problem == "reward_preprocess_0_1 has got nothing done for 10 s"
 
     def test_it_is_noticed_in_time(self, rounds: Callable[..., str | None]) -> None:
-        """Two rounds of an interval and a canary's timeout, where the last answer was fine."""
-        answers = iter([None, *[HttpError(503, "overloaded")] * 9])
+        """A round is an interval and a canary's timeout, at most."""
+        longest = _WATCH_INTERVAL + watchdog.CANARY_TIMEOUT
+        assert rounds({"f": longest - 0.1}, {"f": 2 * longest - 0.1}, seconds=longest)
+        assert 2 * longest < NOTICED_WITHIN
 
+    def test_nothing_moves_and_nothing_answers(self, rounds: Callable[..., str | None]) -> None:
+        assert rounds({}, ask=_busy) is None
+        problem = rounds({}, {}, ask=_busy)
+        assert problem == "nothing has been done for 12 s; the canary: overloaded"
+
+    def test_no_metrics_are_no_progress(self, rounds: Callable[..., str | None]) -> None:
+        assert rounds(None, None, ask=lambda *_: None) is None
+        assert rounds(None, None)
+
+    def test_what_its_operator_unloaded_is_not_missed(
+        self, rounds: Callable[..., str | None]
+    ) -> None:
         def ask(*_: object) -> None:
-            if answer := next(answers):
-                raise answer
+            raise HttpError(404, "no available versions")
 
-        problem = rounds((2, 3, 0, 7, 0), (6, 4, 1, 7, 1), (6, 4, 1, 7, 1), ask=ask)
-        assert problem and problem.startswith("reward_forward has got nothing done for 12 s")
-        assert 2 * (_WATCH_INTERVAL + watchdog.CANARY_TIMEOUT) < NOTICED_WITHIN
-
-    def test_nothing_moves_and_nothing_waits(self, rounds: Callable[..., str | None]) -> None:
-        problem = rounds(*((6, 5, 0, 7, 0) for _ in range(3)))
-        assert problem and "overloaded" in problem
+        assert rounds(*[{}] * 9, ask=ask) is None
 
 
 def test_a_missing_process_is_noticed_twice_before_it_counts(

@@ -30,12 +30,13 @@ from triward_server.metrics import (
     PREPROCESS_COUNTERS,
     SCORE_BOUNDS,
     SCORES,
+    WORKING,
     ForwardMetrics,
 )
 from triward_server.scoring import Pass, Scorer
 from triward_server.triton_http import fetch
 
-OURS = {*FORWARD_COUNTERS, *FORWARD_GAUGES, *PREPROCESS_COUNTERS, ERRORS, SCORES}
+OURS = {*FORWARD_COUNTERS, *FORWARD_GAUGES, *PREPROCESS_COUNTERS, ERRORS, SCORES, WORKING}
 Metric = Callable[[str, str], float]
 
 
@@ -64,7 +65,7 @@ def test_a_group_is_counted(client: RewardClient, metric: Metric) -> None:
     """Eight responses to one prompt with an image: what was computed, shared and encoded."""
 
     def read() -> dict[str, float]:
-        names = [n for n in OURS - set(PREPROCESS_COUNTERS) if n not in (ERRORS, SCORES)]
+        names = [n for n in OURS - set(PREPROCESS_COUNTERS) if n not in (ERRORS, SCORES, WORKING)]
         return {name: metric(name, "reward_forward") for name in names}
 
     part = {"type": "image", "image": encode(picture(140, 112, 77))}
@@ -137,7 +138,7 @@ class FakeTriton:
                 self.name = name
 
             def Metric(self, labels: dict[str, str]) -> Any:
-                key = self.name, labels.get("le", labels.get("code", ""))
+                key = self.name, labels.get("le", labels.get("code", labels.get("instance", "")))
                 triton.values.setdefault(key, 0.0)
                 return Series(key)
 
@@ -157,7 +158,7 @@ class FakeTriton:
 
 def test_the_histogram_is_prometheus_cumulative() -> None:
     fake = FakeTriton()
-    metrics = ForwardMetrics(fake, {"model": "m", "version": "1"}, ["INTERNAL"])
+    metrics = ForwardMetrics(fake, {"model": "m", "version": "1"}, "m_0_0", ["INTERNAL"])
     scores = [-99.0, -30.0, -29.9, 0.0, 0.1, 2.5, 23.9, 31.0]
     metrics.observe(scores[:5])
     metrics.observe(scores[5:])
@@ -171,9 +172,20 @@ def test_the_histogram_is_prometheus_cumulative() -> None:
 
 def test_nothing_is_sent_for_what_did_not_happen() -> None:
     fake = FakeTriton()
-    metrics = ForwardMetrics(fake, {"model": "m", "version": "1"}, ["INTERNAL"])
+    metrics = ForwardMetrics(fake, {"model": "m", "version": "1"}, "m_0_0", ["INTERNAL"])
     metrics.add(oom_retries=0, tokens_saved=0, tokens_computed=5)
     assert fake.calls == 1
+
+
+def test_work_shows_while_it_lasts() -> None:
+    fake = FakeTriton()
+    metrics = ForwardMetrics(fake, {"model": "m", "version": "1"}, "m_0_0", ["INTERNAL"])
+    with pytest.raises(ZeroDivisionError), metrics.working():
+        first = fake.values[WORKING, "m_0_0"]
+        metrics.progress()
+        assert time.monotonic() >= fake.values[WORKING, "m_0_0"] >= first > 0
+        raise ZeroDivisionError
+    assert fake.values[WORKING, "m_0_0"] == 0
 
 
 def test_a_pass_that_ran_out_of_memory_is_a_retry(checkpoint: Path) -> None:

@@ -35,6 +35,7 @@ FORWARD_GAUGES = {
     "triward_score_sum": "Sum of the scores in the histogram.",
 }
 ERRORS = "triward_errors_total"
+WORKING = "triward_working_since_seconds"
 SCORES = "triward_score_bucket"
 # Upper bounds; scores of published reward models lie within +-30.
 SCORE_BOUNDS = (
@@ -49,6 +50,7 @@ class Metrics:
     Args:
         pb_utils: Triton's module.
         labels: of every series: model and version.
+        instance: Triton's name for it.
         counters: names with help.
         gauges: likewise.
         codes: gRPC status names that requests may fail with.
@@ -58,6 +60,7 @@ class Metrics:
         self,
         pb_utils: Any,
         labels: Mapping[str, str],
+        instance: str,
         counters: Mapping[str, str],
         gauges: Mapping[str, str],
         codes: Iterable[str],
@@ -74,6 +77,9 @@ class Metrics:
             for name, text in gauges.items()
         }
         errors = self._family(ERRORS, "Requests that were answered with an error.", kind.COUNTER)
+        text = "Monotonic time of the last progress of a batch under way; 0 between batches."
+        working = self._family(WORKING, text, kind.GAUGE)
+        self._working = working.Metric(labels=self._labels | {"instance": instance})
         self._errors = {code: errors.Metric(labels=self._labels | {"code": code}) for code in codes}
 
     def add(self, **amounts: float) -> None:
@@ -89,6 +95,19 @@ class Metrics:
     def error(self, code: str) -> None:
         """Count a request that failed."""
         self._errors[code].increment(1)
+
+    def progress(self) -> None:
+        """Show that the batch under way gets somewhere; a hung one does not."""
+        self._working.set(time.monotonic())
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Show that the block is under way."""
+        self.progress()
+        try:
+            yield
+        finally:
+            self._working.set(0)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -112,8 +131,10 @@ class ForwardMetrics(Metrics):
     kind takes one for each score, and older releases have none.
     """
 
-    def __init__(self, pb_utils: Any, labels: Mapping[str, str], codes: Iterable[str]) -> None:
-        super().__init__(pb_utils, labels, FORWARD_COUNTERS, FORWARD_GAUGES, codes)
+    def __init__(
+        self, pb_utils: Any, labels: Mapping[str, str], instance: str, codes: Iterable[str]
+    ) -> None:
+        super().__init__(pb_utils, labels, instance, FORWARD_COUNTERS, FORWARD_GAUGES, codes)
         family = self._family(SCORES, "Scores up to a bound.", pb_utils.MetricFamily.COUNTER)
         self._buckets = [
             family.Metric(

@@ -24,6 +24,7 @@ ADMIN_HEADER = "admin-key"
 GRPC_ADMIN_HEADER = f"triton-grpc-protocol-{ADMIN_HEADER}"
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _SERIES = re.compile(r"^(?P<name>\w+){(?P<labels>[^}]*)} (?P<value>\S+)$", re.MULTILINE)
 
 
@@ -164,19 +165,22 @@ class TritonHttp:
         return fetch(urllib.request.Request(url, body, sent), timeout)
 
 
-def read_metrics(host: str, port: int, timeout: float) -> dict[tuple[str, str], float]:
-    """The metrics page: (name, model) -> value, summed over all other labels.
+@dataclass(frozen=True)
+class Series:
+    """One line of the metrics page."""
 
-    Raises:
-        HttpError: there is none.
-    """
+    name: str
+    labels: Mapping[str, str]
+    value: float
+
+
+def read_metrics(host: str, port: int, timeout: float) -> list[Series]:
+    """The metrics page; raises `HttpError` if there is none."""
     request = urllib.request.Request(f"http://{host}:{port}/metrics")
-    values: dict[tuple[str, str], float] = {}
-    for line in _SERIES.finditer(fetch(request, timeout).decode()):
-        model = re.search(r'model="([^"]*)"', line["labels"])
-        key = line["name"], model[1] if model else ""
-        values[key] = values.get(key, 0.0) + float(line["value"])
-    return values
+    return [
+        Series(line["name"], dict(_LABEL.findall(line["labels"])), float(line["value"]))
+        for line in _SERIES.finditer(fetch(request, timeout).decode())
+    ]
 
 
 def fetch(request: urllib.request.Request, timeout: float) -> bytes:

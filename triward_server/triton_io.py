@@ -12,7 +12,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -49,7 +48,9 @@ class PreprocessBackend:
 
     def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
         _log_to_stderr(schema.PREPROCESS)
-        self._metrics = Metrics(pb_utils, _labels(args), PREPROCESS_COUNTERS, {}, _codes(pb_utils))
+        self._metrics = Metrics(
+            pb_utils, _labels(args), _instance(args), PREPROCESS_COUNTERS, {}, _codes(pb_utils)
+        )
         # Several instances share the machine, one thread each; images are resized in it.
         torch.set_num_threads(1)
         self._pb = pb_utils
@@ -59,30 +60,27 @@ class PreprocessBackend:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch, each request for itself; images are resized together."""
-        opened = [_capture(partial(self._open, request)) for request in requests]
-        with self._timed():
+        with self._metrics.working(), self._metrics.timed("preprocess_seconds"):
+            opened = [_capture(partial(self._open, request)) for request in requests]
             self._preprocessor.resizer.flush()
-        return [
-            _answer(self._pb, self._metrics, partial(self._respond, result)) for result in opened
-        ]
-
-    def _timed(self) -> AbstractContextManager[None]:
-        """Counted for each request, so that a batch of slow images shows progress."""
-        return self._metrics.timed("preprocess_seconds")
+            return [
+                _answer(self._pb, self._metrics, partial(self._respond, result))
+                for result in opened
+            ]
 
     def _open(self, request: Any) -> Opened:
-        with self._timed():
-            messages, responses, media = (
-                _row(self._pb, request, spec) for spec in schema.REWARD_INPUTS
-            )
-            return self._preprocessor.open(messages[0], list(responses), list(media))
+        self._metrics.progress()
+        messages, responses, media = (
+            _row(self._pb, request, spec) for spec in schema.REWARD_INPUTS
+        )
+        return self._preprocessor.open(messages[0], list(responses), list(media))
 
     def _respond(self, opened: Opened | Exception) -> Any:
         if isinstance(opened, Exception):
             raise opened
-        with self._timed():
-            features = self._preprocessor.finish(opened)
-            return _response(self._pb, features_to_arrays(features, self._preprocessor.patch_size))
+        self._metrics.progress()
+        features = self._preprocessor.finish(opened)
+        return _response(self._pb, features_to_arrays(features, self._preprocessor.patch_size))
 
 
 class ForwardBackend:
@@ -99,11 +97,15 @@ class ForwardBackend:
         self._config = _config(ForwardConfig, args)
         self._scorer = Scorer(_checkpoint(args), self._config)
         self._scorer.warm_up()
-        self._metrics = ForwardMetrics(pb_utils, _labels(args), _codes(pb_utils))
+        self._metrics = ForwardMetrics(pb_utils, _labels(args), _instance(args), _codes(pb_utils))
         gc.freeze()  # what is loaded stays; later collections need not walk it
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch with one call of the scorer."""
+        with self._metrics.working():
+            return self._execute(requests)
+
+    def _execute(self, requests: Sequence[Any]) -> list[Any]:
         begun = time.monotonic()
         parsed = [_capture(partial(self._parse, request)) for request in requests]
         pairs = zip(requests, parsed, strict=True)
@@ -124,6 +126,7 @@ class ForwardBackend:
         return arrays_to_features(*arrays, geometry=self._scorer.geometry)
 
     def _observe(self, done: Pass) -> None:
+        self._metrics.progress()
         if done.out_of_memory:
             self._metrics.add(oom_retries=1)
             return
@@ -276,6 +279,10 @@ def _config(config_type: type[ConfigT], args: dict[str, str]) -> ConfigT:
 
 def _labels(args: dict[str, str]) -> dict[str, str]:
     return {"model": args["model_name"], "version": args["model_version"]}
+
+
+def _instance(args: dict[str, str]) -> str:
+    return args["model_instance_name"]
 
 
 def _checkpoint(args: dict[str, str]) -> Path:

@@ -4,7 +4,7 @@ Triton 24.10 never restarts a model process that died, and stays ready. Each rou
 
     processes   the server's and its models': none stopped, none dead, none missing
     canary      one request through the whole ensemble, compared with its score at export
-    progress    where the canary is not answered in time: a busy server works, a hung one does not
+    progress    a model that works shows so every forward pass or request; a hung one does not
 
 What is found wrong is `Unhealthy`; the cure, a restart, is left to who runs the server.
 """
@@ -20,18 +20,13 @@ import psutil
 from . import schema
 from .canary import Canary
 from .errors import LaunchError, Unhealthy
+from .metrics import WORKING
 from .repository import pinned
 from .triton_http import HttpError, TritonHttp, read_metrics
 
 CANARY_TIMEOUT = 4.0
 _CALL_TIMEOUT = 2.0
 _STUB = "triton_python_b"  # the kernel keeps 15 characters
-_STEPS = (schema.PREPROCESS, schema.FORWARD)
-# Counters that move while a model works: at the end of a batch, and within one.
-_PROGRESS = (
-    "nv_inference_exec_count", "triward_preprocess_seconds_total", "triward_forward_passes_total",
-)  # fmt: skip
-_PENDING = "nv_inference_pending_request_count"
 
 
 def ask_canary(triton: TritonHttp, repository: Path, timeout: float) -> None:
@@ -63,7 +58,8 @@ class Watchdog:
         metrics_port: of its metrics endpoint.
         repository: what it serves.
         pid: of tritonserver.
-        hang_timeout: seconds in which a model that has work must get something done.
+        hang_timeout: seconds without progress of a model that works, or of any where the canary
+            gets no answer.
     """
 
     triton: TritonHttp
@@ -74,8 +70,7 @@ class Watchdog:
 
     _names: dict[int, str] = field(init=False)
     _missing: int = field(init=False, default=0)
-    _seen: dict[str, float] = field(init=False, default_factory=dict)
-    _moved: dict[str, float] = field(init=False, default_factory=dict)
+    _alive: float = field(init=False, default_factory=lambda: time.monotonic())
 
     def __post_init__(self) -> None:
         """Look around."""
@@ -94,7 +89,7 @@ class Watchdog:
             ask_canary(self.triton, self.repository, CANARY_TIMEOUT)
         except HttpError as error:
             if error.status != 404:  # unloaded by its operator
-                reason = str(error)
+                reason = f"the canary: {error}"
         self._check_progress(reason)
 
     def _check_processes(self) -> None:
@@ -139,29 +134,20 @@ class Watchdog:
         return count
 
     def _check_progress(self, reason: str | None) -> None:
-        """See what has been done since the last round; judge it if the canary got no answer."""
+        """Judge by what the models show of their work, and by whether the canary got an answer."""
         now = time.monotonic()
         try:
             metrics = read_metrics(self.triton.host, self.metrics_port, _CALL_TIMEOUT)
         except HttpError:
-            metrics = {}
-        for model in _STEPS:
-            done = sum(metrics.get((name, model), 0.0) for name in _PROGRESS)
-            if reason is None or (metrics and done != self._seen.get(model)):
-                self._moved[model] = now
-            if metrics:
-                self._seen[model] = done
-        if reason is None:
-            return
-        idle = {model: now - self._moved.setdefault(model, now) for model in _STEPS}
-        stuck = [model for model in _STEPS if idle[model] >= self.hang_timeout]
-        # One that nobody waits for may be idle while the other is busy, but not both.
-        waited_for = [model for model in stuck if metrics.get((_PENDING, model), 0.0) > 0]
-        if waited_for or len(stuck) == len(_STEPS):
-            model = (waited_for or stuck)[0]
-            raise Unhealthy(
-                f"{model} has got nothing done for {idle[model]:.0f} s; the canary: {reason}"
-            )
+            metrics = []
+        working = {m.labels["instance"]: m.value for m in metrics if m.name == WORKING and m.value}
+        for instance, since in working.items():
+            if now - since >= self.hang_timeout:
+                raise Unhealthy(f"{instance} has got nothing done for {now - since:.0f} s")
+        if reason is None or working:
+            self._alive = now
+        elif now - self._alive >= self.hang_timeout:
+            raise Unhealthy(f"nothing has been done for {now - self._alive:.0f} s; {reason}")
 
 
 def _name(process: psutil.Process) -> str:
