@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.conftest import LOCAL, Exit
-from triward import RewardClient, ServerError
+from triward import RewardClient, ServerUnavailable
 from triward_server.canary import Canary
 from triward_server.cli import app
 from triward_server.errors import LaunchError
@@ -196,7 +196,7 @@ class TestCommands:
         assert not running.http.is_ready()
         with (
             RewardClient(running.endpoints.grpc, timeout=20) as client,
-            pytest.raises(ServerError, match="no available versions"),
+            pytest.raises(ServerUnavailable, match="no available versions"),
         ):
             client.score(ASK)
         assert run("load", "reward") == (0, "reward: loaded\n")

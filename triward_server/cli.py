@@ -88,12 +88,6 @@ def serve(
         )
         with server:
             e = server.endpoints
-            typer.echo(f"ready  grpc     {e.host}:{e.grpc_port}")
-            typer.echo(
-                f"       http     http://{server.http.host if server.tls else e.host}:{e.http_port}"
-            )
-            typer.echo(f"       metrics  http://{e.host}:{e.metrics_port}/metrics")
-            sys.stdout.flush()
             gpu = repositories.serves_on_gpu(repository)
             watchdog = Watchdog(
                 server.http,
@@ -102,6 +96,11 @@ def serve(
                 server.pid,
                 hang_timeout or (_HANG_TIMEOUT_GPU if gpu else _HANG_TIMEOUT_CPU),
             )
+            http = server.http.host if server.tls else e.host
+            typer.echo(f"ready  grpc     {e.host}:{e.grpc_port}")
+            typer.echo(f"       http     http://{http}:{e.http_port}")
+            typer.echo(f"       metrics  http://{e.host}:{e.metrics_port}/metrics")
+            sys.stdout.flush()
             server.wait(watchdog.check, _WATCH_INTERVAL)
 
 

@@ -18,6 +18,9 @@ from contextlib import contextmanager
 
 from tritonclient.utils import InferenceServerException
 
+# Triton's words for a model that it knows but has not loaded: it stops, or its operator changes it.
+_UNLOADED = "has no available versions"
+
 _ENSEMBLE_PREFIX = re.compile(r"^(?:in ensemble '[^']*', )+")
 
 
@@ -60,7 +63,7 @@ def from_triton(error: InferenceServerException, *, model: str, url: str) -> Tri
         return DeadlineExceeded(message)
     # Also for one that waited too long in a queue: had the caller's own time run out, gRPC would
     # have said so first.
-    if code == "UNAVAILABLE":
+    if code == "UNAVAILABLE" or (code == "NOT_FOUND" and _UNLOADED in message):
         return ServerUnavailable(f"{url}: {message}")
     if code == "NOT_FOUND":
         return ServerError(f"{url} does not serve the model {model!r}: {message}")

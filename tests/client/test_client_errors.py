@@ -74,6 +74,12 @@ def test_waiting_too_long_in_a_queue_is_overload():
     assert type(error) is triward.ServerUnavailable
 
 
+def test_a_model_that_is_not_loaded_may_be_so_later():
+    text = "Request for unknown model: 'reward' has no available versions"
+    error = from_triton(text, "StatusCode.NOT_FOUND")
+    assert type(error) is triward.ServerUnavailable
+
+
 def test_a_missing_model_is_named_with_the_server():
     error = from_triton("unknown model", "StatusCode.NOT_FOUND")
     assert "'reward'" in str(error)
