@@ -1,0 +1,280 @@
+"""Serve a tiny model under mixed load for a long time and see whether anything grows.
+
+    python -m benchmarks.soak --minutes 20 --output benchmarks/results/NAME.json
+
+Single conversations, groups, images of many sizes, old and new, bad requests, cancelled ones, ones
+with too little time, and bursts beyond what may wait, from several processes. Every few seconds
+memory, /dev/shm, file descriptors and threads of the server are written down. After a warm-up, each
+must be level: Theil and Sen's slope, the median over all pairs of samples, ignores moments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import matplotlib as mpl
+import typer
+from matplotlib.figure import Figure
+
+from benchmarks import footprint
+from benchmarks.measure import ROOT, machine
+from triward_server.launch import Endpoints, TritonServer
+from triward_server.random_checkpoint import make_checkpoint
+
+LOAD = ("singles", "groups", "nuisances", "bursts")
+WARM_UP = 0.25  # of all samples: buffers, caches and thread pools find their size
+
+# What one request at a time may leave behind would show within an hour as far more than this.
+_MEMORY_SHARE, _MEMORY_BYTES = 0.05, 32 * 2**20  # per hour, whichever is more
+_COUNT = 6.0  # threads, descriptors, regions per hour: one in ten minutes
+
+_FLAGS = (
+    "--device=cpu", "--dtype=float32", "--threads=1", "--preprocess-instances=2",
+    "--max-queue-size=64", "--queue-timeout-ms=5000", "--embedding-cache-bytes=16000000",
+    "--no-compile",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Of one quantity.
+
+    Attributes:
+        level: its median after the warm-up.
+        growth_per_hour: the slope, in its own unit.
+        bound_per_hour: what is still level.
+    """
+
+    level: float
+    growth_per_hour: float
+    bound_per_hour: float
+
+    @property
+    def grows(self) -> bool:
+        """Whether it is beyond the bound."""
+        return self.growth_per_hour > self.bound_per_hour
+
+
+def slope(times: Sequence[float], values: Sequence[float]) -> float:
+    """Theil and Sen's: the median slope of all pairs; 29 % of the samples may lie anywhere."""
+    points = zip(times, values, strict=True)
+    return statistics.median(
+        (later[1] - earlier[1]) / (later[0] - earlier[0])
+        for earlier, later in combinations(points, 2)
+    )
+
+
+def trends(samples: Sequence[dict[str, float]]) -> dict[str, Trend]:
+    """Of every quantity, after the warm-up.
+
+    Args:
+        samples: each with its time in `seconds`.
+    """
+    level = samples[int(WARM_UP * len(samples)) :]
+    times = [sample["seconds"] for sample in level]
+    found = {}
+    for name in level[0]:
+        # What comes or goes on the way is the verdict's.
+        if name != "seconds" and all(name in sample for sample in level):
+            values = [sample[name] for sample in level]
+            middle = statistics.median(values)
+            memory = name.endswith(("rss", "pss", "bytes"))
+            bound = max(_MEMORY_SHARE * middle, _MEMORY_BYTES) if memory else _COUNT
+            found[name] = Trend(middle, 3600 * slope(times, values), bound)
+    return found
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[TritonServer]:
+    """A tiny model, with queues that bursts overflow and an embedding cache that fills."""
+    make_checkpoint("tiny", 0, folder / "checkpoint")
+    subprocess.run(
+        [sys.executable, ROOT / "export" / "build_repository.py",
+         f"--checkpoint={folder / 'checkpoint'}", f"--output={folder / 'repository'}", *_FLAGS],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    free = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
+    with (
+        (folder / "triton.log").open("w") as log,
+        TritonServer(folder / "repository", free, log=log) as server,
+    ):
+        yield server
+
+
+class Load:
+    """The calling processes; they stop on exit.
+
+    Args:
+        url: whom they call.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._processes: list[subprocess.Popen[str]] = []
+        self.outcomes: Counter[str] = Counter()
+
+    def __enter__(self) -> Load:
+        """Start them."""
+        for seed, kind in enumerate(LOAD):
+            command = [sys.executable, "-m", "benchmarks.callers", self._url, kind, str(seed)]
+            self._processes.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop them and collect what came back.
+
+        Raises:
+            RuntimeError: one has failed.
+        """
+        for process in self._processes:
+            assert process.stdin
+            process.stdin.close()
+        for process in self._processes:
+            assert process.stdout
+            text = process.stdout.read()
+            if process.wait(120) != 0:
+                raise RuntimeError(f"a calling process ended with exit code {process.returncode}")
+            self.outcomes.update(json.loads(text))
+
+    def check(self) -> None:
+        """Raise if one has ended."""
+        for process in self._processes:
+            if process.poll() is not None:
+                raise RuntimeError(f"a calling process ended with exit code {process.returncode}")
+
+
+def watch(
+    server: TritonServer, load: Load, minutes: float, every: float
+) -> Iterator[dict[str, float]]:
+    """Samples until the time is over."""
+    begun = time.monotonic()
+    tick = threading.Event()
+    while (seconds := time.monotonic() - begun) < 60 * minutes:
+        load.check()
+        yield {"seconds": round(seconds, 1), **footprint.take(server.pid).flat()}
+        tick.wait(every)
+
+
+def verdict(
+    found: dict[str, Trend], outcomes: Counter[str], samples: Sequence[dict[str, float]]
+) -> list[str]:
+    """What is wrong, in sentences."""
+    wrong = [
+        f"{name} grows by {trend.growth_per_hour:,.0f} an hour from {trend.level:,.0f}; "
+        f"{trend.bound_per_hour:,.0f} are allowed"
+        for name, trend in found.items()
+        if trend.grows
+    ]
+    for sample in samples:
+        if changed := sample.keys() ^ samples[0].keys():
+            wrong.append(f"after {sample['seconds']:.0f} s: {', '.join(sorted(changed))} changed")
+            break
+    wrong += [f"{outcome}: {count}" for outcome, count in outcomes.items() if "error" in outcome]
+    answered = {outcome.partition("/")[2] for outcome in outcomes}
+    for expected in ("scored", "invalid", "unavailable", "cancelled", "late"):
+        if expected not in answered:
+            wrong.append(f"no request was {expected}: this was no mixed load")
+    return wrong
+
+
+def draw(results: dict[str, Any], output: Path) -> None:
+    """Four small plots over time."""
+    mpl.rcParams["svg.hashsalt"] = "triward"  # equal results give equal files
+    samples = results["samples"]
+    minutes = [sample["seconds"] / 60 for sample in samples]
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    panels = {
+        "memory, MB (proportional share)": ("pss", 1e6),
+        "/dev/shm, MB": ("shm.bytes", 1e6),
+        "file descriptors": ("fds", 1.0),
+        "threads": ("threads", 1.0),
+    }
+    for axes, (title, (kind, unit)) in zip(
+        figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True
+    ):
+        for name in samples[0]:
+            if name.endswith(kind) and not name.startswith("total"):
+                label = name.removesuffix(f".{kind}") if kind != "shm.bytes" else "all regions"
+                axes.plot(minutes, [s.get(name, 0) / unit for s in samples], label=label, lw=1.2)
+        axes.axvline(minutes[int(WARM_UP * len(minutes))], color="#9aa0a6", ls=":", lw=1)
+        axes.set_ylim(bottom=0)
+        axes.set_title(title, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    figure.supxlabel("minutes; growth is judged right of the dotted line", fontsize=8)
+    requests = sum(results["outcomes"].values())
+    figure.suptitle(f"{requests:,} requests in {results['minutes']:g} minutes", fontsize=10)
+    figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="JSON file; the plot goes beside it.")],
+    minutes: Annotated[float, typer.Option(min=0.5)] = 20.0,
+    every: Annotated[float, typer.Option(min=0.5, help="Seconds between samples.")] = 10.0,
+) -> None:
+    """Run, write the results, and fail if something grows."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = output.with_suffix(".draft")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = stack.enter_context(serving(folder))
+        load = Load(server.endpoints.grpc)
+        samples = []
+        with load:
+            for sample in watch(server, load, minutes, every):
+                samples.append(sample)
+                draft.write_text(json.dumps(samples))  # if it is interrupted
+        draft.unlink()
+        found = trends(samples)
+        wrong = verdict(found, load.outcomes, samples)
+        if wrong:
+            shutil.copyfile(folder / "triton.log", output.with_suffix(".log"))
+    results = {
+        "machine": machine(),
+        "minutes": minutes,
+        "flags": _FLAGS,
+        "load": LOAD,
+        "outcomes": dict(sorted(load.outcomes.items())),
+        "verdict": wrong or "level",
+        "trends": {
+            name: {
+                "level": trend.level,
+                "growth_per_hour": round(trend.growth_per_hour, 1),
+                "bound_per_hour": round(trend.bound_per_hour, 1),
+            }
+            for name, trend in found.items()
+        },
+        "samples": samples,
+    }
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, output.with_suffix(".svg"))
+    for name, trend in found.items():
+        print(f"{name:28} {trend.level:>16,.0f} {trend.growth_per_hour:>+14,.0f}/h")
+    print("\n".join(wrong or ["level"]))
+    raise typer.Exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
