@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +67,15 @@ def message(model: str, tensors: Sequence[Tensor], **parameters: Any) -> Any:
     for name, value in parameters.items():
         request.parameters[name].int64_param = value
     return request
+
+
+def counter(port: int, name: str, model: str) -> float:
+    """One family of the metrics page, summed; 0 when the model has none of it yet."""
+    url = f"http://127.0.0.1:{port}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as response:
+        text = response.read().decode()
+    lines = re.findall(rf'^{name}{{[^}}]*model="{model}"[^}}]*}} (\S+)$', text, re.MULTILINE)
+    return sum(map(float, lines))
 
 
 def scores_of(response: Any) -> np.ndarray:

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,7 +27,6 @@ from tritonclient.grpc import service_pb2_grpc
 from tests import loadgen
 from tests.conftest import LOCAL, encode
 from triward_server.launch import TritonServer
-from triward_server.triton_http import read_metrics
 
 FORWARD, PREPROCESS = "reward_forward", "reward_preprocess"
 QUEUE = 16  # requests that may wait for each model
@@ -57,12 +57,12 @@ class Caller:
 
     Attributes:
         infer: gRPC's ModelInfer.
-        metrics: reads all series, (name, model) -> value, summed over other labels.
+        counter: reads one from the metrics page, by name and model.
         stubs: the models' processes.
     """
 
     infer: Any
-    metrics: Callable[[], dict[tuple[str, str], float]]
+    counter: Callable[[str, str], float]
     stubs: dict[str, psutil.Process]
 
     def score(self, request: Any) -> float:
@@ -70,7 +70,7 @@ class Caller:
 
     def computed(self) -> float:
         """Conversations that were scored since the start."""
-        return self.metrics().get(("triward_conversations_total", FORWARD), 0.0)
+        return self.counter("triward_conversations_total", FORWARD)
 
     def send_and_wait_until_it_runs(self, request: Any, model: str) -> Any:
         """The call, once the model's process works on it."""
@@ -86,7 +86,7 @@ class Caller:
         """Until so many requests wait for a model, none of them in its batch."""
         end = time.monotonic() + 20
         while time.monotonic() < end:
-            if self.metrics().get(("nv_inference_pending_request_count", model)) == count:
+            if self.counter("nv_inference_pending_request_count", model) == count:
                 return
         raise AssertionError(f"never did {count} requests wait for {model}")
 
@@ -99,14 +99,7 @@ def caller(target: TritonServer) -> Iterator[Caller]:
         children = psutil.Process(target.pid).children(recursive=True)
         models = {name: p for p in children for name in (FORWARD, PREPROCESS)
                   if any(f"/{name}/" in argument for argument in p.cmdline())}  # fmt: skip
-        yield Caller(stub.ModelInfer, lambda: _totals(port), models)
-
-
-def _totals(port: int) -> dict[tuple[str, str], float]:
-    totals: Counter[tuple[str, str]] = Counter()
-    for series in read_metrics("127.0.0.1", port, 10):
-        totals[series.name, series.labels.get("model", "")] += series.value
-    return dict(totals)
+        yield Caller(stub.ModelInfer, partial(loadgen.counter, port), models)
 
 
 # --- overload
