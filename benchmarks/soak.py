@@ -49,7 +49,7 @@ _COUNT = 6.0  # threads, descriptors, regions per hour: one in ten minutes
 _FLAGS = (
     "--device=cpu", "--dtype=float32", "--threads=1", "--preprocess-instances=2",
     "--max-queue-size=64", "--queue-timeout-ms=5000", "--embedding-cache-bytes=16000000",
-    "--no-compile",
+    "--no-compile", "--preprocess-batch-size=1",
 )  # fmt: skip
 
 

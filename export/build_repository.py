@@ -76,6 +76,7 @@ class Options:
     preprocess: PreprocessConfig
     forward: ForwardConfig
     preprocess_instances: int
+    preprocess_batch_size: int
     queue_delay_us: int
     max_queue_size: int
     queue_timeout_ms: int
@@ -261,8 +262,14 @@ def _configure(draft: Path, options: Options) -> None:
     model = _read_config(path)
     _set_parameters(model, asdict(options.preprocess))
     model.instance_group[0].count = options.preprocess_instances
+    model.max_batch_size = options.preprocess_batch_size
     _place_on(model, options.preprocess.device)
     _bound_queue(model, options)
+    _write_config(path, model)
+
+    path = draft / schema.ENSEMBLE / "config.pbtxt"
+    model = _read_config(path)
+    model.max_batch_size = options.preprocess_batch_size  # at most its steps'
     _write_config(path, model)
 
     path = draft / schema.FORWARD / "config.pbtxt"
@@ -336,6 +343,7 @@ def _manifest(
             "preprocess": asdict(options.preprocess),
             "forward": asdict(options.forward),
             "preprocess_instances": options.preprocess_instances,
+            "preprocess_batch_size": options.preprocess_batch_size,
             "queue_delay_us": options.queue_delay_us,
             "max_queue_size": options.max_queue_size,
             "queue_timeout_ms": options.queue_timeout_ms,
@@ -370,6 +378,14 @@ def main(
     preprocess_instances: Annotated[
         int, typer.Option(min=1, help="Processes that decode, resize and tokenize.")
     ] = 4,
+    preprocess_batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=schema.MAX_BATCH_SIZE,
+            help="Requests of one preprocessing batch; 1 keeps a malformed tensor to its request.",
+        ),
+    ] = schema.MAX_BATCH_SIZE,
     queue_delay_us: Annotated[
         int, typer.Option(min=0, help="How long the forward model waits to fill a batch.")
     ] = 1000,
@@ -483,6 +499,7 @@ def main(
             preprocess=from_strings(PreprocessConfig, {k: str(v) for k, v in preprocess.items()}),
             forward=from_strings(ForwardConfig, {k: str(v) for k, v in forward.items()}),
             preprocess_instances=preprocess_instances,
+            preprocess_batch_size=preprocess_batch_size,
             queue_delay_us=queue_delay_us,
             max_queue_size=max_queue_size,
             queue_timeout_ms=queue_timeout_ms,

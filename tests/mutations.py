@@ -246,12 +246,11 @@ def damaged_json(rng: Random, value: Any) -> bytes:
     value = json.loads(json.dumps(value))
     if rng.random() < 0.2:  # valid, with words that nobody writes
         text = any_text(rng).decode(errors="replace")
-        where = [
-            p for m in value for p in (m["content"] if isinstance(m["content"], list) else [m])
-        ]
-        chosen = rng.choice(where)
-        chosen.update({"text": text} if chosen.get("type") == "text" else {})
-        chosen.update({"content": text} if "role" in chosen else {})
+        parts = [p for m in value if isinstance(m["content"], list) for p in m["content"]]
+        texts = [part for part in parts if part["type"] == "text"]
+        plain = [m for m in value if isinstance(m["content"], str)]
+        place, key = rng.choice([(t, "text") for t in texts] + [(m, "content") for m in plain])
+        place[key] = text
         return json.dumps(value, ensure_ascii=rng.random() < 0.5).encode()
     for _ in range(rng.choice((1, 1, 2, 5))):
         value = _mutate_tree(rng, value)

@@ -278,9 +278,11 @@ def test_forward_called_directly(name: str, server: TritonServer, checkpoint: An
 def test_work_that_nobody_waits_for_is_dropped(raw: Any) -> None:
     """Triton hands the caller's timeout to the model; one of a microsecond is over at once."""
     fine = wire([{"role": "user", "content": "?"}]), (b"yes",), ()
-    with pytest.raises(triton.InferenceServerException, match="timeout has passed") as caught:
+    # In the queue, or if it got past that, by the model.
+    words = "Request timeout expired|timeout has passed"
+    with pytest.raises(triton.InferenceServerException, match=words) as caught:
         raw(*fine, timeout=1)
-    assert caught.value.status() == "StatusCode.CANCELLED"
+    assert caught.value.status() in ("StatusCode.UNAVAILABLE", "StatusCode.CANCELLED")
     assert np.isfinite(raw(*fine, timeout=60_000_000)).all()
 
 

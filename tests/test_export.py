@@ -37,7 +37,7 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
     output = tmp_path / "models"
     result = export(
         "--checkpoint", checkpoint, "--output", output, "--dtype=float32", "--device=cpu",
-        "--preprocess-instances=3", "--queue-delay-us=777", "--max-batch-tokens=4096",
+        "--preprocess-instances=3", "--preprocess-batch-size=5", "--queue-delay-us=777", "--max-batch-tokens=4096",
         "--max-batch-patches=9999", "--threads=1", "--max-responses=8", "--max-text-bytes=1000",
         "--max-batch-tflop=2.5", "--max-batch-bytes=777777", "--compile",
         "--embedding-cache-bytes=12345", "--deterministic",
@@ -72,6 +72,9 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         (model_config_pb2.ModelInstanceGroup.KIND_CPU, 1)
     ]
     assert config(output, "reward_preprocess").instance_group[0].count == 3
+    assert config(output, "reward_preprocess").max_batch_size == 5
+    assert config(output, "reward").max_batch_size == 5
+    assert forward.max_batch_size == 64
     assert config(output, "reward").platform == "ensemble"
 
 

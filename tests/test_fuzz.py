@@ -309,6 +309,7 @@ def target(
     repository = build(
         "--dtype=float32", "--threads=1", "--max-tokens=1024", "--max-request-tokens=8192",
         "--max-image-pixels=1000000", "--embedding-cache-bytes=1000000",
+        "--preprocess-batch-size=1",  # a tensor that Triton cannot read fails its whole batch
     )  # fmt: skip
     log = tmp_path_factory.mktemp("log") / "triton.log"
     with log.open("w") as file, TritonServer(repository, LOCAL, log=file) as running:

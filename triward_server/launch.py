@@ -33,6 +33,9 @@ _PR_SET_PDEATHSIG = 1
 _SHARED_MEMORY = Path("/dev/shm")  # Triton's Python backend keeps its regions there
 _EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
 _LOOPBACK = "127.0.0.1"
+# glibc raises its threshold for memory maps with what is freed, up to 32 MB; then tensors of all
+# sizes come from one heap, which they leave full of holes. A fixed threshold keeps them apart.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 # What changes or shows the server itself, and no caller needs.
 _ADMIN_PROTOCOLS = "model-repository,model-config,shared-memory,trace,logging"
 
@@ -286,7 +289,7 @@ class TritonServer:
         try:
             self._process = process = subprocess.Popen(
                 command,
-                env=installation.environment,
+                env=_ALLOCATOR | installation.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -11,3 +11,6 @@ class TritonPythonModel:
 
     def execute(self, requests):
         return self._backend.execute(requests)
+
+    def finalize(self):
+        del self._backend  # its metrics must go while Triton is there to take them
