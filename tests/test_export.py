@@ -37,7 +37,8 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
     output = tmp_path / "models"
     result = export(
         "--checkpoint", checkpoint, "--output", output, "--dtype=float32", "--device=cpu",
-        "--preprocess-instances=3", "--preprocess-batch-size=5", "--queue-delay-us=777", "--max-batch-tokens=4096",
+        "--preprocess-instances=3", "--preprocess-batch-size=5", "--queue-delay-us=777",
+        "--max-batch-tokens=4096",
         "--max-batch-patches=9999", "--threads=1", "--max-responses=8", "--max-text-bytes=1000",
         "--max-batch-tflop=2.5", "--max-batch-bytes=777777", "--compile",
         "--embedding-cache-bytes=12345", "--deterministic",
