@@ -81,13 +81,17 @@ def build(
     checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
-    """Exports the tiny checkpoint for the CPU; extra flags are passed on."""
+    """Exports the tiny checkpoint for the CPU; extra flags are passed on.
+
+    One thread: many servers start in these tests, and on busy cores OpenMP's threads spend most of
+    their time waiting for each other.
+    """
 
     def run(*flags: str) -> Path:
         output = tmp_path_factory.mktemp("repository") / "models"
         result = export(
             "--checkpoint", checkpoint, "--output", output, "--device=cpu",
-            "--preprocess-instances=2", *flags,
+            "--preprocess-instances=2", "--threads=1", *flags,
         )  # fmt: skip
         assert result.code == 0, result.stderr
         return output

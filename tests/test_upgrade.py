@@ -41,7 +41,7 @@ def upgraded(
     make_checkpoint("tiny", 7, other)
     result = export(
         "--checkpoint", other, "--output", output, "--device=cpu", "--dtype=float32",
-        "--preprocess-instances=2", "--version=2",
+        "--preprocess-instances=2", "--threads=1", "--version=2",
     )  # fmt: skip
     assert result.code == 0, result.stderr
     return output
@@ -80,7 +80,7 @@ def test_options_that_would_change_running_versions_are_refused(
     before = sorted(upgraded.rglob("*"))
     result = export(
         "--checkpoint", checkpoint, "--output", upgraded, "--device=cpu", "--dtype=float32",
-        "--preprocess-instances=2", "--version=3", "--max-responses=9",
+        "--preprocess-instances=2", "--threads=1", "--version=3", "--max-responses=9",
     )  # fmt: skip
     assert result.code == 1 and "reward_preprocess/config.pbtxt would change" in result.stderr
     assert sorted(upgraded.rglob("*")) == before, "nothing was left"
