@@ -129,6 +129,7 @@ class FakeTriton:
     def __init__(self) -> None:
         self.values: dict[tuple[str, str], float] = {}
         self.calls = 0
+        self.gone: list[str] = []
         triton = self
 
         class MetricFamily:
@@ -136,6 +137,9 @@ class FakeTriton:
 
             def __init__(self, name: str, description: str, kind: str) -> None:
                 self.name = name
+
+            def __del__(self) -> None:
+                triton.gone.append("family")
 
             def Metric(self, labels: dict[str, str]) -> Any:
                 key = self.name, labels.get("le", labels.get("code", labels.get("instance", "")))
@@ -153,6 +157,9 @@ class FakeTriton:
             def set(self, value: float) -> None:
                 triton.values[self.key] = value
 
+            def __del__(self) -> None:
+                triton.gone.append("series")
+
         self.MetricFamily = MetricFamily
 
 
@@ -168,6 +175,15 @@ def test_the_histogram_is_prometheus_cumulative() -> None:
         assert fake.values[SCORES, label] == sum(score <= bound for score in scores), bound
     assert fake.values["triward_score_count", ""] == len(scores)
     assert fake.values["triward_score_sum", ""] == pytest.approx(sum(scores))
+
+
+def test_series_go_before_their_families() -> None:
+    """The other way round Triton's stub crashes when the model is unloaded."""
+    fake = FakeTriton()
+    metrics = ForwardMetrics(fake, {"model": "m", "version": "1"}, "m_0_0", ["INTERNAL", "OK"])
+    metrics.close()
+    assert fake.gone == sorted(fake.gone, reverse=True)
+    assert fake.gone.count("series") == len(fake.values) > fake.gone.count("family") > 10
 
 
 def test_nothing_is_sent_for_what_did_not_happen() -> None:

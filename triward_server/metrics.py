@@ -82,6 +82,14 @@ class Metrics:
         self._working = working.Metric(labels=self._labels | {"instance": instance})
         self._errors = {code: errors.Metric(labels=self._labels | {"code": code}) for code in codes}
 
+    def close(self) -> None:
+        """Give everything back to Triton, while it is there: first the series, then their families.
+
+        Nothing can be counted after it.
+        """
+        del self._series, self._errors, self._working
+        del self._families
+
     def add(self, **amounts: float) -> None:
         """Increase counters, named without `triward_` and `_total`."""
         for name, amount in amounts.items():
@@ -142,6 +150,11 @@ class ForwardMetrics(Metrics):
             )
             for bound in SCORE_BOUNDS
         ]
+
+    def close(self) -> None:
+        """As of any metrics."""
+        del self._buckets
+        super().close()
 
     def observe(self, scores: Iterable[float]) -> None:
         """Put scores into the histogram."""

@@ -68,6 +68,10 @@ class PreprocessBackend:
                 for result in opened
             ]
 
+    def finalize(self) -> None:
+        """Leave nothing that outlives Triton."""
+        self._metrics.close()
+
     def _open(self, request: Any) -> Opened:
         self._metrics.progress()
         messages, responses, media = (
@@ -104,6 +108,10 @@ class ForwardBackend:
         """Answer a dynamic batch with one call of the scorer."""
         with self._metrics.working():
             return self._execute(requests)
+
+    def finalize(self) -> None:
+        """Leave nothing that outlives Triton."""
+        self._metrics.close()
 
     def _execute(self, requests: Sequence[Any]) -> list[Any]:
         begun = time.monotonic()

@@ -13,4 +13,4 @@ class TritonPythonModel:
         return self._backend.execute(requests)
 
     def finalize(self):
-        del self._backend  # its metrics must go while Triton is there to take them
+        self._backend.finalize()
