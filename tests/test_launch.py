@@ -52,8 +52,8 @@ def test_serve_until_told_to_stop(numbers: list[int], serve: Callable[..., Comma
     with RewardClient(grpc) as client:
         assert np.isfinite(client.score(ASK))
     family = running.family()
-    assert sum("stub" in p.name() or "python_b" in p.name() for p in family) == 3
-    assert len(regions(running.process.pid)) == 3, "they are where this test looks for them"
+    assert sum("stub" in p.name() or "python_b" in p.name() for p in family) == 4
+    assert len(regions(running.process.pid)) == 4, "they are where this test looks for them"
     for number in numbers:  # a terminal's Ctrl-C reaches the whole group
         os.killpg(running.process.pid, number)
     assert running.wait() == 0
