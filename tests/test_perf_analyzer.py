@@ -153,6 +153,7 @@ def test_results_are_what_the_export_says(
     perf.main(
         output, url=server.endpoints.grpc, mix=["text"], open_mix=["mixed"], concurrency=[2],
         fraction=[0.5], closed_seconds=4.5, open_seconds=6, count=13, p99_ms=60_000, peak=1000,
+        header=[f"{GRPC_ADMIN_HEADER}:{server.admin_key}"],
     )  # fmt: skip
     results = json.loads(output.read_text())
     mixes = results["mixes"]
