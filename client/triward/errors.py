@@ -63,7 +63,8 @@ def from_triton(error: InferenceServerException, *, model: str, url: str) -> Tri
         return DeadlineExceeded(message)
     # Also for one that waited too long in a queue: had the caller's own time run out, gRPC would
     # have said so first.
-    if code == "UNAVAILABLE" or (code == "NOT_FOUND" and _UNLOADED in message):
+    # And for a call that the server cancels, as gRPC does when it shuts down.
+    if code in ("UNAVAILABLE", "CANCELLED") or (code == "NOT_FOUND" and _UNLOADED in message):
         return ServerUnavailable(f"{url}: {message}")
     if code == "NOT_FOUND":
         return ServerError(f"{url} does not serve the model {model!r}: {message}")

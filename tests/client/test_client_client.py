@@ -85,7 +85,7 @@ def test_another_model(transport):
         (failure("UNAVAILABLE"), ServerUnavailable),
         (failure("DEADLINE_EXCEEDED"), DeadlineExceeded),
         (failure("INTERNAL"), ServerError),
-        (failure("CANCELLED"), ServerError),
+        (failure("CANCELLED"), ServerUnavailable),
         (failure("NOT_FOUND"), ServerError),
     ],
 )

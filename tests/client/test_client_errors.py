@@ -19,13 +19,13 @@ def from_triton(message, status):
     [
         ("INVALID_ARGUMENT", triward.InvalidRequest),
         ("UNAVAILABLE", triward.ServerUnavailable),
+        ("CANCELLED", triward.ServerUnavailable),
         ("DEADLINE_EXCEEDED", triward.DeadlineExceeded),
         *[
             (code, triward.ServerError)
             for code in (
                 "ABORTED",
                 "ALREADY_EXISTS",
-                "CANCELLED",
                 "DATA_LOSS",
                 "FAILED_PRECONDITION",
                 "INTERNAL",
@@ -72,6 +72,10 @@ def test_a_prefix_inside_the_sentence_stays():
 def test_waiting_too_long_in_a_queue_is_overload():
     error = from_triton("in ensemble 'reward', Request timeout expired", "StatusCode.UNAVAILABLE")
     assert type(error) is triward.ServerUnavailable
+
+
+def test_a_call_that_the_server_cancels_is_its_shutdown():
+    assert type(from_triton("CANCELLED", "StatusCode.CANCELLED")) is triward.ServerUnavailable
 
 
 def test_a_model_that_is_not_loaded_may_be_so_later():
