@@ -411,6 +411,20 @@ class TestProgress:
         assert rounds(*[{}] * 9, ask=ask) is None
 
 
+@pytest.mark.parametrize(("status", "kind"), [(400, HttpError), (503, HttpError), (500, Unhealthy)])
+def test_only_a_failure_of_the_server_ends_it_at_once(
+    status: int, kind: type[Exception], repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One caller's malformed tensor fails its whole batch in Triton, the canary too."""
+
+    def infer(*_: object) -> None:
+        raise HttpError(status, "no")
+
+    monkeypatch.setattr(TritonHttp, "infer", infer)
+    with pytest.raises(kind):
+        watchdog.ask_canary(TritonHttp("h", 1), repository, 1)
+
+
 def test_a_missing_process_is_noticed_twice_before_it_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
