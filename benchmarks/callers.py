@@ -179,6 +179,8 @@ STEADY: dict[str, tuple[tuple[str, ...], float]] = {
     "singles": (("single",), 0.02),
     "groups": (("group",), 0.1),
     "nuisances": (("bad", "cancelled", "impatient"), 0.03),
+    # Without those that are given up, by whatever means: Triton 24.10 can abort over them.
+    "wrong": (("bad",), 0.03),
 }
 
 

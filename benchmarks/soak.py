@@ -40,6 +40,7 @@ from triward_server.launch import Endpoints, TritonServer
 from triward_server.random_checkpoint import make_checkpoint
 
 LOAD = ("singles", "groups", "nuisances", "bursts")
+PATIENT_LOAD = ("singles", "groups", "wrong", "bursts")
 WARM_UP = 0.25  # of all samples: buffers, caches and thread pools find their size
 
 # What one request at a time may leave behind would show within an hour as far more than this.
@@ -124,16 +125,18 @@ class Load:
 
     Args:
         url: whom they call.
+        kinds: what each process sends.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, kinds: Sequence[str] = LOAD) -> None:
         self._url = url
+        self._kinds = kinds
         self._processes: list[subprocess.Popen[str]] = []
         self.outcomes: Counter[str] = Counter()
 
     def __enter__(self) -> Load:
         """Start them."""
-        for seed, kind in enumerate(LOAD):
+        for seed, kind in enumerate(self._kinds):
             command = [sys.executable, "-m", "benchmarks.callers", self._url, kind, str(seed)]
             self._processes.append(
                 subprocess.Popen(
@@ -178,7 +181,10 @@ def watch(
 
 
 def verdict(
-    found: dict[str, Trend], outcomes: Counter[str], samples: Sequence[dict[str, float]]
+    found: dict[str, Trend],
+    outcomes: Counter[str],
+    samples: Sequence[dict[str, float]],
+    kinds: Sequence[str] = LOAD,
 ) -> list[str]:
     """What is wrong, in sentences."""
     wrong = [
@@ -193,7 +199,8 @@ def verdict(
             break
     wrong += [f"{outcome}: {count}" for outcome, count in outcomes.items() if "error" in outcome]
     answered = {outcome.partition("/")[2] for outcome in outcomes}
-    for expected in ("scored", "invalid", "unavailable", "cancelled", "late"):
+    given_up = ("cancelled", "late") if "nuisances" in kinds else ()
+    for expected in ("scored", "invalid", "unavailable", *given_up):
         if expected not in answered:
             wrong.append(f"no request was {expected}: this was no mixed load")
     return wrong
@@ -233,6 +240,7 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON file; the plot goes beside it.")],
     minutes: Annotated[float, typer.Option(min=0.5)] = 20.0,
     every: Annotated[float, typer.Option(min=0.5, help="Seconds between samples.")] = 10.0,
+    patient: Annotated[bool, typer.Option(help="Nobody cancels or hangs up.")] = False,
 ) -> None:
     """Run, write the results, and fail if something grows."""
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +248,8 @@ def main(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(serving(folder))
-        load = Load(server.endpoints.grpc)
+        kinds = PATIENT_LOAD if patient else LOAD
+        load = Load(server.endpoints.grpc, kinds)
         samples = []
         with load:
             for sample in watch(server, load, minutes, every):
@@ -248,14 +257,14 @@ def main(
                 draft.write_text(json.dumps(samples))  # if it is interrupted
         draft.unlink()
         found = trends(samples)
-        wrong = verdict(found, load.outcomes, samples)
+        wrong = verdict(found, load.outcomes, samples, kinds)
         if wrong:
             shutil.copyfile(folder / "triton.log", output.with_suffix(".log"))
     results = {
         "machine": machine(),
         "minutes": minutes,
         "flags": _FLAGS,
-        "load": LOAD,
+        "load": kinds,
         "outcomes": dict(sorted(load.outcomes.items())),
         "verdict": wrong or "level",
         "trends": {

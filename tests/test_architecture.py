@@ -19,7 +19,7 @@ from triward_server import schema
 ORDER = (
     "errors", "schema", "config", "conversation", "media", "tokenization", "preprocess",
     "packing", "attention", "vision", "backbone", "checkpoint", "scoring", "metrics", "draining",
-    "triton_io", "canary", "repository", "triton_http", "installation", "launch", "watchdog",
+    "heap", "triton_io", "canary", "repository", "triton_http", "installation", "launch", "watchdog",
     "switch", "random_checkpoint", "testing", "cli",
 )  # fmt: skip
 PACKAGE = ROOT / "triward_server"

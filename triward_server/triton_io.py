@@ -24,6 +24,7 @@ import torch
 from . import schema
 from .config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
 from .errors import InvalidRequest, TriwardError
+from .heap import Heap
 from .metrics import PREPROCESS_COUNTERS, ForwardMetrics, Metrics
 from .packing import Geometry
 from .preprocess import Opened, Preprocessor
@@ -56,10 +57,12 @@ class PreprocessBackend:
         self._pb = pb_utils
         self._preprocessor = Preprocessor(_checkpoint(args), _config(PreprocessConfig, args))
         self._preprocessor.warm_up()
+        self._heap = Heap()
         gc.freeze()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch, each request for itself; images are resized together."""
+        self._heap.tidy()
         with self._metrics.working(), self._metrics.timed("preprocess_seconds"):
             opened = [_capture(partial(self._open, request)) for request in requests]
             self._preprocessor.resizer.flush()
@@ -102,10 +105,12 @@ class ForwardBackend:
         self._scorer = Scorer(_checkpoint(args), self._config)
         self._scorer.warm_up()
         self._metrics = ForwardMetrics(pb_utils, _labels(args), _instance(args), _codes(pb_utils))
+        self._heap = Heap()
         gc.freeze()  # what is loaded stays; later collections need not walk it
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch with one call of the scorer."""
+        self._heap.tidy()
         with self._metrics.working():
             return self._execute(requests)
 
