@@ -19,13 +19,13 @@ class Held:
 
     Attributes:
         rss: resident bytes, shared pages counted in every process that maps them.
-        pss: resident bytes, each page's share: they add up over processes.
+        anon: resident bytes that no file backs and no process shares: heaps and stacks.
         fds: open file descriptors.
         threads: of the process.
     """
 
     rss: int
-    pss: int
+    anon: int
     fds: int
     threads: int
 
@@ -81,5 +81,7 @@ def take(pid: int) -> Footprint:
 
 
 def _held(process: psutil.Process) -> Held:
-    memory = process.memory_full_info()
-    return Held(memory.rss, memory.pss, process.num_fds(), process.num_threads())
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    anonymous = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+    anon = 1024 * int(anonymous[1]) if anonymous else 0  # a process that has ended has no such line
+    return Held(process.memory_info().rss, anon, process.num_fds(), process.num_threads())

@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -97,7 +96,7 @@ def trends(samples: Sequence[dict[str, float]]) -> dict[str, Trend]:
         if name != "seconds" and all(name in sample for sample in level):
             values = [sample[name] for sample in level]
             middle = statistics.median(values)
-            memory = name.endswith(("rss", "pss", "bytes"))
+            memory = name.endswith(("rss", "anon", "bytes"))
             bound = max(_MEMORY_SHARE * middle, _MEMORY_BYTES) if memory else _COUNT
             found[name] = Trend(middle, 3600 * slope(times, values), bound)
     return found
@@ -171,13 +170,15 @@ class Load:
 def watch(
     server: TritonServer, load: Load, minutes: float, every: float
 ) -> Iterator[dict[str, float]]:
-    """Samples until the time is over."""
+    """Samples until the time is over, or the server."""
     begun = time.monotonic()
-    tick = threading.Event()
     while (seconds := time.monotonic() - begun) < 60 * minutes:
         load.check()
-        yield {"seconds": round(seconds, 1), **footprint.take(server.pid).flat()}
-        tick.wait(every)
+        sample = footprint.take(server.pid).flat()
+        yield {"seconds": round(seconds, 1), **sample}
+        if not sample.get("tritonserver.rss"):
+            return  # the verdict says so
+        time.sleep(every)
 
 
 def verdict(
@@ -213,7 +214,7 @@ def draw(results: dict[str, Any], output: Path) -> None:
     minutes = [sample["seconds"] / 60 for sample in samples]
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     panels = {
-        "memory, MB (proportional share)": ("pss", 1e6),
+        "heaps and stacks, MB": ("anon", 1e6),
         "/dev/shm, MB": ("shm.bytes", 1e6),
         "file descriptors": ("fds", 1.0),
         "threads": ("threads", 1.0),

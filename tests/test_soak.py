@@ -30,7 +30,7 @@ def samples(**growth_per_hour: float) -> list[dict[str, float]]:
         fds = 80.0 + (index % 13 == 0)
         rows.append({
             "seconds": 3600 * hours,
-            "total.pss": memory + growth_per_hour.get("pss", 0) * hours,
+            "total.anon": memory + growth_per_hour.get("anon", 0) * hours,
             "total.fds": fds + round(growth_per_hour.get("fds", 0) * hours),
             "shm.bytes": 24 * MB + growth_per_hour.get("shm", 0) * hours,
         })  # fmt: skip
@@ -44,7 +44,7 @@ def test_level() -> None:
 
 @pytest.mark.parametrize(
     ("growth", "name"),
-    [({"pss": 60 * MB}, "total.pss"), ({"fds": 20}, "total.fds"), ({"shm": 50 * MB}, "shm.bytes")],
+    [({"anon": 60 * MB}, "total.anon"), ({"fds": 20}, "total.fds"), ({"shm": 50 * MB}, "shm.bytes")],
 )
 def test_leaks(growth: dict[str, float], name: str) -> None:
     rows = samples(**growth)
