@@ -281,6 +281,8 @@ class TritonServer:
             f"--grpc-address={e.host}", f"--grpc-port={e.grpc_port}",
             f"--http-address={http}", f"--http-port={e.http_port}",
             f"--metrics-address={e.host}", f"--metrics-port={e.metrics_port}",
+            # Clients ping every 20 s while a call waits; Triton would take that for an attack.
+            "--grpc-http2-min-recv-ping-interval-without-data=10000",
             *(self.tls.flags() if self.tls else []),
             *(_trace_flags(self.trace_endpoint) if self.trace_endpoint else []),
             *self.flags,
