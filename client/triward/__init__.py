@@ -1,10 +1,12 @@
 """Rewards of multimodal conversations from a Triward server, over gRPC.
 
-Start with `RewardClient`. Every failure is a `TriwardError`.
+Start with `RewardClient`, or `AsyncRewardClient` in asyncio. Every failure is a `TriwardError`.
 """
 
 from __future__ import annotations
 
+from triward.aio import AsyncRewardClient
+from triward.channel import Tls
 from triward.client import RewardClient
 from triward.errors import (
     DeadlineExceeded,
@@ -18,12 +20,14 @@ from triward.errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncRewardClient",
     "DeadlineExceeded",
     "InvalidRequest",
     "MediaError",
     "RewardClient",
     "ServerError",
     "ServerUnavailable",
+    "Tls",
     "TriwardError",
     "__version__",
 ]

@@ -1,6 +1,12 @@
 """The command `triward`.
 
-Exit codes: 0 scored, 2 wrong input or usage, 3 unavailable, 4 deadline exceeded, 1 other.
+    score     responses to one prompt, or a JSONL file of conversations
+    rank      the same, best first
+    compare   whether response A scores higher than response B
+    health    whether the model can be asked
+
+Exit codes: 0 done (compare: A scores higher; health: ready), 1 no (compare), 2 wrong input or
+usage, 3 unavailable (health: not ready), 4 deadline exceeded, 5 another failure.
 """
 
 from __future__ import annotations
@@ -9,44 +15,192 @@ import argparse
 import io
 import json
 import sys
-import textwrap
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
+from triward import jsonl
+from triward.base import ranked
+from triward.channel import Tls
 from triward.client import RewardClient
 from triward.deadline import Deadline
 from triward.errors import DeadlineExceeded, InvalidRequest, ServerUnavailable, TriwardError
 
-_SHOWN_WIDTH = 72
+_CODES = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    _tolerate_any_text(sys.stdout)
-    _tolerate_any_text(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        _tolerate_any_text(stream)
     options = _parser().parse_args(argv)
     try:
-        with RewardClient(options.url, timeout=options.timeout) as client:
-            scores = client.score_responses(_messages(options), options.response)
+        with _client(options) as client:
+            return int(options.run(client, options))
     except TriwardError as error:
-        print(f"triward: {error}", file=sys.stderr)
-        return _exit_code(error)
-    print(json.dumps({"scores": scores}) if options.json else _table(scores, options.response))
+        return _report(error)
+
+
+def _score(client: RewardClient, options: argparse.Namespace) -> int:
+    if options.input:
+        return _score_lines(client, options)
+    scores = client.score_responses(_messages(options), options.response)
+    _print_scores(scores, options, {"scores": scores})
     return 0
 
 
+def _rank(client: RewardClient, options: argparse.Namespace) -> int:
+    if options.input:
+        return _score_lines(client, options)
+    scores = client.score_responses(_messages(options), options.response)
+    _print_scores(scores, options, {"ranking": ranked(scores), "scores": scores})
+    return 0
+
+
+def _compare(client: RewardClient, options: argparse.Namespace) -> int:
+    options.response = [options.a, options.b]
+    a, b = scores = client.score_responses(_messages(options), options.response)
+    _print_scores(scores, options, {"a": a, "b": b, "margin": a - b})
+    return 0 if a > b else 1
+
+
+def _health(client: RewardClient, options: argparse.Namespace) -> int:
+    ready = client.is_ready()
+    if options.json:
+        print(json.dumps({"ready": ready}))
+    else:
+        print(f"{', '.join(options.url)}: {'ready' if ready else 'not ready'}")
+    return 0 if ready else 3
+
+
+def _score_lines(client: RewardClient, options: argparse.Namespace) -> int:
+    """Every line comes back, in order, with its scores or its error."""
+    with ExitStack() as stack:
+        lines = _open(stack, options.input, "r", sys.stdin)
+        output = _open(stack, options.output, "w", sys.stdout)
+        done = jsonl.score_lines(
+            client,
+            lines,
+            ranking=options.command == "rank",
+            concurrency=options.concurrency,
+            progress=options.progress,
+        )
+        first: TriwardError | None = None
+        total = wrong = 0
+        for row, error in done:
+            output.write(json.dumps(row, ensure_ascii=False) + "\n")
+            output.flush()
+            total, wrong, first = total + 1, wrong + bool(error), first or error
+    if first is None:
+        return 0
+    print(f"triward: {wrong} of {total} lines have no score; the first:", file=sys.stderr)
+    return _report(first)
+
+
+def _open(stack: ExitStack, name: str, mode: str, standard: Any) -> Any:
+    if name == "-":
+        return standard
+    try:
+        return stack.enter_context(open(name, mode, encoding="utf-8"))  # noqa: PTH123
+    except OSError as error:
+        raise InvalidRequest(f"{name}: {error.strerror}") from error
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="triward", description="Rewards from a Triward server.")
+    parser = argparse.ArgumentParser(
+        prog="triward",
+        description="Rewards from a Triward server.",
+        epilog="Exit codes: 0 done or yes, 1 no, 2 wrong input, 3 unavailable, 4 too late, 5 else.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    score = commands.add_parser("score", help="score responses to one prompt, best first")
-    score.add_argument("--url", default="localhost:8001", help="host:port of gRPC (%(default)s)")
-    score.add_argument("--image", action="append", default=[], help="path or URL; may repeat")
-    score.add_argument("--system", help="system message")
-    score.add_argument("--prompt", required=True, help="the user's text, after the images")
-    score.add_argument("--response", action="append", required=True, help="may repeat")
-    score.add_argument("--timeout", type=_seconds, default=60.0, help="seconds (%(default)s)")
-    score.add_argument("--json", action="store_true", help="scores in the order given, as JSON")
+    server, prompt, lines = _server_options(), _prompt_options(), _lines_options()
+    for name, run, parents, text in (
+        ("score", _score, [server, prompt, lines], "score responses, or a JSONL file"),
+        ("rank", _rank, [server, prompt, lines], "order responses by score, best first"),
+        ("compare", _compare, [server, prompt], "exit with 0 when A scores higher than B, else 1"),
+        ("health", _health, [server], "exit with 0 when the model can be asked"),
+    ):
+        command = commands.add_parser(name, help=text, parents=parents)
+        command.set_defaults(run=run, error=command.error)
+        if name in ("score", "rank"):
+            command.add_argument("--response", action="append", help="may repeat")
+        if name == "compare":
+            command.add_argument("--a", required=True, help="response A")
+            command.add_argument("--b", required=True, help="response B")
     return parser
+
+
+def _server_options() -> argparse.ArgumentParser:
+    group = argparse.ArgumentParser(add_help=False)
+    group.add_argument(
+        "--url",
+        action="append",
+        default=None,
+        help="host:port of gRPC (localhost:8001), or dns:///NAME:PORT; may repeat",
+    )
+    group.add_argument("--model", default="reward", help="name of the ensemble (%(default)s)")
+    group.add_argument("--timeout", type=_seconds, default=60.0, help="seconds (%(default)s)")
+    group.add_argument("--tls", action="store_true", help="encrypt, with gRPC's own authorities")
+    group.add_argument("--tls-ca", metavar="FILE", help="encrypt, with this authority")
+    group.add_argument("--tls-certificate", metavar="FILE", help="the client's own, with --tls-key")
+    group.add_argument("--tls-key", metavar="FILE")
+    group.add_argument("--header", action="append", default=[], type=_header, metavar="NAME:VALUE")
+    group.add_argument("--json", action="store_true", help="JSON instead of a table")
+    return group
+
+
+def _prompt_options() -> argparse.ArgumentParser:
+    group = argparse.ArgumentParser(add_help=False)
+    group.add_argument("--image", action="append", default=[], help="path or URL; may repeat")
+    group.add_argument("--system", help="system message")
+    group.add_argument("--prompt", help="the user's text, after the images")
+    return group
+
+
+def _lines_options() -> argparse.ArgumentParser:
+    group = argparse.ArgumentParser(add_help=False)
+    group.add_argument(
+        "--input",
+        metavar="FILE",
+        help='JSONL, - for standard input; a line is {"messages": […], "responses": […]}, or '
+        '{"messages": […]} with the response as its last message',
+    )
+    group.add_argument("--output", metavar="FILE", default="-", help="JSONL (standard output)")
+    group.add_argument("--concurrency", type=int, default=32, help="requests at once (%(default)s)")
+    group.add_argument("--progress", action="store_true", help="show a bar")
+    return group
+
+
+def _client(options: argparse.Namespace) -> RewardClient:
+    """For checked options.
+
+    Raises:
+        SystemExit: they do not go together; usage is shown.
+    """
+    options.url = options.url or ["localhost:8001"]
+    if options.command in ("score", "rank"):
+        given = [options.prompt is not None, bool(options.response)]
+        if options.input and (any(given) or options.image or options.system):
+            options.error("--input takes its prompts and responses from the file")
+        if not options.input and not all(given):
+            options.error("needs --prompt and --response, or --input")
+    if options.command == "compare" and options.prompt is None:
+        options.error("needs --prompt")
+    tls = None
+    try:
+        if options.tls or options.tls_ca or options.tls_certificate or options.tls_key:
+            tls = Tls(options.tls_ca, options.tls_certificate, options.tls_key)
+        url = options.url if len(options.url) > 1 else options.url[0]
+        return RewardClient(
+            url,
+            timeout=options.timeout,
+            model=options.model,
+            tls=tls,
+            headers=dict(options.header),
+        )
+    except ValueError as error:
+        options.error(str(error))
+        raise
 
 
 def _seconds(text: str) -> float:
@@ -58,6 +212,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not (name and colon):
+        raise argparse.ArgumentTypeError(f"must be NAME:VALUE, got {text!r}")
+    return name.strip().lower(), value.strip()
+
+
 def _messages(options: argparse.Namespace) -> list[dict[str, Any]]:
     images = [{"type": "image", "image": image} for image in options.image]
     user = {"role": "user", "content": [*images, {"type": "text", "text": options.prompt}]}
@@ -66,18 +227,29 @@ def _messages(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"role": "system", "content": options.system}, user]
 
 
-def _table(scores: list[float], responses: list[str]) -> str:
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    marks = ["*"] + [" "] * (len(order) - 1)
-    return "\n".join(
-        f"{mark} {scores[index]:10.4f}  {textwrap.shorten(responses[index], _SHOWN_WIDTH)}"
-        for mark, index in zip(marks, order)
-    )
+def _print_scores(
+    scores: list[float], options: argparse.Namespace, as_json: dict[str, Any]
+) -> None:
+    """A table, best first, or JSON."""
+    if options.json:
+        print(json.dumps(as_json))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("rank", "response", "score", "text", box=None, pad_edge=False)
+    table.columns[3].overflow, table.columns[3].no_wrap = "ellipsis", True
+    for rank, index in enumerate(ranked(scores), start=1):
+        text = Text(" ".join(options.response[index].split()))
+        name = "AB"[index] if options.command == "compare" else str(index)
+        table.add_row(str(rank), name, f"{scores[index]:.4f}", text)
+    Console(highlight=False).print(table)
 
 
-def _exit_code(error: TriwardError) -> int:
-    codes = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+def _report(error: TriwardError) -> int:
+    print(f"triward: {error}", file=sys.stderr)
+    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), 5)
 
 
 def _tolerate_any_text(stream: object) -> None:

@@ -1,25 +1,39 @@
-"""RewardClient: conversation in, score out, over one gRPC channel."""
+"""RewardClient: conversation in, score out, over gRPC."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
 from tritonclient.grpc import InferenceServerClient
 
 from triward import protocol
-from triward.conversation import Messages, build_request, split_conversation
-from triward.deadline import Deadline
-from triward.errors import (
-    DeadlineExceeded,
-    ServerUnavailable,
-    TriwardError,
-    located,
-    triton_errors,
+from triward.base import (
+    AHEAD,
+    BaseClient,
+    OnError,
+    Outcome,
+    PerProcess,
+    Progress,
+    any_failed,
+    check_many,
+    checked,
+    failed,
+    ranked,
+    stands_for_all,
 )
-from triward.wire import infer_arguments, read_scores
+from triward.channel import MAX_ATTEMPTS, Tls, Url
+from triward.conversation import Messages, RewardRequest, build_request, split_conversation
+from triward.deadline import Deadline
+from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError
+from triward.grouping import Group, grouped
+from triward.shelf import Shelf
+from triward.wire import read_scores
 
 
 class _Transport(Protocol):
@@ -27,17 +41,22 @@ class _Transport(Protocol):
 
     def infer(self, **arguments: Any) -> Any: ...
 
-    def is_model_ready(self, model_name: str, *, client_timeout: float) -> bool: ...
+    def is_model_ready(
+        self, model_name: str, *, headers: Mapping[str, str], client_timeout: float
+    ) -> bool: ...
 
     def close(self) -> None: ...
 
 
-class RewardClient:
-    """Asks one Triward server for rewards. Safe to share between threads; close it when done.
+class RewardClient(BaseClient):
+    """Asks Triward servers for rewards.
+
+    Threads may share it. It connects when it first asks, each process for itself, so it can be
+    pickled and used after a fork. Close it when done.
 
     A conversation is the model card's list of messages. An image is a path, bytes, a data:, file://
     or http(s) URL, or a PIL image. Nothing that is passed in is changed. No call makes up a score:
-    it returns finite numbers from the server, or raises a `TriwardError`:
+    it returns finite numbers from a server, or raises a `TriwardError`:
 
     - `InvalidRequest` (`MediaError` for an image or video): this input cannot be scored.
     - `ServerUnavailable`: overloaded, not reachable, or not ready.
@@ -45,33 +64,38 @@ class RewardClient:
     - `ServerError`: the server failed.
 
     Args:
-        url: host:port of Triton's gRPC endpoint, without a scheme.
+        url: host:port of Triton's gRPC endpoint; a gRPC target that names many servers, as
+            dns:///rewards:8001; or a list of host:port. Calls go to all that answer, in turn.
         timeout: seconds for each conversation, from reading its media to its scores. The methods
             take another one for one call. A timeout that is not above 0 is a ValueError.
         model: name of the ensemble.
+        tls: encrypts the channel.
+        headers: sent with every call.
+        max_attempts: how often a request is sent while it is UNAVAILABLE and its timeout lasts, 1
+            to 5, with pauses that grow from 0.2 to 5.4 s.
     """
 
     def __init__(  # noqa: D107 - the class says it
         self,
-        url: str = "localhost:8001",
+        url: Url = "localhost:8001",
         *,
         timeout: float = 60.0,
         model: str = protocol.MODEL,
+        tls: Tls | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_attempts: int = MAX_ATTEMPTS,
         _transport: _Transport | None = None,
     ) -> None:
-        Deadline(timeout)  # raises for a timeout that no call could use
-        self._url = url
-        self._timeout = timeout
-        self._model = model
-        # Several threads may share it: unlike streams, its unary calls keep no state of their own.
-        self._transport = InferenceServerClient(url) if _transport is None else _transport
-        self._closed = False
+        super().__init__(url, timeout, model, tls, headers, max_attempts)
+        self._transport: PerProcess[_Transport] = PerProcess(
+            lambda: _transport or self._address.connect(InferenceServerClient)
+        )
 
     def score(self, messages: Messages, *, timeout: float | None = None) -> float:
         """The reward of a conversation whose last message is the assistant's."""
         deadline = self._deadline(timeout)
         prompt, response = split_conversation(messages)
-        return self._infer(prompt, [response], deadline)[0]
+        return self._infer(build_request(prompt, [response], deadline), deadline)[0]
 
     def score_responses(
         self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
@@ -80,7 +104,8 @@ class RewardClient:
 
         One request: the prompt and its media are sent once.
         """
-        return self._infer(messages, responses, self._deadline(timeout))
+        deadline = self._deadline(timeout)
+        return self._infer(build_request(messages, responses, deadline), deadline)
 
     def score_many(
         self,
@@ -88,41 +113,58 @@ class RewardClient:
         *,
         timeout: float | None = None,
         concurrency: int = 32,
-    ) -> list[float]:
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> list[Any]:
         """The rewards of conversations, in their order.
 
         Args:
             conversations: each as for `score`; taken one by one, as earlier ones finish.
-            timeout: seconds for each conversation from when it is taken up.
-            concurrency: how many are in flight at once. The server batches them.
+                Neighbours with one prompt travel in one request, and a media file or PIL image
+                that several show is read once: sort by prompt if you can.
+            timeout: seconds for each request from when it is taken up.
+            concurrency: how many requests are in flight at once. The server batches them.
+            on_error: "raise" or "return".
+            progress: show a bar on standard error.
+
+        Returns:
+            floats; with `on_error="return"` a `TriwardError` in the place of each conversation
+            that has no score.
 
         Raises:
             TriwardError: as for `score`, for the first conversation that fails; the message names
-                it. No conversation is taken up after that, and those in flight are waited for.
-            ValueError: concurrency is below 1.
+                it. No request is sent after that, and those in flight are waited for. Not with
+                `on_error="return"`.
+            ValueError: an argument cannot be used.
         """
-        if concurrency < 1:
-            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        outcomes = self.iter_scores(
+            conversations,
+            timeout=timeout,
+            concurrency=concurrency,
+            on_error=on_error,
+            progress=progress,
+        )
+        return list(outcomes)
+
+    def iter_scores(
+        self,
+        conversations: Iterable[Messages],
+        *,
+        timeout: float | None = None,
+        concurrency: int = 32,
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> Iterator[Any]:
+        """What `score_many` returns, one by one: for more conversations than fit into memory."""
+        check_many(concurrency, on_error)
         self._deadline(timeout)  # raises for a wrong timeout even when there is no conversation
-        scores: list[Future[float]] = []
-        running: set[Future[float]] = set()
-        with ThreadPoolExecutor(concurrency, thread_name_prefix="triward") as pool:
-            for index, conversation in enumerate(conversations):
-                if len(running) == concurrency:
-                    running = _reap(running)
-                future = pool.submit(self._score_at, index, conversation, timeout)
-                scores.append(future)
-                running.add(future)
-            while running:
-                running = _reap(running)
-        return [future.result() for future in scores]
+        return self._outcomes(conversations, timeout, concurrency, on_error, progress)
 
     def rank(
         self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
     ) -> list[int]:
         """Indices of `responses`, best first; equal scores keep their order."""
-        scores = self.score_responses(messages, responses, timeout=timeout)
-        return sorted(range(len(scores)), key=lambda index: -scores[index])
+        return ranked(self.score_responses(messages, responses, timeout=timeout))
 
     def compare(self, messages: Messages, a: str, b: str, *, timeout: float | None = None) -> bool:
         """True when response `a` scores strictly higher than response `b`."""
@@ -137,17 +179,20 @@ class RewardClient:
         """
         remaining = self._deadline(timeout).remaining()
         try:
-            with triton_errors(model=self._model, url=self._url):
-                ready = self._transport.is_model_ready(self._model, client_timeout=remaining)
+            with self._translated():
+                ready = self._transport.get().is_model_ready(
+                    self._model, headers=self._headers, client_timeout=remaining
+                )
         except (ServerUnavailable, DeadlineExceeded):
             return False
         return bool(ready)
 
     def close(self) -> None:
         """Close the channel; calls in flight fail. Closing twice is fine."""
-        if not self._closed:
-            self._closed = True
-            self._transport.close()
+        self._closed = True
+        transport = self._transport.take()
+        if transport is not None:
+            transport.close()
 
     def __enter__(self) -> RewardClient:
         """The client itself."""
@@ -162,30 +207,57 @@ class RewardClient:
         """Close the client."""
         self.close()
 
-    def _deadline(self, timeout: float | None) -> Deadline:
-        if self._closed:
-            raise RuntimeError("this RewardClient is closed")
-        return Deadline(self._timeout if timeout is None else timeout)
-
-    def _infer(
-        self, messages: Messages, responses: Sequence[str], deadline: Deadline
-    ) -> list[float]:
-        request = build_request(messages, responses, deadline)
-        arguments = infer_arguments(request, model=self._model, remaining=deadline.remaining())
-        with triton_errors(model=self._model, url=self._url):
-            result = self._transport.infer(**arguments)
+    def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:
+        arguments = self._arguments(request, deadline)
+        with self._translated():
+            result = self._transport.get().infer(**arguments)
         return read_scores(result, len(request.responses))
 
-    def _score_at(self, index: int, conversation: Messages, timeout: float | None) -> float:
+    def _outcomes(
+        self,
+        conversations: Iterable[Messages],
+        timeout: float | None,
+        concurrency: int,
+        on_error: OnError,
+        progress: bool,
+    ) -> Iterator[Outcome]:
+        """Requests under way in the order of their conversations, the first handed out first."""
+        shelf, stop = Shelf(), threading.Event()
+        pending: deque[Future[list[Outcome]]] = deque()
+
+        def score(group: Group) -> list[Outcome]:
+            if stop.is_set():
+                return []  # nobody looks: one before it has failed
+            outcomes = self._score_group(group, shelf, timeout)
+            if on_error == "raise" and any_failed(outcomes):
+                stop.set()
+            return outcomes
+
+        pool = ThreadPoolExecutor(concurrency, thread_name_prefix="triward")
+        with Progress(progress, conversations) as bar:
+            try:
+                for group in grouped(conversations):
+                    if stop.is_set():
+                        break
+                    pending.append(pool.submit(score, group))
+                    while pending and (pending[0].done() or len(pending) > AHEAD * concurrency):
+                        yield from bar.counting(checked(pending.popleft().result(), on_error))
+                while pending:
+                    yield from bar.counting(checked(pending.popleft().result(), on_error))
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+
+    def _score_group(self, group: Group, shelf: Shelf, timeout: float | None) -> list[Outcome]:
+        """A score or an error for each of a group's conversations."""
         try:
-            return self.score(conversation, timeout=timeout)
+            if group.error:
+                raise group.error
+            deadline = self._deadline(timeout)
+            request = group.request(partial(shelf.read, deadline=deadline))
+            return list(self._infer(request, deadline))
         except TriwardError as error:
-            raise located(error, f"conversations[{index}]") from error
-
-
-def _reap(running: set[Future[float]]) -> set[Future[float]]:
-    """Wait until one is done; raise if it failed; the others go on."""
-    done, rest = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
-        future.result()
-    return rest
+            if stands_for_all(error, group):
+                return failed(error, group)
+        singles = (self._score_group(single, shelf, timeout) for single in group.alone())
+        return [outcome for outcomes in singles for outcome in outcomes]

@@ -49,8 +49,10 @@ class ServerError(TriwardError):
 
 
 def located(error: TriwardError, place: str) -> TriwardError:
-    """The same error with the place in the caller's input in front of its message."""
-    return type(error)(f"{place}: {error}")
+    """The same error, caused by it, with the place in the caller's input in front."""
+    placed = type(error)(f"{place}: {error}")
+    placed.__cause__ = error
+    return placed
 
 
 def from_triton(error: InferenceServerException, *, model: str, url: str) -> TriwardError:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from tritonclient.utils import deserialize_bytes_tensor
 
 from triward import RewardClient
 from triward.deadline import Deadline
+
+ROOT = Path(__file__).parents[2]
 
 
 class Result:
@@ -39,8 +44,8 @@ class FakeTransport:
         self.calls.append(arguments)
         return self.reply(arguments)
 
-    def is_model_ready(self, model_name, *, client_timeout):
-        self.calls.append({"model_name": model_name, "client_timeout": client_timeout})
+    def is_model_ready(self, model_name, **arguments):
+        self.calls.append({"model_name": model_name, **arguments})
         if isinstance(self.ready, Exception):
             raise self.ready
         return self.ready
@@ -133,3 +138,14 @@ def deliver():
         return answer
 
     return answer_with
+
+
+@pytest.fixture(scope="session")
+def server_process():
+    """The address of a `FakeServer` in a process of its own, for tests that fork or measure."""
+    command = [sys.executable, "-m", "tests.fakeserver"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield f"127.0.0.1:{process.stdout.readline().split()[1]}"
+        finally:
+            process.kill()

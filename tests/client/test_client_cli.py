@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import runpy
@@ -15,6 +16,7 @@ from triward import (
     RewardClient,
     ServerError,
     ServerUnavailable,
+    Tls,
     TriwardError,
 )
 
@@ -26,9 +28,9 @@ def made(monkeypatch, transport):
     """Arguments with which the command made its client, which gets the fake transport."""
     made = []
 
-    def make(url, *, timeout):
-        made.append((url, timeout))
-        return RewardClient(url, timeout=timeout, _transport=transport)
+    def make(url, **settings):
+        made.append((url, settings))
+        return RewardClient(url, **settings, _transport=transport)
 
     monkeypatch.setattr(triward.cli, "RewardClient", make)
     return made
@@ -38,24 +40,30 @@ def responses(*texts):
     return [argument for text in texts for argument in ("--response", text)]
 
 
+def defaults(**settings):
+    return {"timeout": 60.0, "model": "reward", "tls": None, "headers": {}, **settings}
+
+
 def test_table_is_best_first(made, capsys):
     assert triward.cli.main([*ARGUMENTS, *responses("no", "longest", "four")]) == 0
     out, err = capsys.readouterr()
     assert [line.split() for line in out.splitlines()] == [
-        ["*", "7.0000", "longest"],
-        ["4.0000", "four"],
-        ["2.0000", "no"],
+        ["rank", "response", "score", "text"],
+        ["1", "1", "7.0000", "longest"],
+        ["2", "2", "4.0000", "four"],
+        ["3", "0", "2.0000", "no"],
     ]
     assert err == ""
-    assert made == [("localhost:8001", 60.0)]
+    assert made == [("localhost:8001", defaults())]
 
 
 def test_a_line_per_response_whatever_it_holds(made, capsys):
-    assert triward.cli.main([*ARGUMENTS, *responses("a\nb " * 100, "")]) == 0
+    assert triward.cli.main([*ARGUMENTS, *responses("a\nb " * 100, "[red]x[/red]")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert all(len(line) < 100 for line in lines)
-    assert "a b a b" in lines[0]
+    assert len(lines) == 3
+    assert all(len(line) <= 80 for line in lines)
+    assert "a b a b" in lines[1]
+    assert "[red]x[/red]" in lines[2]
 
 
 def test_json_is_in_the_order_given(made, capsys):
@@ -70,7 +78,7 @@ def test_what_is_asked(made, transport, tmp_path):
     options = ["--url", "host:1", "--timeout", "2.5", "--system", "s"]
     options += ["--image", str(paths[0]), "--image", str(paths[1])]
     assert triward.cli.main([*ARGUMENTS, *options, *responses("r")]) == 0
-    assert made == [("host:1", 2.5)]
+    assert made == [("host:1", defaults(timeout=2.5))]
     sent = transport.sent(transport.calls[0])
     assert json.loads(sent["messages"][1][0]) == [
         {"role": "system", "content": "s"},
@@ -90,8 +98,8 @@ def test_what_is_asked(made, transport, tmp_path):
         (MediaError("bad"), 2),
         (ServerUnavailable("bad"), 3),
         (DeadlineExceeded("bad"), 4),
-        (ServerError("bad"), 1),
-        (TriwardError("bad"), 1),
+        (ServerError("bad"), 5),
+        (TriwardError("bad"), 5),
     ],
 )
 def test_exit_codes(made, transport, capsys, error, code):
@@ -119,16 +127,23 @@ def test_a_missing_image(made, transport, capsys):
         ["score"],
         ARGUMENTS,
         ["score", "--response", "r"],
+        ["rank", "--prompt", "q"],
+        ["compare", "--prompt", "q", "--a", "x"],
+        ["compare", "--a", "x", "--b", "y"],
+        ["score", "--input", "f.jsonl", "--prompt", "q"],
+        ["health", "--url", "http://host:1"],
+        ["health", "--tls-key", "only.key"],
+        ["health", "--header", "no colon"],
         [*ARGUMENTS, "--response", "r", "--timeout", "0"],
         [*ARGUMENTS, "--response", "r", "--timeout", "soon"],
     ],
 )
-def test_usage(made, arguments, capsys):
+def test_usage(made, transport, arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         triward.cli.main(arguments)
     assert caught.value.code == 2
     assert "usage" in capsys.readouterr().err
-    assert made == []
+    assert transport.calls == []
 
 
 def test_a_response_that_is_no_text(made, capsys):
@@ -143,3 +158,105 @@ def test_python_dash_m(made, monkeypatch, capsys):
         runpy.run_module("triward", run_name="__main__")
     assert caught.value.code == 0
     assert json.loads(capsys.readouterr().out) == {"scores": [4.0]}
+
+
+def test_rank(made, capsys):
+    arguments = ["rank", "--prompt", "q", *responses("no", "longest", "four"), "--json"]
+    assert triward.cli.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "ranking": [1, 2, 0],
+        "scores": [2.0, 7.0, 4.0],
+    }
+
+
+@pytest.mark.parametrize(("a", "b", "code"), [("long", "no", 0), ("no", "long", 1), ("x", "y", 1)])
+def test_compare(made, capsys, a, b, code):
+    arguments = ["compare", "--prompt", "q", "--a", a, "--b", b]
+    assert triward.cli.main([*arguments, "--json"]) == code
+    margin = float(len(a) - len(b))
+    assert json.loads(capsys.readouterr().out) == {
+        "a": float(len(a)), "b": float(len(b)), "margin": margin,
+    }  # fmt: skip
+    assert triward.cli.main(arguments) == code
+    best = capsys.readouterr().out.splitlines()[1].split()
+    assert best[1] == ("A" if margin >= 0 else "B")
+
+
+@pytest.mark.parametrize(("ready", "code", "text"), [(True, 0, "ready"), (False, 3, "not ready")])
+def test_health(made, transport, capsys, ready, code, text):
+    transport.ready = ready
+    assert triward.cli.main(["health", "--url", "a:1", "--url", "b:2"]) == code
+    assert capsys.readouterr().out == f"a:1, b:2: {text}\n"
+    assert triward.cli.main(["health", "--json"]) == code
+    assert json.loads(capsys.readouterr().out) == {"ready": ready}
+
+
+def test_how_servers_are_reached(made, tmp_path):
+    tls = ["--tls-ca", "ca.pem", "--tls-certificate", "c.pem", "--tls-key", "c.key"]
+    options = ["--url", "a:1", "--url", "b:2", "--header", "Key: v", "--model", "other"]
+    assert triward.cli.main([*ARGUMENTS, *options, *tls, *responses("r")]) == 0
+    settings = defaults(model="other", headers={"key": "v"}, tls=Tls("ca.pem", "c.pem", "c.key"))
+    assert made == [(["a:1", "b:2"], settings)]
+    assert triward.cli.main(["health", "--tls"]) == 0
+    assert made[-1][1]["tls"] == Tls()
+
+
+PROMPT = [{"role": "user", "content": "q"}]
+LINES = [
+    {"id": 1, "messages": PROMPT, "responses": ["no", "longest"]},
+    {"messages": [*PROMPT, {"role": "assistant", "content": "four"}], "id": "x"},
+]
+
+
+def run_lines(tmp_path, lines, *options, command="score"):
+    given, got = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    text = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+    given.write_text("\n".join(text), encoding="utf-8")
+    code = triward.cli.main([command, "--input", str(given), "--output", str(got), *options])
+    return code, [json.loads(line) for line in got.read_text(encoding="utf-8").splitlines()]
+
+
+def test_lines(made, tmp_path):
+    assert run_lines(tmp_path, [*LINES, "", LINES[1]]) == (
+        0,
+        [
+            {"id": 1, "scores": [2.0, 7.0]},
+            {"id": "x", "score": 4.0},
+            {"id": "x", "score": 4.0},
+        ],
+    )
+    _, rows = run_lines(tmp_path, LINES, command="rank")
+    assert rows[0] == {"id": 1, "scores": [2.0, 7.0], "ranking": [1, 0]}
+
+
+def test_lines_that_cannot_be_scored_come_back_with_their_error(made, transport, tmp_path, capsys):
+    def reply(arguments):
+        if b"bad" in transport.sent(arguments)["responses"][1]:
+            raise InvalidRequest("too bad")
+        return transport.lengths(arguments)
+
+    transport.reply = reply
+    bad = {"id": 2, "messages": PROMPT, "responses": ["fine", "bad"]}
+    lines = ["{", "[]", LINES[0], bad, {"id": 3, "messages": PROMPT}, {"responses": []}, LINES[1]]
+    empty = {"id": 4, "messages": PROMPT, "responses": []}
+    code, rows = run_lines(tmp_path, [*lines, empty])
+    assert code == 2
+    assert [row.get("id") for row in rows] == [None, None, 1, 2, 3, None, "x", 4]
+    assert (rows[2]["scores"], rows[6]["score"]) == ([2.0, 7.0], 4.0)
+    errors = {index: row["error"] for index, row in enumerate(rows) if "error" in row}
+    assert set(errors) == {0, 1, 3, 4, 5, 7}
+    assert {error["type"] for error in errors.values()} == {"InvalidRequest"}
+    assert errors[3]["message"] == "line 4: responses[1]: too bad"
+    assert all(errors[i]["message"].startswith(f"line {i + 1}: ") for i in errors)
+    assert "6 of 8 lines have no score" in capsys.readouterr().err
+
+
+def test_lines_through_pipes(made, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(LINES[1])))
+    assert triward.cli.main(["score", "--input", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"id": "x", "score": 4.0}
+
+
+def test_a_missing_input_file(made, capsys):
+    assert triward.cli.main(["score", "--input", "gone.jsonl"]) == 2
+    assert "gone.jsonl" in capsys.readouterr().err

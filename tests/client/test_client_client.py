@@ -27,6 +27,16 @@ def conversation(response):
     return [*PROMPT, {"role": "assistant", "content": response}]
 
 
+def alone(response):
+    """A conversation whose prompt no other has: nothing travels with it."""
+    alone.count += 1
+    prompt = {"role": "user", "content": f"question {alone.count}"}
+    return [prompt, {"role": "assistant", "content": response}]
+
+
+alone.count = 0
+
+
 def failure(code, message="no"):
     return InferenceServerException(message, status=f"StatusCode.{code}")
 
@@ -201,7 +211,7 @@ def test_score_many_keeps_the_order(client, transport):
         return transport.lengths(arguments)
 
     transport.reply = reply
-    assert client.score_many([conversation("first"), conversation("2nd")]) == [5.0, 3.0]
+    assert client.score_many([alone("first"), alone("2nd")]) == [5.0, 3.0]
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
@@ -224,15 +234,15 @@ def test_score_many_bounds_what_is_in_flight(client, transport, concurrency):
     taken = []
 
     def conversations():
-        for length in range(4 * concurrency):
+        for length in range(8 * concurrency):
             taken.append(len(transport.calls))
-            yield conversation("x" * length)
+            yield alone("x" * length)
 
     scores = client.score_many(conversations(), concurrency=concurrency)
-    assert scores == [float(length) for length in range(4 * concurrency)]
+    assert scores == [float(length) for length in range(8 * concurrency)]
     assert most[0] <= concurrency
     # Conversations are pulled as earlier ones finish, so a long iterable need not fit in memory.
-    assert taken[-1] >= 2 * concurrency
+    assert taken[-1] >= 4 * concurrency
 
 
 def test_score_many_stops_at_the_first_failure(client, transport):
@@ -242,7 +252,7 @@ def test_score_many_stops_at_the_first_failure(client, transport):
         return transport.lengths(arguments)
 
     transport.reply = reply
-    conversations = [conversation("ok"), conversation("bad"), *[conversation("late")] * 100]
+    conversations = [alone("ok"), alone("bad"), *map(alone, ["late"] * 100)]
     with pytest.raises(ServerError, match=r"^conversations\[1\]: INTERNAL: broken$"):
         client.score_many(conversations, concurrency=1)
     assert len(transport.calls) <= 3
@@ -270,7 +280,7 @@ def test_score_many_waits_for_what_is_in_flight(client, transport):
 
     transport.reply = reply
     with pytest.raises(ServerError):
-        client.score_many([conversation("bad"), conversation("ok")], concurrency=2)
+        client.score_many([alone("bad"), alone("ok")], concurrency=2)
     assert done == [True]
 
 
@@ -314,7 +324,7 @@ def test_is_ready(client, transport):
 
 def test_closing(transport):
     with RewardClient(_transport=transport) as client:
-        pass
+        client.score(conversation("r"))
     client.close()
     assert transport.closed == 1
     for call in (lambda: client.score(conversation("r")), client.is_ready):
@@ -328,14 +338,14 @@ def test_the_seam_matches_tritonclient(transport, client):
     real = inspect.signature(InferenceServerClient.infer).parameters
     assert set(transport.calls[0]) <= set(real)
     ready = inspect.signature(InferenceServerClient.is_model_ready).parameters
-    assert {"model_name", "client_timeout"} <= set(ready)
+    assert {"model_name", "headers", "client_timeout"} <= set(ready)
 
 
 def test_a_real_channel_without_a_server():
     with socket.socket() as held:  # bound but not listening: a connection is refused
         held.bind(("127.0.0.1", 0))
         url = f"127.0.0.1:{held.getsockname()[1]}"
-        with RewardClient(url, timeout=10) as client:
+        with RewardClient(url, timeout=10, max_attempts=1) as client:
             with pytest.raises(ServerUnavailable, match=url):
                 client.score(conversation("r"))
             assert client.is_ready() is False

@@ -23,7 +23,17 @@ def run(*arguments, **environment):
 
 
 def test_import_stays_light():
-    heavy = ("torch", "transformers", "PIL", "requests", "triward_server")
+    heavy = (
+        "torch",
+        "transformers",
+        "PIL",
+        "requests",
+        "triward_server",
+        "ray",
+        "rich",
+        "tqdm",
+        "datasets",
+    )
     code = f"import sys, triward, triward.cli; print([m for m in {heavy} if m in sys.modules])"
     done = run("-c", code)
     assert done.stdout.strip() == "[]", done.stderr
@@ -45,12 +55,14 @@ except MediaError:
 
 def test_exported_names():
     assert sorted(triward.__all__) == [
+        "AsyncRewardClient",
         "DeadlineExceeded",
         "InvalidRequest",
         "MediaError",
         "RewardClient",
         "ServerError",
         "ServerUnavailable",
+        "Tls",
         "TriwardError",
         "__version__",
     ]
@@ -64,7 +76,7 @@ def test_versions_agree():
 
 def test_the_thin_client_stays_thin():
     project = (CLIENT / "pyproject.toml").read_text(encoding="utf-8")
-    assert 'dependencies = ["numpy", "tritonclient[grpc]"]' in project
+    assert 'dependencies = ["cachetools", "numpy", "rich", "tqdm", "tritonclient[grpc]"]' in project
     assert (CLIENT / "triward" / "py.typed").is_file()
 
 

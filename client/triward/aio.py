@@ -1,0 +1,252 @@
+"""AsyncRewardClient: `RewardClient` for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Callable, Protocol
+from weakref import WeakKeyDictionary
+
+from tritonclient.grpc.aio import InferenceServerClient
+
+from triward import protocol
+from triward.base import (
+    AHEAD,
+    BaseClient,
+    OnError,
+    Outcome,
+    PerProcess,
+    Progress,
+    any_failed,
+    check_many,
+    checked,
+    failed,
+    ranked,
+    stands_for_all,
+)
+from triward.channel import MAX_ATTEMPTS, Tls, Url
+from triward.conversation import Messages, RewardRequest, build_request, split_conversation
+from triward.deadline import Deadline
+from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError
+from triward.grouping import Group, grouped
+from triward.shelf import Shelf
+from triward.wire import read_scores
+
+
+class _Transport(Protocol):
+    """What of tritonclient's asyncio InferenceServerClient is used."""
+
+    def infer(self, **arguments: Any) -> Awaitable[Any]: ...
+
+    def is_model_ready(
+        self, model_name: str, *, headers: Mapping[str, str], client_timeout: float
+    ) -> Awaitable[bool]: ...
+
+    def close(self) -> Awaitable[None]: ...
+
+
+class AsyncRewardClient(BaseClient):
+    """Asks Triward servers for rewards, without blocking the event loop.
+
+    What is said of `RewardClient` holds: the same arguments, methods, results and errors. Media are
+    read in threads. Each event loop connects for itself; close the client in the last of them.
+    """
+
+    def __init__(  # noqa: D107 - the class says it
+        self,
+        url: Url = "localhost:8001",
+        *,
+        timeout: float = 60.0,
+        model: str = protocol.MODEL,
+        tls: Tls | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_attempts: int = MAX_ATTEMPTS,
+        _transport: _Transport | None = None,
+    ) -> None:
+        super().__init__(url, timeout, model, tls, headers, max_attempts)
+        self._given = _transport
+        self._transports: PerProcess[WeakKeyDictionary[asyncio.AbstractEventLoop, _Transport]] = (
+            PerProcess(WeakKeyDictionary)
+        )
+
+    async def score(self, messages: Messages, *, timeout: float | None = None) -> float:
+        """The reward of a conversation whose last message is the assistant's."""
+        prompt, response = split_conversation(messages)
+        return (await self.score_responses(prompt, [response], timeout=timeout))[0]
+
+    async def score_responses(
+        self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
+    ) -> list[float]:
+        """The rewards of N >= 1 candidate responses to one prompt, in their order."""
+        deadline = self._deadline(timeout)
+        request = await _in_thread(partial(build_request, messages, responses, deadline), deadline)
+        return await self._infer(request, deadline)
+
+    async def score_many(
+        self,
+        conversations: Iterable[Messages],
+        *,
+        timeout: float | None = None,
+        concurrency: int = 32,
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> list[Any]:
+        """The rewards of conversations, in their order; see `RewardClient.score_many`."""
+        outcomes = self.iter_scores(
+            conversations,
+            timeout=timeout,
+            concurrency=concurrency,
+            on_error=on_error,
+            progress=progress,
+        )
+        return [outcome async for outcome in outcomes]
+
+    def iter_scores(
+        self,
+        conversations: Iterable[Messages],
+        *,
+        timeout: float | None = None,
+        concurrency: int = 32,
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> AsyncIterator[Any]:
+        """What `score_many` returns, one by one: for more conversations than fit into memory."""
+        check_many(concurrency, on_error)
+        self._deadline(timeout)  # raises for a wrong timeout even when there is no conversation
+        return self._outcomes(conversations, timeout, concurrency, on_error, progress)
+
+    async def rank(
+        self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
+    ) -> list[int]:
+        """Indices of `responses`, best first; equal scores keep their order."""
+        return ranked(await self.score_responses(messages, responses, timeout=timeout))
+
+    async def compare(
+        self, messages: Messages, a: str, b: str, *, timeout: float | None = None
+    ) -> bool:
+        """True when response `a` scores strictly higher than response `b`."""
+        score_a, score_b = await self.score_responses(messages, [a, b], timeout=timeout)
+        return score_a > score_b
+
+    async def is_ready(self, timeout: float | None = None) -> bool:
+        """True when the model can be asked; False when it is not reachable or not ready in time.
+
+        Raises:
+            ServerError: the server fails, or does not serve this model at all.
+        """
+        remaining = self._deadline(timeout).remaining()
+        try:
+            with self._translated():
+                ready = await self._transport().is_model_ready(
+                    self._model, headers=self._headers, client_timeout=remaining
+                )
+        except (ServerUnavailable, DeadlineExceeded):
+            return False
+        return bool(ready)
+
+    async def close(self) -> None:
+        """Close this event loop's channel; calls in flight fail. Closing twice is fine."""
+        self._closed = True
+        transports = self._transports.take()
+        mine = transports.pop(asyncio.get_running_loop(), None) if transports else None
+        if mine is not None:
+            await mine.close()
+
+    async def __aenter__(self) -> AsyncRewardClient:
+        """The client itself."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the client."""
+        await self.close()
+
+    def _transport(self) -> _Transport:
+        # asyncio's channels belong to the event loop in which they are made.
+        transports, loop = self._transports.get(), asyncio.get_running_loop()
+        if loop not in transports:
+            transports[loop] = self._given or self._address.connect(InferenceServerClient)
+        return transports[loop]
+
+    async def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:
+        arguments = self._arguments(request, deadline)
+        with self._translated():
+            result = await self._transport().infer(**arguments)
+        return read_scores(result, len(request.responses))
+
+    async def _outcomes(
+        self,
+        conversations: Iterable[Messages],
+        timeout: float | None,
+        concurrency: int,
+        on_error: OnError,
+        progress: bool,
+    ) -> AsyncIterator[Outcome]:
+        """Requests under way in the order of their conversations, the first handed out first."""
+        shelf, stop, slots = Shelf(), asyncio.Event(), asyncio.Semaphore(concurrency)
+        pending: deque[asyncio.Task[list[Outcome]]] = deque()
+
+        async def score(group: Group) -> list[Outcome]:
+            async with slots:
+                if stop.is_set():
+                    return []  # nobody looks: one before it has failed
+                outcomes = await self._score_group(group, shelf, timeout)
+                if on_error == "raise" and any_failed(outcomes):
+                    stop.set()
+                return outcomes
+
+        async def first() -> list[Outcome]:
+            outcomes = await pending[0]  # it stays there until it is done, to be cancelled
+            pending.popleft()
+            return bar.counting(checked(outcomes, on_error))
+
+        with Progress(progress, conversations) as bar:
+            try:
+                for group in grouped(conversations):
+                    if stop.is_set():
+                        break
+                    pending.append(asyncio.ensure_future(score(group)))
+                    await asyncio.sleep(0)  # else a long iterable would keep the loop to itself
+                    while pending and (pending[0].done() or len(pending) > AHEAD * concurrency):
+                        for outcome in await first():
+                            yield outcome
+                while pending:
+                    for outcome in await first():
+                        yield outcome
+            finally:
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*pending, return_exceptions=True)
+
+    async def _score_group(
+        self, group: Group, shelf: Shelf, timeout: float | None
+    ) -> list[Outcome]:
+        """A score or an error for each of a group's conversations."""
+        try:
+            if group.error:
+                raise group.error
+            deadline = self._deadline(timeout)
+            read = partial(group.request, partial(shelf.read, deadline=deadline))
+            request = await _in_thread(read, deadline) if group.refs else read()
+            return list(await self._infer(request, deadline))
+        except TriwardError as error:
+            if stands_for_all(error, group):
+                return failed(error, group)
+        singles = [await self._score_group(single, shelf, timeout) for single in group.alone()]
+        return [outcome for outcomes in singles for outcome in outcomes]
+
+
+async def _in_thread(read: Callable[[], RewardRequest], deadline: Deadline) -> RewardRequest:
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(read), deadline.remaining())
+    except TriwardError:
+        raise
+    except asyncio.TimeoutError:
+        raise deadline.exceeded() from None

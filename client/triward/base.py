@@ -1,0 +1,190 @@
+"""What the blocking and the asyncio client share: everything that does not wait."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Callable, Generic, Literal, TypeVar, Union
+
+from triward.channel import Address, Tls, Url
+from triward.conversation import RewardRequest
+from triward.deadline import Deadline
+from triward.errors import InvalidRequest, ServerError, TriwardError, located, triton_errors
+from triward.grouping import Group, place
+from triward.wire import infer_arguments
+
+OnError = Literal["raise", "return"]
+Outcome = Union[float, TriwardError]
+T = TypeVar("T")
+
+# Requests that are finished but not handed out, since an earlier one is not, for each in flight.
+AHEAD = 2
+
+
+class PerProcess(Generic[T]):
+    """Something that belongs to one process: made when it is first asked for, anew after a fork.
+
+    Args:
+        make: makes it.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:  # noqa: D107 - the class says it
+        self._make = make
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        self._made: list[T] = []
+
+    def get(self) -> T:
+        """The process's own."""
+        if self._owner != os.getpid():
+            # Not dropped: a channel that is closed in a child waits for threads of its parent.
+            _ABANDONED.append(self._made)
+            self._reset()
+        with self._lock:
+            if not self._made:
+                self._made.append(self._make())
+            return self._made[0]
+
+    def take(self) -> T | None:
+        """What was made in this process, if anything; the next `get` makes another."""
+        if self._owner != os.getpid():
+            return None
+        with self._lock:
+            return self._made.pop() if self._made else None
+
+
+_ABANDONED: list[object] = []
+
+
+class BaseClient:
+    """Settings of a client. Pickled or copied, they make a client that connects for itself."""
+
+    def __init__(  # noqa: D107 - the class says it
+        self,
+        url: Url,
+        timeout: float,
+        model: str,
+        tls: Tls | None,
+        headers: Mapping[str, str] | None,
+        max_attempts: int,
+    ) -> None:
+        Deadline(timeout)  # raises for a timeout that no call could use
+        self._address = Address(url, tls, max_attempts)
+        self._timeout = timeout
+        self._model = model
+        self._headers = dict(headers or {})
+        self._closed = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The settings; connections stay behind."""
+        settings: dict[str, Any] = {
+            "timeout": self._timeout,
+            "model": self._model,
+            "tls": self._address.tls,
+            "headers": self._headers,
+            "max_attempts": self._address.max_attempts,
+        }
+        return partial(type(self), self._address.url, **settings), ()
+
+    def __repr__(self) -> str:
+        """Names the class and the servers."""
+        return f"{type(self).__name__}({str(self._address)!r})"
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        if self._closed:
+            raise RuntimeError(f"this {type(self).__name__} is closed")
+        return Deadline(self._timeout if timeout is None else timeout)
+
+    def _arguments(self, request: RewardRequest, deadline: Deadline) -> dict[str, Any]:
+        """Of `infer`, for what is left of the deadline."""
+        remaining = deadline.remaining()
+        arguments = infer_arguments(request, model=self._model, remaining=remaining)
+        return {**arguments, "headers": self._headers}
+
+    def _translated(self) -> AbstractContextManager[None]:
+        """Raises this package's errors in place of tritonclient's."""
+        return triton_errors(model=self._model, url=str(self._address))
+
+
+def check_many(concurrency: int, on_error: OnError) -> None:
+    """Raise ValueError for what `score_many` cannot use."""
+    if concurrency < 1:
+        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+    if on_error not in ("raise", "return"):
+        raise ValueError(f"on_error must be 'raise' or 'return', got {on_error!r}")
+
+
+def stands_for_all(error: TriwardError, group: Group) -> bool:
+    """Whether a group's error is the error of each of its conversations.
+
+    A wrong input, or a score that is not finite, may be one conversation's alone; then each is
+    asked for by itself. A server that is away or late is so for all.
+    """
+    return group.size == 1 or not isinstance(error, (InvalidRequest, ServerError))
+
+
+def failed(error: TriwardError, group: Group) -> list[Outcome]:
+    """An error for each conversation of a group, with its place in front."""
+    places = (place(group.first + offset) for offset in range(group.size))
+    return [located(error, where) for where in places]
+
+
+def any_failed(outcomes: Sequence[Outcome]) -> bool:
+    """Whether an error is among them."""
+    return any(isinstance(outcome, TriwardError) for outcome in outcomes)
+
+
+def checked(outcomes: list[Outcome], on_error: OnError) -> list[Outcome]:
+    """The outcomes.
+
+    Raises:
+        TriwardError: the first error among them, if `on_error` says so.
+    """
+    if on_error == "raise":
+        for outcome in outcomes:
+            if isinstance(outcome, TriwardError):
+                raise outcome
+    return outcomes
+
+
+def ranked(scores: Sequence[float]) -> list[int]:
+    """Indices, best first; equal scores keep their order."""
+    return sorted(range(len(scores)), key=lambda index: -scores[index])
+
+
+class Progress:
+    """A bar of tqdm's on standard error, or nothing.
+
+    Args:
+        wanted: whether to show it.
+        conversations: what is gone through; the bar knows its end if they have a length.
+    """
+
+    def __init__(self, wanted: bool, conversations: object) -> None:  # noqa: D107
+        self._bar: Any = None
+        if wanted:
+            from tqdm.auto import tqdm
+
+            total = len(conversations) if isinstance(conversations, Sized) else None
+            self._bar = tqdm(total=total, unit="conversation")
+
+    def counting(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """The same outcomes, which are counted as done."""
+        if self._bar is not None:
+            self._bar.update(len(outcomes))
+        return outcomes
+
+    def __enter__(self) -> Progress:
+        """The bar itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,384 @@
+"""Many servers, and bad ones: real gRPC against servers without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import multiprocessing
+import pickle
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+import trustme
+
+from tests.fakeserver import FakeServer, Fault
+from triward import (
+    AsyncRewardClient,
+    DeadlineExceeded,
+    InvalidRequest,
+    RewardClient,
+    ServerError,
+    ServerUnavailable,
+    Tls,
+    TriwardError,
+)
+
+
+def conversation(response, prompt="q"):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def apart(responses):
+    """Conversations that do not travel together."""
+    return [conversation(text, f"question {i}") for i, text in enumerate(responses)]
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as running:
+        yield running
+
+
+@pytest.fixture
+def pair():
+    with FakeServer() as first, FakeServer() as second:
+        yield first, second
+
+
+def urls(servers):
+    return [server.url for server in servers]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def first_calls(count, fault):
+    return lambda call: fault if call.number < count else None
+
+
+# Several servers
+
+
+def test_calls_go_to_all_servers_in_turn(pair):
+    with RewardClient(urls(pair)) as client:
+        client.score_many(apart(["r"] * 2), concurrency=1)  # both are connected now
+        before = [server.calls for server in pair]
+        client.score_many(apart(["r"] * 40), concurrency=1)
+    assert [server.calls - n for server, n in zip(pair, before, strict=True)] == [20, 20]
+
+
+@pytest.mark.parametrize("url", ["dns:///localhost:{}", "localhost:{}", "ipv4:127.0.0.1:{}"])
+def test_grpc_targets(server, url):
+    with RewardClient(url.format(server.port)) as client:
+        assert client.score(conversation("four")) == 4.0
+
+
+def test_a_list_takes_names(pair):
+    with RewardClient([f"localhost:{server.port}" for server in pair]) as client:
+        assert client.score_many(apart(["r"] * 20)) == [1.0] * 20
+    assert all(server.calls for server in pair)
+
+
+def test_a_name_without_an_address():
+    with RewardClient(["no-such-host.invalid:1", "127.0.0.1:1"], timeout=30) as client:
+        with pytest.raises(ServerUnavailable, match=r"no-such-host\.invalid:1"):
+            client.score(conversation("r"))
+        assert client.is_ready() is False
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ([], "at least one"),
+        ("http://host:8001", "without http://"),
+        (["host:8001", "https://host:8001"], "without https://"),
+        (["host:8001", "host"], "host:port"),
+        (["host:8001", "dns:///host:8001"], "host:port"),
+    ],
+)
+def test_wrong_addresses(url, reason):
+    with pytest.raises(ValueError, match=reason):
+        RewardClient(url)
+
+
+@pytest.mark.parametrize("attempts", [0, 6])
+def test_wrong_attempts(attempts):
+    with pytest.raises(ValueError, match="max_attempts"):
+        RewardClient(max_attempts=attempts)
+
+
+def test_one_of_two_servers_dies_under_load_and_returns():
+    """Every call is answered, in time, by the survivor; the other one gets work when it is back."""
+    port = free_port()
+    with FakeServer(delay=0.005) as survivor:
+        mortal = FakeServer(port, delay=0.005)
+        mortal.__enter__()
+        stop, slowest, count = threading.Event(), [0.0], [0]
+        with RewardClient([survivor.url, mortal.url], timeout=20) as client:
+
+            def ask(thread):
+                while not stop.is_set():
+                    began = time.monotonic()
+                    assert client.score(conversation("x" * thread)) == float(thread)
+                    slowest[0] = max(slowest[0], time.monotonic() - began)
+                    count[0] += 1
+
+            with ThreadPoolExecutor(8) as pool:
+                asking = [pool.submit(ask, thread) for thread in range(8)]
+                try:
+                    wait_for(lambda: survivor.calls > 50 and mortal.calls > 50)
+                    mortal.__exit__()
+                    dead = survivor.calls
+                    wait_for(lambda: survivor.calls > dead + 200)
+                    returned = FakeServer(port, delay=0.005)
+                    with returned:
+                        wait_for(lambda: returned.calls > 50)
+                        stop.set()
+                        for future in asking:
+                            future.result(30)
+                finally:
+                    stop.set()
+    assert slowest[0] < 20
+
+
+def wait_for(condition, seconds=30):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen in time"
+        time.sleep(0.01)
+
+
+# Retries
+
+
+@pytest.mark.parametrize("size", [1, 1_000_000])
+def test_an_unavailable_server_is_asked_again(server, size):
+    """Also with requests beyond 256 KiB, which gRPC by default does not keep."""
+    server.fault = first_calls(2, Fault.UNAVAILABLE)
+    with RewardClient(server.url) as client:
+        assert client.score(conversation("x" * size)) == float(size)
+    assert server.calls == 3
+
+
+def test_pauses_are_random_and_grow(server):
+    server.fault = lambda call: Fault.UNAVAILABLE
+    began = time.monotonic()
+    with RewardClient(server.url) as client, pytest.raises(ServerUnavailable):
+        client.score(conversation("r"))
+    assert server.calls == 5
+    assert time.monotonic() - began > 0.7 * (0.2 + 0.6 + 1.8 + 5.4)
+
+
+def test_retries_end_with_the_deadline(server):
+    server.fault = lambda call: Fault.UNAVAILABLE
+    began = time.monotonic()
+    late = pytest.raises((DeadlineExceeded, ServerUnavailable))
+    with RewardClient(server.url, timeout=1) as client, late:
+        client.score(conversation("r"))
+    assert time.monotonic() - began < 3
+    assert server.calls < 5
+
+
+@pytest.mark.parametrize("fault", [Fault.INTERNAL, Fault.INVALID_ARGUMENT, Fault.NAN])
+def test_nothing_else_is_asked_again(server, fault):
+    server.fault = lambda call: fault
+    with RewardClient(server.url) as client, pytest.raises(TriwardError):
+        client.score(conversation("r"))
+    assert server.calls == 1
+
+
+def test_without_retries(server):
+    server.fault = lambda call: Fault.UNAVAILABLE
+    with RewardClient(server.url, max_attempts=1) as client, pytest.raises(ServerUnavailable):
+        client.score(conversation("r"))
+    assert server.calls == 1
+
+
+# Servers that fail: a typed error, on time, for both clients
+
+
+FAULTS = {
+    Fault.NAN: ServerError,
+    Fault.WRONG_COUNT: ServerError,
+    Fault.INTERNAL: ServerError,
+    Fault.RESET: ServerUnavailable,
+    Fault.UNAVAILABLE: ServerUnavailable,
+    Fault.INVALID_ARGUMENT: InvalidRequest,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("kind", ["blocking", "asyncio"])
+def test_a_fault_is_a_typed_error(server, kind, fault):
+    server.fault = lambda call: fault
+    with pytest.raises(TriwardError) as caught:
+        score(kind, server.url, conversation("r"), timeout=20, max_attempts=2)
+    assert type(caught.value) is FAULTS[fault]
+
+
+@pytest.mark.parametrize("kind", ["blocking", "asyncio"])
+def test_a_server_that_never_answers(kind):
+    """It accepts the connection and says nothing; later it answers HTTP/2 and no call."""
+    with socket.socket() as silent, FakeServer(delay=5) as slow:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        for url in (f"127.0.0.1:{silent.getsockname()[1]}", slow.url):
+            began = time.monotonic()
+            with pytest.raises(DeadlineExceeded):
+                score(kind, url, conversation("r"), timeout=0.5)
+            assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("kind", ["blocking", "asyncio"])
+def test_a_reset_is_retried(server, kind):
+    server.fault = first_calls(1, Fault.RESET)
+    assert score(kind, server.url, conversation("four")) == 4.0
+    assert server.calls == 2
+
+
+def score(kind, url, messages, **settings):
+    if kind == "blocking":
+        with RewardClient(url, **settings) as client:
+            return client.score(messages)
+
+    async def ask():
+        async with AsyncRewardClient(url, **settings) as client:
+            return await client.score(messages)
+
+    return asyncio.run(ask())
+
+
+# Encryption and headers
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory):
+    """Files of an authority, of a server at localhost, of a client, and of a stranger's client."""
+    folder = tmp_path_factory.mktemp("pki")
+    ca, stranger = trustme.CA(), trustme.CA()
+    ca.cert_pem.write_to_path(folder / "ca.pem")
+    issued = {
+        "server": ca.issue_cert("localhost", "127.0.0.1"),
+        "client": ca.issue_cert("trainer@localhost"),
+        "stranger": stranger.issue_cert("trainer@localhost"),
+    }
+    for name, certificate in issued.items():
+        certificate.private_key_pem.write_to_path(folder / f"{name}.key")
+        chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+        (folder / f"{name}.pem").write_bytes(chain)
+    return folder
+
+
+def encrypted(pki, mutual=False):
+    pair = (pki / "server.key").read_bytes(), (pki / "server.pem").read_bytes()
+    authority = (pki / "ca.pem").read_bytes() if mutual else None
+    return FakeServer(credentials=grpc.ssl_server_credentials([pair], authority, mutual))
+
+
+def test_tls(pki):
+    with encrypted(pki) as one, encrypted(pki) as other:
+        tls = Tls(ca=pki / "ca.pem")
+        for url in (f"localhost:{one.port}", [f"localhost:{s.port}" for s in (one, other)]):
+            with RewardClient(url, tls=tls) as client:
+                assert client.score(conversation("four")) == 4.0
+        with RewardClient(one.url, max_attempts=1) as plain, pytest.raises(ServerUnavailable):
+            plain.score(conversation("r"))
+        with (
+            RewardClient(one.url, tls=Tls(), max_attempts=1) as distrustful,
+            pytest.raises(ServerUnavailable),
+        ):
+            distrustful.score(conversation("r"))
+        wrong = Tls(ca=pki / "ca.pem", server_name="elsewhere")
+        with (
+            RewardClient(one.url, tls=wrong, max_attempts=1) as client,
+            pytest.raises(ServerUnavailable),
+        ):
+            client.score(conversation("r"))
+
+
+def test_mutual_tls(pki):
+    with encrypted(pki, mutual=True) as server:
+
+        def ask(name):
+            files = {"certificate": pki / f"{name}.pem", "key": pki / f"{name}.key"} if name else {}
+            with RewardClient(
+                server.url, tls=Tls(ca=pki / "ca.pem", **files), max_attempts=1
+            ) as client:
+                return client.score(conversation("four"))
+
+        assert ask("client") == 4.0
+        for name in ("stranger", None):
+            with pytest.raises(ServerUnavailable):
+                ask(name)
+
+
+def test_a_certificate_needs_its_key():
+    with pytest.raises(ValueError, match="together"):
+        Tls(certificate="client.pem")
+
+
+def test_headers_are_sent(server):
+    seen = []
+    server.fault = lambda call: seen.append(call.headers.get("triton-grpc-protocol-infer-key"))
+    with RewardClient(server.url, headers={"triton-grpc-protocol-infer-key": "k"}) as client:
+        client.score(conversation("r"))
+        assert client.is_ready()
+    assert seen == ["k"]
+
+
+# Processes
+
+
+def ask_in_child(client, results):
+    results.put(client.score_many(apart(["x" * n for n in range(8)])))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_client_goes_to_another_process(server_process, method):
+    """A child of a process that has asked already, and the parent afterwards."""
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    with RewardClient(server_process, timeout=20) as client:
+        assert client.score(conversation("four")) == 4.0
+        children = [context.Process(target=ask_in_child, args=(client, results)) for _ in range(2)]
+        for child in children:
+            child.start()
+        try:
+            for _ in children:
+                assert results.get(timeout=60) == [float(n) for n in range(8)]
+            for child in children:
+                child.join(20)
+                assert child.exitcode == 0
+        finally:
+            for child in children:
+                child.kill()
+        assert client.score(conversation("four")) == 4.0
+
+
+def test_settings_survive_pickling_and_copying(server):
+    client = RewardClient(
+        server.url, timeout=7, model="m", tls=None, headers={"a": "b"}, max_attempts=2
+    )
+    for other in (pickle.loads(pickle.dumps(client)), copy.copy(client)):
+        assert other.__reduce__()[0].keywords == client.__reduce__()[0].keywords
+        assert repr(other) == f"RewardClient('{server.url}')"
+        with other:
+            assert other.score(conversation("four")) == 4.0
+    asking = pickle.loads(pickle.dumps(AsyncRewardClient(server.url)))
+    assert type(asking) is AsyncRewardClient
+
+
+def test_an_async_client_in_several_event_loops(server):
+    client = AsyncRewardClient(server.url)
+    for _ in range(3):
+        assert asyncio.run(client.score(conversation("four"))) == 4.0
+    asyncio.run(client.close())
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(client.score(conversation("r")))

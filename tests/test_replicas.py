@@ -1,0 +1,110 @@
+"""Two real servers behind one client: one is killed under load and comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import LOCAL
+from triward import RewardClient, ServerUnavailable, TriwardError
+from triward_server.errors import LaunchError
+from triward_server.launch import TritonServer
+
+CALLERS = 6
+TIMEOUT = 60.0
+
+
+def conversation(number: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"question {number}"},
+        {"role": "assistant", "content": "An answer."},
+    ]
+
+
+def served(server: TritonServer) -> float:
+    """Requests that the ensemble of a server has answered with scores."""
+    url = f"http://127.0.0.1:{server.endpoints.metrics_port}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    name = 'nv_inference_request_success{model="reward",'
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, what
+        time.sleep(0.05)
+
+
+def test_a_server_that_is_killed_under_load_and_returns(
+    server: TritonServer, client: RewardClient, repository: Path, tmp_path: Path
+) -> None:
+    expected = client.score_many([conversation(n) for n in range(CALLERS)])
+    stop, wrong = threading.Event(), list[str]()
+    answered = [0] * CALLERS
+
+    def start(log_name: str, port: int = 0) -> TritonServer:
+        log = (tmp_path / log_name).open("w")
+        return TritonServer(repository, replace(LOCAL, grpc_port=port), log=log)
+
+    with start("first.log") as mortal:
+        port = mortal.endpoints.grpc_port
+        asking = RewardClient([server.endpoints.grpc, mortal.endpoints.grpc], timeout=TIMEOUT)
+
+        def ask(number: int) -> None:
+            while not stop.is_set():
+                begun = time.monotonic()
+                try:
+                    score = asking.score(conversation(number))
+                    if abs(score - expected[number]) > 1e-4:
+                        wrong.append(f"{score} instead of {expected[number]}")
+                    answered[number] += 1
+                except TriwardError as error:  # typed, but a survivor was there to ask
+                    wrong.append(repr(error))
+                if time.monotonic() - begun > TIMEOUT + 1:
+                    wrong.append(f"{time.monotonic() - begun:.1f} s")
+
+        with asking, ThreadPoolExecutor(CALLERS) as pool:
+            callers = [pool.submit(ask, number) for number in range(CALLERS)]
+            try:
+                before = served(server)
+                wait_for(lambda: served(mortal) > 20, "the second server gets no work")
+                assert served(server) > before
+                os.killpg(mortal.pid, signal.SIGKILL)
+                with pytest.raises(LaunchError, match="SIGKILL"):
+                    mortal.wait(lambda: None, 1.0)
+                done = served(server)
+                wait_for(lambda: served(server) > done + 30, "the survivor does not take over")
+                mortal.stop()
+                with start("again.log", port) as returned:
+                    wait_for(lambda: served(returned) > 20, "it gets no work when it is back")
+                    stop.set()
+                    for caller in callers:
+                        caller.result(TIMEOUT)
+            finally:
+                stop.set()
+    assert wrong == []
+    assert all(answered)
+
+
+def test_no_server_is_left(free_ports: list[int]) -> None:
+    urls = [f"127.0.0.1:{port}" for port in free_ports]
+    with RewardClient(urls, timeout=20, max_attempts=2) as client:
+        with pytest.raises(ServerUnavailable, match=urls[0]):
+            client.score(conversation(0))
+        assert not client.is_ready()
+
+
+@pytest.fixture
+def free_ports() -> list[int]:
+    return [LOCAL.with_ports().grpc_port for _ in range(2)]
