@@ -50,7 +50,7 @@ class Caller:
     """
 
     def __init__(self, url: str, seed: int) -> None:
-        self.client = RewardClient(url, timeout=_TIMEOUT)
+        self.client = RewardClient(url, timeout=_TIMEOUT, max_attempts=1)
         self._raw = InferenceServerClient(url)
         self.rng = np.random.default_rng(seed)
         self._kept = [self._image() for _ in range(_KEPT)]

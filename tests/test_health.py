@@ -83,7 +83,7 @@ def ended(running: Command, since: float) -> str:
 def keep_asking(url: str, until: Callable[[], bool]) -> list[float | TriwardError]:
     """Scores and errors of one caller, until an end that it does not know."""
     answers: list[float | TriwardError] = []
-    with RewardClient(url, timeout=20) as client:
+    with RewardClient(url, timeout=20, max_attempts=1) as client:
         while not until():
             try:
                 answers.append(client.score(ASK))
@@ -114,7 +114,7 @@ def test_a_process_dies_or_stops_under_load(
             pool.submit(keep_asking, url, lambda: running.process.poll() is not None)
             for _ in range(4)
         ]
-        with RewardClient(url, timeout=60) as warm:
+        with RewardClient(url, timeout=60, max_attempts=1) as warm:
             assert warm.score(ASK) == pytest.approx(expected, rel=1e-5)
         hit = time.monotonic()
         victim.send_signal(number)
@@ -156,7 +156,7 @@ def test_tritonserver_killed_in_mid_batch(serve: Callable[..., Command]) -> None
     url = ready(running)
     family = running.family()
     long = [{"role": "user", "content": "word " * 3000}]
-    with RewardClient(url, timeout=60) as client, ThreadPoolExecutor(4) as pool:
+    with RewardClient(url, timeout=60, max_attempts=1) as client, ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(client.score_responses, long, ["a"] * 64) for _ in range(4)]
         _wait_until(lambda: any(_cpu(p) > 0.2 for p in family if "python_b" in p.name()))
         next(p for p in family if p.name() == "tritonserver").kill()
@@ -193,7 +193,7 @@ def test_shared_memory_runs_out(repository: Path, tmp_path: Path) -> None:
         url = ready(running)
         picture = b"BM" + os.urandom(60 * 2**20)
         message = [{"role": "user", "content": [{"type": "image", "image": picture}]}]
-        with RewardClient(url, timeout=60) as client:
+        with RewardClient(url, timeout=60, max_attempts=1) as client:
             score = client.score(ASK)
             with pytest.raises(TriwardError) as caught:
                 client.score_responses(message, ["a"])
@@ -220,7 +220,7 @@ def test_told_to_stop_under_load(serve: Callable[..., Command], client: RewardCl
     running = serve("--drain-timeout=100")
     url = ready(running)
     family = running.family()
-    with RewardClient(url, timeout=100) as asking, ThreadPoolExecutor(12) as pool:
+    with RewardClient(url, timeout=100, max_attempts=1) as asking, ThreadPoolExecutor(12) as pool:
         asking.score(ASK)
         flight = [pool.submit(asking.score_responses, prompt, ["yes", "no"]) for prompt in prompts]
         with triton.InferenceServerClient(url) as raw:
@@ -247,7 +247,7 @@ def _accepted(raw: Any) -> int:
 def test_draining_has_an_end(serve: Callable[..., Command]) -> None:
     running = serve("--drain-timeout=0.5")
     url = ready(running)
-    with RewardClient(url, timeout=100) as client, ThreadPoolExecutor(12) as pool:
+    with RewardClient(url, timeout=100, max_attempts=1) as client, ThreadPoolExecutor(12) as pool:
         calls = [pool.submit(client.score_responses, long_prompt(n), ["a"]) for n in range(12)]
         with triton.InferenceServerClient(url) as raw:
             _wait_until(lambda: _accepted(raw) >= 6)

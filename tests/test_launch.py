@@ -59,7 +59,7 @@ def test_serve_until_told_to_stop(numbers: list[int], serve: Callable[..., Comma
     assert running.wait() == 0
     assert_gone(family)
     assert all(map(free, [grpc.split(":")[1], http, metrics]))
-    with RewardClient(grpc, timeout=5) as client, pytest.raises(ServerUnavailable):
+    with RewardClient(grpc, timeout=5, max_attempts=1) as client, pytest.raises(ServerUnavailable):
         client.score(ASK)
 
 

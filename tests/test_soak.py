@@ -44,7 +44,11 @@ def test_level() -> None:
 
 @pytest.mark.parametrize(
     ("growth", "name"),
-    [({"anon": 60 * MB}, "total.anon"), ({"fds": 20}, "total.fds"), ({"shm": 50 * MB}, "shm.bytes")],
+    [
+        ({"anon": 60 * MB}, "total.anon"),
+        ({"fds": 20}, "total.fds"),
+        ({"shm": 50 * MB}, "shm.bytes"),
+    ],
 )
 def test_leaks(growth: dict[str, float], name: str) -> None:
     rows = samples(**growth)

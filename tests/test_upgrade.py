@@ -89,7 +89,7 @@ def test_options_that_would_change_running_versions_are_refused(
 
 def test_a_checkpoint_is_swapped_under_load(running: TritonServer, upgraded: Path) -> None:
     """There and back: every answer is one version's exact score, and none fails."""
-    with RewardClient(running.endpoints.grpc, timeout=60) as client:
+    with RewardClient(running.endpoints.grpc, timeout=60, max_attempts=1) as client:
         old = client.score(ASK)
     done = threading.Event()
     # What is served, or nothing in particular while it changes.
@@ -97,7 +97,7 @@ def test_a_checkpoint_is_swapped_under_load(running: TritonServer, upgraded: Pat
     answers: list[tuple[str | None, float]] = []
 
     def ask() -> None:
-        with RewardClient(running.endpoints.grpc, timeout=60) as asking:
+        with RewardClient(running.endpoints.grpc, timeout=60, max_attempts=1) as asking:
             while not done.is_set():
                 before = served[0]
                 score = asking.score(ASK)  # raises, and fails the test, if it fails
@@ -163,7 +163,7 @@ def test_a_version_that_cannot_be_loaded(running: TritonServer, upgraded: Path) 
         with pytest.raises(Exception, match=r"reward_forward|load"):
             switch_version(running.http, upgraded, "3", 120)
         assert pinned(upgraded) == "1"
-        with RewardClient(running.endpoints.grpc, timeout=60) as client:
+        with RewardClient(running.endpoints.grpc, timeout=60, max_attempts=1) as client:
             client.score(ASK)
     finally:
         for model in ("reward", "reward_preprocess", "reward_forward"):
@@ -200,7 +200,7 @@ class TestCommands:
         assert run("unload", "reward") == (0, "reward: unloaded\n")
         assert not running.http.is_ready()
         with (
-            RewardClient(running.endpoints.grpc, timeout=20) as client,
+            RewardClient(running.endpoints.grpc, timeout=20, max_attempts=1) as client,
             pytest.raises(ServerUnavailable, match="no available versions"),
         ):
             client.score(ASK)

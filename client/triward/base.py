@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Callable, Generic, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Callable, Generic, Literal, TypeVar, Union
 
 from triward.channel import Address, Tls, Url
 from triward.conversation import RewardRequest
@@ -15,6 +15,9 @@ from triward.deadline import Deadline
 from triward.errors import InvalidRequest, ServerError, TriwardError, located, triton_errors
 from triward.grouping import Group, place
 from triward.wire import infer_arguments
+
+if TYPE_CHECKING:
+    from triward.sharedmemory import Place
 
 OnError = Literal["raise", "return"]
 Outcome = Union[float, TriwardError]
@@ -83,14 +86,17 @@ class BaseClient:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The settings; connections stay behind."""
-        settings: dict[str, Any] = {
+        return partial(type(self), self._address.url, **self._settings()), ()
+
+    def _settings(self) -> dict[str, Any]:
+        """Arguments beside the address that make an equal client."""
+        return {
             "timeout": self._timeout,
             "model": self._model,
             "tls": self._address.tls,
             "headers": self._headers,
             "max_attempts": self._address.max_attempts,
         }
-        return partial(type(self), self._address.url, **settings), ()
 
     def __repr__(self) -> str:
         """Names the class and the servers."""
@@ -101,10 +107,12 @@ class BaseClient:
             raise RuntimeError(f"this {type(self).__name__} is closed")
         return Deadline(self._timeout if timeout is None else timeout)
 
-    def _arguments(self, request: RewardRequest, deadline: Deadline) -> dict[str, Any]:
+    def _arguments(
+        self, request: RewardRequest, deadline: Deadline, media: Place | None = None
+    ) -> dict[str, Any]:
         """Of `infer`, for what is left of the deadline."""
         remaining = deadline.remaining()
-        arguments = infer_arguments(request, model=self._model, remaining=remaining)
+        arguments = infer_arguments(request, model=self._model, remaining=remaining, media=media)
         return {**arguments, "headers": self._headers}
 
     def _translated(self) -> AbstractContextManager[None]:

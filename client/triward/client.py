@@ -6,11 +6,13 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
 from triward import protocol
 from triward.base import (
@@ -30,10 +32,15 @@ from triward.base import (
 from triward.channel import MAX_ATTEMPTS, Tls, Url
 from triward.conversation import Messages, RewardRequest, build_request, split_conversation
 from triward.deadline import Deadline
-from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError
+from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError, is_unknown_region
 from triward.grouping import Group, grouped
 from triward.shelf import Shelf
 from triward.wire import read_scores
+
+if TYPE_CHECKING:
+    from triward.sharedmemory import Place, Region
+
+_CLOSING = 5.0  # seconds, for a last word to a server that may not listen
 
 
 class _Transport(Protocol):
@@ -44,6 +51,14 @@ class _Transport(Protocol):
     def is_model_ready(
         self, model_name: str, *, headers: Mapping[str, str], client_timeout: float
     ) -> bool: ...
+
+    def register_system_shared_memory(
+        self, name: str, key: str, byte_size: int, **options: Any
+    ) -> None: ...
+
+    def unregister_system_shared_memory(self, name: str, **options: Any) -> None: ...
+
+    def get_system_shared_memory_status(self, **options: Any) -> Any: ...
 
     def close(self) -> None: ...
 
@@ -73,6 +88,10 @@ class RewardClient(BaseClient):
         headers: sent with every call.
         max_attempts: how often a request is sent while it is UNAVAILABLE and its timeout lasts, 1
             to 5, with pauses that grow from 0.2 to 5.4 s.
+        shared_memory_bytes: size of a region of /dev/shm through which media reach a server on this
+            machine; 0 sends them over gRPC, as does a region that is full. Linux only. The server
+            must see the same /dev/shm, be another process of the same user, and be the only one;
+            `headers` must hold its admin key.
     """
 
     def __init__(  # noqa: D107 - the class says it
@@ -84,12 +103,19 @@ class RewardClient(BaseClient):
         tls: Tls | None = None,
         headers: Mapping[str, str] | None = None,
         max_attempts: int = MAX_ATTEMPTS,
+        shared_memory_bytes: int = 0,
         _transport: _Transport | None = None,
     ) -> None:
         super().__init__(url, timeout, model, tls, headers, max_attempts)
         self._transport: PerProcess[_Transport] = PerProcess(
             lambda: _transport or self._address.connect(InferenceServerClient)
         )
+        if shared_memory_bytes < 0:
+            raise ValueError(f"shared_memory_bytes must be at least 0, got {shared_memory_bytes}")
+        if shared_memory_bytes and not isinstance(url, str):
+            raise ValueError("shared_memory_bytes: only one server can share this machine's memory")
+        self._shared_memory_bytes = shared_memory_bytes
+        self._region: PerProcess[Region] = PerProcess(self._make_region)
 
     def score(self, messages: Messages, *, timeout: float | None = None) -> float:
         """The reward of a conversation whose last message is the assistant's."""
@@ -190,9 +216,16 @@ class RewardClient(BaseClient):
     def close(self) -> None:
         """Close the channel; calls in flight fail. Closing twice is fine."""
         self._closed = True
-        transport = self._transport.take()
+        transport, region = self._transport.take(), self._region.take()
         if transport is not None:
+            if region is not None:
+                with suppress(InferenceServerException):  # a server that is gone has forgotten it
+                    transport.unregister_system_shared_memory(
+                        region.name, headers=self._headers, client_timeout=_CLOSING
+                    )
             transport.close()
+        if region is not None:
+            region.close()
 
     def __enter__(self) -> RewardClient:
         """The client itself."""
@@ -207,11 +240,59 @@ class RewardClient(BaseClient):
         """Close the client."""
         self.close()
 
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "shared_memory_bytes": self._shared_memory_bytes}
+
     def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:
-        arguments = self._arguments(request, deadline)
+        if not (self._shared_memory_bytes and request.media):
+            return self._ask(request, deadline, None)
+        try:
+            with self._region.get().lend(request.media) as place:
+                return self._ask(request, deadline, place)
+        except TriwardError as error:
+            if not is_unknown_region(error):
+                raise
+        # The server has been started again since the region was registered there.
+        self._register(self._region.get(), deadline.remaining())
+        with self._region.get().lend(request.media) as place:
+            return self._ask(request, deadline, place)
+
+    def _ask(self, request: RewardRequest, deadline: Deadline, media: Place | None) -> list[float]:
+        arguments = self._arguments(request, deadline, media)
         with self._translated():
             result = self._transport.get().infer(**arguments)
         return read_scores(result, len(request.responses))
+
+    def _make_region(self) -> Region:
+        from triward.sharedmemory import Region
+
+        size = self._shared_memory_bytes
+        try:
+            region = Region(size)
+        except OSError as error:
+            raise TriwardError(f"shared memory of {size} bytes: {error.strerror}") from error
+        try:
+            self._register(region, self._timeout)
+        except BaseException:
+            region.close()
+            raise
+        return region
+
+    def _register(self, region: Region, timeout: float) -> None:
+        """Tell the server about a region, and make it forget those that are gone."""
+        from triward.sharedmemory import PREFIX, exists
+
+        transport = self._transport.get()
+        options = {"headers": self._headers, "client_timeout": timeout}
+        with self._translated():
+            known = transport.get_system_shared_memory_status(**options).regions
+            for name in known:
+                if name.startswith(PREFIX) and not exists(name):
+                    transport.unregister_system_shared_memory(name, **options)
+            if region.name not in known:
+                transport.register_system_shared_memory(
+                    region.name, f"/{region.name}", region.size, **options
+                )
 
     def _outcomes(
         self,

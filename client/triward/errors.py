@@ -21,6 +21,8 @@ from tritonclient.utils import InferenceServerException
 # Triton's words for a model that it knows but has not loaded: it stops, or its operator changes it.
 _UNLOADED = "has no available versions"
 
+_UNKNOWN_REGION = "Unable to find shared memory region"
+
 _ENSEMBLE_PREFIX = re.compile(r"^(?:in ensemble '[^']*', )+")
 
 
@@ -71,6 +73,11 @@ def from_triton(error: InferenceServerException, *, model: str, url: str) -> Tri
     if code == "NOT_FOUND":
         return ServerError(f"{url} does not serve the model {model!r}: {message}")
     return ServerError(f"{code}: {message}")
+
+
+def is_unknown_region(error: TriwardError) -> bool:
+    """Whether the server says that it does not know a region of shared memory."""
+    return _UNKNOWN_REGION in str(error)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput
@@ -12,28 +12,38 @@ from triward import protocol
 from triward.conversation import RewardRequest
 from triward.errors import InvalidRequest, ServerError
 
+if TYPE_CHECKING:
+    from triward.sharedmemory import Place
+
 # gRPC counts the bytes of a message in a signed 32-bit integer. The slack is for names and shapes.
 _MESSAGE_LIMIT = 2**31 - 1 - 64 * 2**10
 
 
-def infer_arguments(request: RewardRequest, *, model: str, remaining: float) -> dict[str, Any]:
+def infer_arguments(
+    request: RewardRequest, *, model: str, remaining: float, media: Place | None = None
+) -> dict[str, Any]:
     """Keyword arguments of `infer`, the same for tritonclient's blocking and asyncio clients.
 
     Args:
         request: the row to send.
         model: name of the ensemble.
         remaining: seconds left. gRPC gives up after them, and Triton drops a request that is older.
+        media: where the media lie in shared memory, if they do.
 
     Raises:
         InvalidRequest: the request is larger than a gRPC message can be.
     """
     fields = ((request.messages,), request.responses, request.media)
-    size = sum(4 + len(value) for values in fields for value in values)
+    sent = fields[:2] if media else fields
+    size = sum(4 + len(value) for values in sent for value in values)
     if size > _MESSAGE_LIMIT:
         raise InvalidRequest(f"the request holds {size} bytes, gRPC allows {_MESSAGE_LIMIT}")
     return {
         "model_name": model,
-        "inputs": [_input(spec, values) for spec, values in zip(protocol.INPUTS, fields)],
+        "inputs": [
+            _input(spec, values, media if spec is protocol.MEDIA else None)
+            for spec, values in zip(protocol.INPUTS, fields)
+        ],
         "outputs": [InferRequestedOutput(protocol.SCORES.name)],
         "client_timeout": remaining,
         "timeout": max(1, int(remaining * 1e6)),
@@ -65,7 +75,11 @@ def read_scores(result: Any, count: int) -> list[float]:
     return [float(score) for score in scores[0]]
 
 
-def _input(spec: protocol.TensorSpec, values: Sequence[bytes]) -> Any:
+def _input(spec: protocol.TensorSpec, values: Sequence[bytes], place: Place | None) -> Any:
+    if place:
+        tensor = InferInput(spec.name, [1, len(values)], spec.datatype)
+        tensor.set_shared_memory(place.region, place.size, place.offset)
+        return tensor
     # Element by element into an object array: any other dtype strips trailing NULs.
     array = np.empty((1, len(values)), dtype=np.object_)
     for column, value in enumerate(values):

@@ -1,0 +1,154 @@
+"""Media that reach a server on the same machine without passing through gRPC.
+
+A region of /dev/shm is registered with the server, and requests name places in it. A place is free
+again when its request is answered. If nobody knows whether the server still reads it, since the
+caller gave up or the connection broke, it rests: another request's bytes there would give the
+server a tensor that contradicts itself.
+
+A region's owner holds a lock on its file, so that others can tell what a killed process left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from uuid import uuid4
+
+from triward.errors import InvalidRequest
+
+FOLDER = Path("/dev/shm")
+PREFIX = "triward-client-"
+
+# Seconds. Requests wait for each model 30 s by default, and one that hangs ends the server after
+# 120 s at the latest.
+_REST = 300.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a BYTES tensor lies.
+
+    Attributes:
+        region: name under which the server knows the region.
+        offset: in bytes.
+        size: in bytes.
+    """
+
+    region: str
+    offset: int
+    size: int
+
+
+class Region:
+    """Shared memory of this process, gone when it is closed or the process ends.
+
+    Args:
+        size: bytes.
+
+    Raises:
+        OSError: this machine has no /dev/shm, or too little of it.
+    """
+
+    def __init__(self, size: int) -> None:  # noqa: D107 - the class says it
+        sweep()
+        self.size = size
+        self.name, descriptor = _create()
+        try:
+            os.posix_fallocate(descriptor, 0, size)  # else a full /dev/shm would be a SIGBUS later
+            self._memory = mmap.mmap(descriptor, size)
+        except BaseException:
+            _remove(self.name, descriptor, os.getpid())
+            raise
+        self.close = weakref.finalize(self, _remove, self.name, descriptor, os.getpid())
+        self._lock = threading.Lock()
+        # First and last byte of each place, and when it is free: never, until its request returns.
+        self._taken: dict[int, tuple[int, float]] = {}
+
+    @contextmanager
+    def lend(self, values: Sequence[bytes]) -> Iterator[Place | None]:
+        """A place that holds a BYTES tensor while the context lasts; None if there is no room.
+
+        It rests if the context is left by an exception other than `InvalidRequest`.
+        """
+        size = sum(4 + len(value) for value in values)
+        start = self._take(size)
+        if start is None:
+            yield None
+            return
+        offset = start
+        for value in values:
+            struct.pack_into("<I", self._memory, offset, len(value))
+            self._memory[offset + 4 : offset + 4 + len(value)] = value
+            offset += 4 + len(value)
+        rest = _REST
+        try:
+            yield Place(self.name, start, size)
+            rest = 0.0
+        except InvalidRequest:
+            rest = 0.0  # the server's answer
+            raise
+        finally:
+            with self._lock:
+                self._taken[start] = (start + size, monotonic() + rest)
+
+    def _take(self, size: int) -> int | None:
+        """The first gap that is large enough."""
+        with self._lock:
+            now, start = monotonic(), 0
+            for first, (last, free) in sorted(self._taken.items()):
+                if free <= now:
+                    del self._taken[first]
+                elif first - start >= size:
+                    break
+                else:
+                    start = last
+            if not 0 < size <= self.size - start:
+                return None
+            self._taken[start] = (start + size, float("inf"))
+            return start
+
+
+def sweep() -> None:
+    """Remove the regions of processes that are gone."""
+    for path in FOLDER.glob(PREFIX + "*"):
+        with suppress(OSError):  # its owner lives and holds the lock, or another one was quicker
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def exists(name: str) -> bool:
+    """Whether a region's file is there."""
+    return (FOLDER / name).exists()
+
+
+def _create() -> tuple[str, int]:
+    """A new file's name and descriptor, with the lock that says that its owner lives."""
+    while True:
+        name = f"{PREFIX}{os.getpid()}-{uuid4().hex[:12]}"
+        descriptor = os.open(FOLDER / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        with suppress(OSError):  # someone who sweeps was quicker than this lock
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink:
+                return name, descriptor
+        os.close(descriptor)
+
+
+def _remove(name: str, descriptor: int, owner: int) -> None:
+    # A fork's copy goes without a word: the region is its parent's.
+    if os.getpid() == owner:
+        with suppress(FileNotFoundError):
+            (FOLDER / name).unlink()
+    os.close(descriptor)
