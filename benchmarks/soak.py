@@ -5,7 +5,9 @@
 Single conversations, groups, images of many sizes, old and new, bad requests, cancelled ones, ones
 with too little time, and bursts beyond what may wait, from several processes. Every few seconds
 memory, /dev/shm, file descriptors and threads of the server are written down. After a warm-up, each
-must be level: Theil and Sen's slope, the median over all pairs of samples, ignores moments.
+must be level: Theil and Sen's slope, the median over all pairs of samples, ignores moments. The
+warm-up is long, since caches of shapes and the heap around them take a quarter of an hour of mixed
+load to find their size.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from triward_server.random_checkpoint import make_checkpoint
 
 LOAD = ("singles", "groups", "nuisances", "bursts")
 PATIENT_LOAD = ("singles", "groups", "wrong", "bursts")
-WARM_UP = 0.25  # of all samples: buffers, caches and thread pools find their size
+WARM_UP = 15.0  # minutes
 
 # What one request at a time may leave behind would show within an hour as far more than this.
 _MEMORY_SHARE, _MEMORY_BYTES = 0.05, 32 * 2**20  # per hour, whichever is more
@@ -82,16 +84,17 @@ def slope(times: Sequence[float], values: Sequence[float]) -> float:
     )
 
 
-def trends(samples: Sequence[dict[str, float]]) -> dict[str, Trend]:
+def trends(samples: Sequence[dict[str, float]], warm_up: float) -> dict[str, Trend]:
     """Of every quantity, after the warm-up.
 
     Args:
         samples: each with its time in `seconds`.
+        warm_up: minutes.
     """
-    level = samples[int(WARM_UP * len(samples)) :]
+    level = [sample for sample in samples if sample["seconds"] >= 60 * warm_up]
     times = [sample["seconds"] for sample in level]
     found = {}
-    for name in level[0]:
+    for name in level[0] if level else ():
         # What comes or goes on the way is the verdict's.
         if name != "seconds" and all(name in sample for sample in level):
             values = [sample[name] for sample in level]
@@ -226,20 +229,21 @@ def draw(results: dict[str, Any], output: Path) -> None:
             if name.endswith(kind) and not name.startswith("total"):
                 label = name.removesuffix(f".{kind}") if kind != "shm.bytes" else "all regions"
                 axes.plot(minutes, [s.get(name, 0) / unit for s in samples], label=label, lw=1.2)
-        axes.axvline(minutes[int(WARM_UP * len(minutes))], color="#9aa0a6", ls=":", lw=1)
+        axes.axvline(results["warm_up"], color="#9aa0a6", ls=":", lw=1)
         axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
     figure.supxlabel("minutes; growth is judged right of the dotted line", fontsize=8)
     requests = sum(results["outcomes"].values())
-    figure.suptitle(f"{requests:,} requests in {results['minutes']:g} minutes", fontsize=10)
+    figure.suptitle(f"{requests:,} requests in {minutes[-1]:.0f} minutes", fontsize=10)
     figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
 
 
 def main(
     output: Annotated[Path, typer.Option(help="JSON file; the plot goes beside it.")],
-    minutes: Annotated[float, typer.Option(min=0.5)] = 20.0,
+    minutes: Annotated[float, typer.Option(min=0.5, help="What is judged.")] = 20.0,
+    warm_up: Annotated[float, typer.Option(min=0, help="Minutes before it.")] = WARM_UP,
     every: Annotated[float, typer.Option(min=0.5, help="Seconds between samples.")] = 10.0,
     patient: Annotated[bool, typer.Option(help="Nobody cancels or hangs up.")] = False,
 ) -> None:
@@ -253,17 +257,18 @@ def main(
         load = Load(server.endpoints.grpc, kinds)
         samples = []
         with load:
-            for sample in watch(server, load, minutes, every):
+            for sample in watch(server, load, warm_up + minutes, every):
                 samples.append(sample)
                 draft.write_text(json.dumps(samples))  # if it is interrupted
         draft.unlink()
-        found = trends(samples)
+        found = trends(samples, warm_up)
         wrong = verdict(found, load.outcomes, samples, kinds)
         if wrong:
             shutil.copyfile(folder / "triton.log", output.with_suffix(".log"))
     results = {
         "machine": machine(),
         "minutes": minutes,
+        "warm_up": warm_up,
         "flags": _FLAGS,
         "load": kinds,
         "outcomes": dict(sorted(load.outcomes.items())),

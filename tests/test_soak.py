@@ -39,7 +39,7 @@ def samples(**growth_per_hour: float) -> list[dict[str, float]]:
 
 def test_level() -> None:
     rows = samples()
-    assert verdict(trends(rows), OUTCOMES, rows) == []
+    assert verdict(trends(rows, 3), OUTCOMES, rows) == []
 
 
 @pytest.mark.parametrize(
@@ -52,15 +52,17 @@ def test_level() -> None:
 )
 def test_leaks(growth: dict[str, float], name: str) -> None:
     rows = samples(**growth)
-    [problem] = verdict(trends(rows), OUTCOMES, rows)
+    [problem] = verdict(trends(rows, 3), OUTCOMES, rows)
     assert problem.startswith(f"{name} grows by ")
 
 
 def test_an_error_a_lost_process_and_a_missing_kind_of_load_are_no_pass() -> None:
     rows = samples()
-    assert verdict(trends(rows), OUTCOMES | {"single/error: INTERNAL": 2}, rows)
-    assert verdict(trends(rows), OUTCOMES - Counter(["single/late"]), rows)
-    assert verdict(trends(rows[:-1]), OUTCOMES, [*rows[:-1], {"seconds": 1.0}])
+    assert verdict(trends(rows, 3), OUTCOMES | {"single/error: INTERNAL": 2}, rows)
+    assert verdict(trends(rows, 3), OUTCOMES - Counter(["single/late"]), rows)
+    assert verdict(trends(rows[:-1], 3), OUTCOMES, [*rows[:-1], {"seconds": 1.0}])
+    dead = [*rows[:5], {"seconds": 60.0}]
+    assert verdict(trends(dead, 3), OUTCOMES, dead)
 
 
 def test_slope_ignores_a_quarter_of_the_samples() -> None:

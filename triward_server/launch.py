@@ -35,8 +35,7 @@ _EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
 _LOOPBACK = "127.0.0.1"
 # glibc raises its threshold for memory maps with what is freed, up to 32 MB; then tensors of all
 # sizes come from one heap, which they leave full of holes. A fixed threshold keeps them apart.
-# oneDNN keeps what it generates for 1,024 shapes by default, and batches hardly repeat theirs.
-_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1048576", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 # What changes or shows the server itself, and no caller needs.
 _ADMIN_PROTOCOLS = "model-repository,model-config,shared-memory,trace,logging"
 
@@ -292,7 +291,7 @@ class TritonServer:
         try:
             self._process = process = subprocess.Popen(
                 command,
-                env=_MEMORY | installation.environment,
+                env=_ALLOCATOR | installation.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
