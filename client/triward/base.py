@@ -84,6 +84,11 @@ class BaseClient:
         self._headers = dict(headers or {})
         self._closed = False
 
+    @property
+    def model(self) -> str:
+        """Name of the ensemble."""
+        return self._model
+
     def __reduce__(self) -> tuple[Any, ...]:
         """The settings; connections stay behind."""
         return partial(type(self), self._address.url, **self._settings()), ()

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import triward
@@ -86,3 +88,15 @@ def test_a_narrow_console_gets_a_sentence_instead_of_a_traceback():
     assert done.returncode == 2
     assert done.stderr.startswith("triward: messages[0].content[0]: cannot read ")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_wheel_is_small(tmp_path):
+    source = shutil.copytree(CLIENT, tmp_path / "client", ignore=shutil.ignore_patterns("build"))
+    done = run("-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", tmp_path, source)
+    assert done.returncode == 0, done.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 100_000
+    with zipfile.ZipFile(wheel) as files:
+        names = files.namelist()
+    assert "triward/integrations/ray.py" in names
+    assert "triward/py.typed" in names

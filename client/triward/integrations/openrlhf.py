@@ -1,0 +1,286 @@
+"""Rewards for OpenRLHF: for a reward function in a file, and for its HTTP client.
+
+    python -m triward.integrations.openrlhf --url rewards:8001 --port 5000
+
+serves OpenRLHF's HTTP schema at /get_reward. A POST of
+`{"query": [str], "prompts": [str], "labels": [...]}`, where `labels` may be missing, is answered
+`{"rewards": [float]}`, or with status 4xx or 5xx and `{"error": {"status": int, "message": str}}`.
+
+OpenRLHF hands over text: a prompt as the policy's chat template rendered it, and a query, which is
+that prompt and the response, decoded with their special tokens. What is scored is this:
+
+- The response is what the query has behind its prompt, without the token that ended it.
+- The messages before it are those of the label, if that is a mapping, or the JSON of one, with the
+  key `messages`. It is the only way in for images, and right for every chat template.
+- Else they are taken out of the prompt, which has to be ChatML, as Qwen's templates render it.
+  With `plain` in place of `chatml` the prompt is one message of the user's: for policies that are
+  trained without a chat template.
+
+Whatever does not fit raises `InvalidRequest`: no reward is made up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Callable
+
+from triward.client import RewardClient
+from triward.conversation import Messages
+from triward.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ServerUnavailable,
+    TriwardError,
+    located,
+)
+
+Parse = Callable[[str], Messages]
+
+# What ends a response of Qwen's models.
+ENDS = ("<|im_end|>", "<|endoftext|>")
+MAX_BODY_BYTES = 64 * 2**20
+
+_PAD = "<|image_pad|>"
+_OPENING = "<|im_start|>assistant\n"
+_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
+
+
+def chatml(prompt: str) -> Messages:
+    """The messages of a prompt in ChatML that ends where the assistant's turn begins.
+
+    Raises:
+        InvalidRequest: it is another format, or shows an image, which text does not hold.
+    """
+    if _PAD in prompt:
+        raise InvalidRequest("the prompt shows an image; give its messages in the label")
+    turns = prompt[: -len(_OPENING)] if prompt.endswith(_OPENING) else ""
+    messages, position = [], 0
+    while turn := _TURN.match(turns, position):
+        messages.append({"role": turn[1], "content": turn[2]})
+        position = turn.end()
+    if not messages or position < len(turns):
+        raise InvalidRequest(
+            f"the prompt is not ChatML up to {_OPENING!r}; "
+            "give its messages in the label, or use `plain` if it has no template"
+        )
+    return messages
+
+
+def plain(prompt: str) -> Messages:
+    """The prompt as one message of the user's."""
+    return [{"role": "user", "content": prompt}]
+
+
+def rewards(
+    client: RewardClient,
+    queries: Sequence[str],
+    prompts: Sequence[str],
+    labels: Sequence[Any],
+    *,
+    parse: Parse = chatml,
+    ends: Sequence[str] = ENDS,
+) -> dict[str, Any]:
+    """What OpenRLHF's `reward_func(queries, prompts, labels)` returns.
+
+    Args:
+        client: whom to ask.
+        queries: each a prompt and its response.
+        prompts: as the policy's chat template rendered them.
+        labels: for each query anything, or its messages.
+        parse: `chatml` or `plain`.
+        ends: tokens of the policy that end a response.
+
+    Returns:
+        `rewards` and `scores`, the same float32 tensor [N].
+
+    Raises:
+        TriwardError: a query has no score; the message names it.
+    """
+    torch: Any = importlib.import_module("torch")
+    found = torch.tensor(score(client, queries, prompts, labels, parse=parse, ends=ends))
+    return {"rewards": found, "scores": found}
+
+
+def score(
+    client: RewardClient,
+    queries: Sequence[str],
+    prompts: Sequence[str],
+    labels: Sequence[Any] | None = None,
+    *,
+    parse: Parse = chatml,
+    ends: Sequence[str] = ENDS,
+) -> list[float]:
+    """`rewards` as a list, without torch."""
+    labels = [None] * len(queries) if labels is None else labels
+    if not len(queries) == len(prompts) == len(labels):
+        counts = f"{len(queries)} queries, {len(prompts)} prompts and {len(labels)} labels"
+        raise InvalidRequest(f"each query needs its prompt and label, got {counts}")
+    conversations = []
+    for index, (query, prompt, label) in enumerate(zip(queries, prompts, labels)):
+        try:
+            response = {"role": "assistant", "content": _response(query, prompt, ends)}
+            conversations.append([*_messages(prompt, label, parse), response])
+        except InvalidRequest as error:
+            raise located(error, f"queries[{index}]") from error
+    return client.score_many(conversations)
+
+
+def _messages(prompt: str, label: Any, parse: Parse) -> Messages:
+    if isinstance(label, str) and label.startswith("{"):
+        with suppress(ValueError, RecursionError):  # then it is a label like others
+            label = json.loads(label)
+    if isinstance(label, Mapping) and label.get("messages") is not None:
+        return list(label["messages"])
+    return parse(prompt)
+
+
+def _response(query: str, prompt: str, ends: Sequence[str]) -> str:
+    # A processor has put as many placeholders for an image into the query as the image has tokens.
+    pieces = map(re.escape, prompt.split(_PAD))
+    start = re.match(f"(?:{re.escape(_PAD)})+".join(pieces), query)
+    if start is None:
+        raise InvalidRequest(
+            "does not begin with its prompt; OpenRLHF cuts a prompt's beginning off when it does "
+            "not fit beside the response"
+        )
+    response = query[start.end() :]
+    end = next((end for end in ends if response.endswith(end)), "")
+    return response[: len(response) - len(end)]
+
+
+class RewardServer(ThreadingHTTPServer):
+    """OpenRLHF's HTTP schema in front of a Triward server.
+
+    It reads the images that labels name, from files too: listen where only trainers can connect.
+
+    Args:
+        address: host and port.
+        client: whom to ask.
+        parse: as for `rewards`.
+        ends: as for `rewards`.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128  # trainers connect for each rollout, and many at once
+
+    def __init__(  # noqa: D107 - the class says it
+        self,
+        address: tuple[str, int],
+        client: RewardClient,
+        parse: Parse = chatml,
+        ends: Sequence[str] = ENDS,
+    ) -> None:
+        super().__init__(address, _Handler)
+        self._client, self._parse, self._ends = client, parse, ends
+
+    def score(self, body: bytes) -> list[float]:
+        """The rewards for a request's body.
+
+        Raises:
+            TriwardError: there are none.
+        """
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"the body is not JSON: {error}") from None
+        if not isinstance(request, dict):
+            raise InvalidRequest("the body must be a JSON object")
+        for key in ("query", "prompts"):
+            texts = request.get(key)
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise InvalidRequest(f"{key}: must be a list of str")
+        labels = request.get("labels")
+        if labels is not None and not isinstance(labels, list):
+            raise InvalidRequest("labels: must be a list")
+        texts = request["query"], request["prompts"]
+        return score(self._client, *texts, labels, parse=self._parse, ends=self._ends)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: RewardServer
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # a caller that stops sending does not hold its thread for ever
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if self.path.partition("?")[0] != "/get_reward":
+            self.send_error(HTTPStatus.NOT_FOUND, "the path is /get_reward")
+        elif not length.isdecimal():
+            self.send_error(HTTPStatus.LENGTH_REQUIRED, "a Content-Length is needed")
+        elif int(length) > MAX_BODY_BYTES:
+            message = f"the body has {length} bytes, the limit is {MAX_BODY_BYTES}"
+            self.send_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+        else:
+            self._answer(self.rfile.read(int(length)))
+
+    def _answer(self, body: bytes) -> None:
+        try:
+            found = self.server.score(body)
+        except TriwardError as error:
+            self.send_error(_status(error), str(error))
+        else:
+            self._reply(HTTPStatus.OK, {"rewards": found})
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        # Also for what the base class refuses. Part of the request may not be read.
+        self.close_connection = True
+        self.log_error("%d %s", code, message)
+        description = message or HTTPStatus(code).phrase
+        self._reply(code, {"error": {"status": int(code), "message": description}})
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Nothing: errors are logged, and rollouts are many."""
+
+    def _reply(self, code: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _status(error: TriwardError) -> HTTPStatus:
+    if isinstance(error, InvalidRequest):
+        return HTTPStatus.BAD_REQUEST
+    if isinstance(error, ServerUnavailable):
+        return HTTPStatus.SERVICE_UNAVAILABLE
+    if isinstance(error, DeadlineExceeded):
+        return HTTPStatus.GATEWAY_TIMEOUT
+    return HTTPStatus.BAD_GATEWAY
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until interrupted."""
+    parser = argparse.ArgumentParser(
+        "triward.integrations.openrlhf", description=RewardServer.__doc__
+    )
+    parser.add_argument(
+        "--url", default="localhost:8001", help="the Triward server's gRPC endpoint"
+    )
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for each query")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen")
+    parser.add_argument("--port", type=int, default=5000)
+    parser.add_argument("--prompts", choices=("chatml", "plain"), default="chatml")
+    parser.add_argument("--end", action="append", help="a token that ends responses; repeatable")
+    options = parser.parse_args(arguments)
+    parse = {"chatml": chatml, "plain": plain}[options.prompts]
+    with RewardClient(options.url, timeout=options.timeout) as client:
+        address = options.host, options.port
+        with RewardServer(address, client, parse, options.end or ENDS) as server:
+            print(f"listening on http://{options.host}:{server.server_port}/get_reward", flush=True)
+            with suppress(KeyboardInterrupt):
+                server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Rows of a table -> conversations -> a score or an error for each row.
+
+What the integrations for data sets share. A row without a score is one that cannot be scored, and
+its error says why. Whatever else goes wrong is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from time import monotonic, sleep
+from typing import Any, Union
+
+from triward.client import RewardClient
+from triward.conversation import Message, Messages
+from triward.errors import InvalidRequest, ServerUnavailable
+
+Score = Union[float, list[float]]
+
+# Between two rounds, for clients that do not pause by themselves before they try again.
+_PAUSE = 1.0
+
+
+@dataclass(frozen=True)
+class RowScorer:
+    """Scores rows. It can be pickled, and used after a fork.
+
+    A row is a whole conversation in the column `messages`, or a prompt and its response in two:
+
+    - `prompt` is a str, which the user says, or a list of messages.
+    - `responses` is a str, or a list of messages from the assistant's on: one score. Or a list of
+      str: a list of scores in their order.
+    - `images` is one image or a list of them: bytes, paths, PIL images, or the struct of `bytes`
+      and `path` that Hugging Face datasets write to Parquet. They go into the image parts of the
+      messages that hold none; if there is no image part, in front of the first user message.
+
+    Attributes:
+        client: whom to ask.
+        messages: name of the column; so are the next three.
+        prompt: with `responses`, in place of `messages`.
+        responses: with `prompt`.
+        images: None if the messages hold their images, or there are none.
+        score: name of the column of scores; errors stand in `<score>_error`.
+        concurrency: how many requests are in flight at once.
+        patience: seconds for which servers may answer nothing but UNAVAILABLE.
+    """
+
+    client: RewardClient
+    messages: str | None = None
+    prompt: str | None = None
+    responses: str | None = None
+    images: str | None = None
+    score: str = "score"
+    concurrency: int = 32
+    patience: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            ValueError: they are not one conversation's.
+        """
+        given = [name is not None for name in (self.messages, self.prompt, self.responses)]
+        if given not in ([True, False, False], [False, True, True]):
+            raise ValueError("name the column of messages, or those of prompt and responses")
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns that are read."""
+        names = (self.messages, self.prompt, self.responses, self.images)
+        return [name for name in names if name is not None]
+
+    @property
+    def error(self) -> str:
+        """Name of the column of errors."""
+        return f"{self.score}_error"
+
+    def score_rows(
+        self, table: Mapping[str, Sequence[Any]]
+    ) -> tuple[list[Score | None], list[str]]:
+        """Score a batch.
+
+        Args:
+            table: name of a column -> a value for each row.
+
+        Returns:
+            For each row its score or None, and "" or why there is none.
+
+        Raises:
+            ServerUnavailable: for `patience` seconds there was no other answer.
+            TriwardError: a server failed, or the client's timeout ran out.
+        """
+        rows = zip(*(table[name] for name in self.columns))
+        asked = [self._read(dict(zip(self.columns, row))) for row in rows]
+        answers = iter(self._ask([each for row in asked for each in row.conversations]))
+        told = [row.tell(list(islice(answers, len(row.conversations)))) for row in asked]
+        return [score for score, _ in told], [error for _, error in told]
+
+    def _read(self, row: dict[str, Any]) -> _Row:
+        try:
+            images = _images(row[self.images]) if self.images is not None else []
+            if self.messages is not None:
+                return _Row(
+                    [_illustrate(_messages(row[self.messages], "user", self.messages), images)]
+                )
+            assert self.prompt is not None and self.responses is not None  # __post_init__
+            prompt = _illustrate(_messages(row[self.prompt], "user", self.prompt), images)
+            endings, several = _endings(row[self.responses], self.responses)
+            return _Row([[*prompt, *ending] for ending in endings], several)
+        except InvalidRequest as error:
+            return _Row([], error=str(error))
+
+    def _ask(self, conversations: list[Messages]) -> list[float | InvalidRequest]:
+        """An answer for each conversation, however often it takes.
+
+        A request that is UNAVAILABLE stays in flight until the client gives it up, so the pauses
+        between its attempts slow everything down here, too.
+        """
+        found: dict[int, float | InvalidRequest] = {}
+        pending = list(range(len(conversations)))
+        last_answer = monotonic()
+        while pending:
+            outcomes: Any = self.client.iter_scores(
+                (conversations[index] for index in pending),
+                concurrency=self.concurrency,
+                on_error="return",
+            )
+            with closing(outcomes):  # or requests would go on after an error
+                for index, outcome in zip(pending, outcomes):
+                    if isinstance(outcome, ServerUnavailable):
+                        if monotonic() - last_answer > self.patience:
+                            raise outcome
+                    elif isinstance(outcome, (float, InvalidRequest)):
+                        found[index] = outcome
+                        last_answer = monotonic()
+                    else:
+                        raise outcome
+            pending = [index for index in pending if index not in found]
+            if pending:
+                sleep(_PAUSE)
+        return [found[index] for index in range(len(conversations))]
+
+
+@dataclass
+class _Row:
+    """What a row asks for.
+
+    Attributes:
+        conversations: none if there is an error.
+        several: whether its score is a list.
+        error: why it cannot be sent.
+    """
+
+    conversations: list[list[Message]]
+    several: bool = False
+    error: str = ""
+
+    def tell(self, answers: list[float | InvalidRequest]) -> tuple[Score | None, str]:
+        """The row's score and error; one response without a score leaves the row without."""
+        if self.error:
+            return None, self.error
+        scores = [answer for answer in answers if isinstance(answer, float)]
+        for place, answer in enumerate(answers):
+            if isinstance(answer, InvalidRequest):
+                # The cause does not name the place in the batch, which means nothing here.
+                reason = str(answer.__cause__ or answer)
+                return None, f"response {place}: {reason}" if self.several else reason
+        return (scores if self.several else scores[0]), ""
+
+
+def _endings(value: object, column: str) -> tuple[list[list[Message]], bool]:
+    """The messages that end each of the row's conversations, and whether its score is a list."""
+    if not isinstance(value, (list, tuple)) or any(isinstance(each, Mapping) for each in value):
+        return [_messages(value, "assistant", column)], False
+    if not value:
+        raise InvalidRequest(f"{column}: holds 0 responses, needs at least 1")
+    return [[{"role": "assistant", "content": each}] for each in value], True
+
+
+def _messages(value: object, role: str, column: str) -> list[Message]:
+    """Messages, or what `role` says. Keys whose value is None are the table's, not the row's."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, (list, tuple)):
+        name = type(value).__name__
+        raise InvalidRequest(f"{column}: must be a str or a list of messages, got {name}")
+    for message in value:
+        if not isinstance(message, Mapping):
+            raise InvalidRequest(f"{column}: a message must be a dict, got {message!r:.100}")
+    return [{key: each for key, each in item.items() if each is not None} for item in value]
+
+
+def _images(value: object) -> list[object]:
+    """A row's images as the client takes them: one, some, or None for none."""
+    if value is None:
+        return []
+    return [_image(each) for each in value] if isinstance(value, (list, tuple)) else [_image(value)]
+
+
+def _image(value: object) -> object:
+    """What is in a struct of Hugging Face's; any other value as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    held = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if held is None:
+        raise InvalidRequest("an image has neither bytes nor a path")
+    return held
+
+
+def _illustrate(messages: list[Message], images: list[object]) -> list[Message]:
+    """Copies of the messages, with the images in their places.
+
+    Raises:
+        InvalidRequest: there are more images than places, or fewer.
+    """
+    copies = [{**message, "content": _copied(message.get("content"))} for message in messages]
+    contents = [copy["content"] for copy in copies if isinstance(copy["content"], list)]
+    parts = [part for content in contents for part in content if _is_image(part)]
+    if images and not parts:
+        return _led_by(images, copies)
+    places = [p for p in parts if p.get("image") is None and p.get("image_url") is None]
+    if len(places) != len(images):
+        given = f"the row has {len(images)} for them"
+        raise InvalidRequest(f"{len(places)} image parts hold no image, {given}")
+    for part, image in zip(places, images):
+        part["image"] = image
+    return list(copies)
+
+
+def _copied(content: object) -> object:
+    """Content whose parts can be changed; what is wrong with it the client will say."""
+    if not isinstance(content, (list, tuple)):
+        return content
+    parts = [dict(part) if isinstance(part, Mapping) else part for part in content]
+    for part in parts:
+        if _is_image(part) and part.get("image") is not None:
+            part["image"] = _image(part["image"])
+    return parts
+
+
+def _is_image(part: object) -> bool:
+    return isinstance(part, dict) and (
+        part.get("type") in ("image", "image_url")
+        or part.get("image") is not None
+        or part.get("image_url") is not None
+    )
+
+
+def _led_by(images: list[object], messages: list[dict[str, Any]]) -> list[Message]:
+    """The messages; the first of the user's begins with the images."""
+    first = [{"type": "image", "image": image} for image in images]
+    for place, message in enumerate(messages):
+        content = message["content"]
+        if message.get("role") == "user" and isinstance(content, (str, list)):
+            rest = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            led = {**message, "content": [*first, *rest]}
+            return [*messages[:place], led, *messages[place + 1 :]]
+    raise InvalidRequest(f"the row has {len(images)} images, but no user message to hold them")

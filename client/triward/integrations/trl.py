@@ -1,0 +1,75 @@
+"""Rewards for TRL's GRPOTrainer and RLOOTrainer.
+
+    GRPOTrainer(reward_funcs=TriwardReward(RewardClient("rewards:8001")), ...)
+
+What is scored is the prompt's messages with the completion's behind them. Of a standard (plain
+text) dataset the prompt is a user's message, the completion the assistant's. Of a multimodal
+dataset TRL has put the images of the column `image` or `images` into the prompt's messages.
+
+TRL repeats a prompt for each of its completions; they go to the server as one request. A failure
+raises a `TriwardError`, which ends the training: no reward is made up, and None, which TRL
+would leave out, is never returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Iterator
+from functools import partial
+from typing import Any, Callable, Union
+
+from triward.aio import AsyncRewardClient
+from triward.client import RewardClient
+from triward.conversation import Messages
+
+Text = Union[str, Messages]
+
+
+class TriwardReward:
+    """A reward function. Can be pickled, for trainers that start processes.
+
+    Args:
+        client: whom to ask.
+        name: under which TRL logs the rewards.
+    """
+
+    def __init__(self, client: RewardClient, name: str = "triward") -> None:  # noqa: D107
+        self.client = client
+        self.__name__ = name
+
+    def __call__(
+        self, prompts: list[Text], completions: list[Text], **columns: object
+    ) -> list[float]:
+        """The reward of each completion; the dataset's other columns are not used.
+
+        Raises:
+            TriwardError: a completion has no score; the message names it.
+        """
+        return self.client.score_many(_conversations(prompts, completions))
+
+
+def async_triward_reward(client: AsyncRewardClient) -> Callable[..., Awaitable[list[float]]]:
+    """A coroutine reward function: TRL runs it beside the other coroutines of `reward_funcs`."""
+    # TRL tells coroutine functions from others with inspect, which does not see through an object
+    # with an async __call__, but through a partial.
+    return partial(async_triward, client)
+
+
+async def async_triward(
+    client: AsyncRewardClient, prompts: list[Text], completions: list[Text], **columns: object
+) -> list[float]:
+    """What `async_triward_reward` is made of; see `TriwardReward.__call__`."""
+    return await client.score_many(_conversations(prompts, completions))
+
+
+def _conversations(prompts: Iterable[Text], completions: Iterable[Text]) -> Iterator[Messages]:
+    shared: Any = None
+    for prompt, completion in zip(prompts, completions):
+        # A dataset decodes a repeated row's image each time. The client takes images for the same,
+        # and sends them once, when they are the same object, so equal ones become it here.
+        if prompt != shared:
+            shared = prompt
+        yield [*_messages(shared, "user"), *_messages(completion, "assistant")]
+
+
+def _messages(text: Text, role: str) -> Messages:
+    return [{"role": role, "content": text}] if isinstance(text, str) else text

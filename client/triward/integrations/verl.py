@@ -1,0 +1,259 @@
+"""Rewards for verl, in the forms in which it can ask for them.
+
+- `compute_score` and `async_compute_score`: a custom reward function, called for each rollout.
+- `TriwardRewardManager`: a manager of the reward loop, called for each rollout.
+- `TriwardBatchRewardManager`: a manager of verl.workers.reward_manager, as verl had it before the
+  reward loop. It is called with the batch, and asks for all rollouts of a prompt at once.
+
+What is scored is the prompt's messages with the rollout behind them: the response's tokens, decoded
+without special tokens, as one message of the assistant's. So it is, too, when the rollout took
+several turns.
+
+A manager finds the prompt in verl's `raw_prompt`, with its images. A function is not told the
+prompt: the dataset has to repeat its columns `prompt` and `images` inside `extra_info`. A failure
+raises a `TriwardError`; no reward is made up.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from triward.aio import AsyncRewardClient
+from triward.channel import Url
+from triward.client import RewardClient
+from triward.conversation import Message, Messages
+from triward.errors import InvalidRequest
+
+# In a prompt of verl's datasets it stands for the next of the row's images.
+_IMAGE = "<image>"
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: object,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    url: Url = "localhost:8001",
+    timeout: float = 60.0,
+    **verl: object,
+) -> float:
+    """The reward of a rollout, as verl's custom reward function.
+
+    Args:
+        data_source: not used.
+        solution_str: the rollout's response.
+        ground_truth: not used.
+        extra_info: `prompt`, the messages before the response, and `images` if they show any.
+        url: as `RewardClient` takes it; from verl's `reward_kwargs`, as is `timeout`.
+        timeout: seconds.
+        verl: what else some versions pass, such as `reward_router_address`; not used.
+
+    Raises:
+        TriwardError: there is no score.
+    """
+    conversation = _conversation(_described(extra_info), solution_str)
+    return _client(_hashable(url), timeout).score(conversation)
+
+
+async def async_compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: object,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    url: Url = "localhost:8001",
+    timeout: float = 60.0,
+    **verl: object,
+) -> float:
+    """`compute_score` as a coroutine, which verl's reward loop runs without a thread for each."""
+    conversation = _conversation(_described(extra_info), solution_str)
+    return await _async_client(_hashable(url), timeout).score(conversation)
+
+
+class TriwardRewardManager:
+    """A manager of verl's reward loop.
+
+    The client's arguments, such as `url`, come from `reward.reward_kwargs` in verl's configuration,
+    `reward_model.reward_kwargs` in that of 0.7.0.
+
+    Args:
+        config: verl's.
+        tokenizer: the policy's.
+        compute_score: not used, as are those below.
+    """
+
+    def __init__(  # noqa: D107 - the class says it
+        self,
+        config: Any,
+        tokenizer: Any,
+        compute_score: object = None,
+        reward_router_address: object = None,
+        reward_model_tokenizer: object = None,
+    ) -> None:
+        section = config["reward" if "reward" in config else "reward_model"]
+        self._client = AsyncRewardClient(**(section.get("reward_kwargs") or {}))
+        self._tokenizer = tokenizer
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        """The reward of a trajectory, which is its last sequence's, as in verl's own managers.
+
+        Args:
+            data: a DataProto of the trajectory's sequences.
+
+        Raises:
+            TriwardError: there is no score.
+        """
+        score = await self._client.score(_rollout(data[-1], self._tokenizer))
+        return {"reward_score": score, "reward_extra_info": {}}
+
+    @classmethod
+    def assemble_rm_scores(cls, data: Any, scores: Sequence[float]) -> Any:
+        """Each row's reward at its response's last token, float32 [rows, response length]."""
+        return _at_last_tokens(data, scores)
+
+
+class TriwardBatchRewardManager:
+    """A manager of verl.workers.reward_manager.
+
+    Args:
+        tokenizer: the policy's.
+        num_examine: not used, as are the next two.
+        compute_score: see there.
+        reward_fn_key: see there.
+        settings: the client's arguments, such as `url`; from verl's `reward_kwargs`.
+    """
+
+    def __init__(  # noqa: D107 - the class says it
+        self,
+        tokenizer: Any,
+        num_examine: int = 0,
+        compute_score: object = None,
+        reward_fn_key: str = "data_source",
+        **settings: Any,
+    ) -> None:
+        self._client = RewardClient(**settings)
+        self._tokenizer = tokenizer
+
+    def __call__(self, data: Any, return_dict: bool = False) -> Any:
+        """Each row's reward at its response's last token, float32 [rows, response length].
+
+        A batch that has rewards, in `rm_scores`, keeps them: verl asks again after its workers did.
+
+        Args:
+            data: a DataProto.
+            return_dict: return a dict with the key `reward_tensor`.
+
+        Raises:
+            TriwardError: a row has no score.
+        """
+        if "rm_scores" in data.batch.keys():  # noqa: SIM118 - a TensorDict refuses the shorter form
+            rewards = data.batch["rm_scores"]
+        else:
+            rewards = _at_last_tokens(data, self._scores(data))
+        return {"reward_tensor": rewards, "reward_extra_info": {}} if return_dict else rewards
+
+    def _scores(self, data: Any) -> list[float]:
+        # verl may have spread a prompt's rollouts over the batch to balance its workers.
+        uids = data.non_tensor_batch.get("uid", [""] * len(data))
+        order = sorted(range(len(data)), key=lambda row: str(uids[row]))
+        found = self._client.score_many(_rollout(data[row], self._tokenizer) for row in order)
+        return [score for _, score in sorted(zip(order, found))]
+
+
+@cache
+def _client(url: Url, timeout: float) -> RewardClient:
+    return RewardClient(url, timeout=timeout)
+
+
+@cache
+def _async_client(url: Url, timeout: float) -> AsyncRewardClient:
+    return AsyncRewardClient(url, timeout=timeout)
+
+
+def _hashable(url: Url) -> Url:
+    return url if isinstance(url, str) else tuple(url)
+
+
+def _conversation(prompt: Iterable[Message], response: str) -> Messages:
+    return [*prompt, {"role": "assistant", "content": response}]
+
+
+def _rollout(item: Any, tokenizer: Any) -> Messages:
+    """The conversation of a DataProtoItem."""
+    fields = item.non_tensor_batch
+    if "raw_prompt" in fields:
+        # Up to 0.6 the images stand beside the messages.
+        images = (fields.get("multi_modal_data") or {}).get("image") or []
+        prompt = _with_images(fields["raw_prompt"], images)
+    else:
+        prompt = _described(fields.get("extra_info"))
+    ids = item.batch["responses"]
+    length = int(item.batch["attention_mask"][-ids.shape[-1] :].sum())
+    return _conversation(prompt, tokenizer.decode(ids[:length], skip_special_tokens=True))
+
+
+def _described(extra_info: Mapping[str, Any] | None) -> Messages:
+    """The prompt that a dataset repeats in `extra_info`."""
+    prompt = (extra_info or {}).get("prompt")
+    if extra_info is None or prompt is None:
+        raise InvalidRequest("extra_info: needs 'prompt', the messages before the response")
+    images = extra_info.get("images")
+    return _with_images(prompt, [] if images is None else images)
+
+
+def _with_images(messages: Iterable[Message], images: Sequence[Any]) -> Messages:
+    """Messages with the images in their places, in order, as verl's datasets do it.
+
+    A place is `<image>` in a content that is a str, or an image part; one that holds its image
+    keeps it. Without images `<image>` is text like other text.
+    """
+    if not len(images):
+        return list(messages)
+    places: list[dict[str, Any]] = []
+    filled = [{**message, "content": _parts(message["content"], places)} for message in messages]
+    if len(places) != len(images):
+        raise InvalidRequest(f"images: {len(images)} for {len(places)} places in the prompt")
+    for place, image in zip(places, images):
+        if place.get("image") is None:
+            place.update(_image_part(image))
+    return filled
+
+
+def _parts(content: Any, places: list[dict[str, Any]]) -> list[Any]:
+    """Copies of a content's parts; those for images are also put into `places`."""
+    if isinstance(content, str):
+        pieces = [piece for piece in re.split(f"({_IMAGE})", content) if piece]
+        content = [
+            {"type": "image"} if piece == _IMAGE else {"type": "text", "text": piece}
+            for piece in pieces
+        ]
+    parts = [dict(part) for part in content]
+    places += [part for part in parts if part.get("type") == "image"]
+    return parts
+
+
+def _image_part(image: Any) -> Mapping[str, Any]:
+    if not isinstance(image, Mapping):
+        return {"image": image}
+    if "image" in image:
+        return image
+    # Tables of Hugging Face datasets hold an image so.
+    return {"image": image.get("bytes") or image.get("path")}
+
+
+def _at_last_tokens(data: Any, scores: Sequence[float]) -> Any:
+    torch: Any = importlib.import_module("torch")
+    responses = data.batch["responses"]
+    lengths = data.batch["attention_mask"][:, -responses.shape[-1] :].sum(dim=1)
+    if (lengths == 0).any():
+        row = int((lengths == 0).nonzero()[0])
+        raise InvalidRequest(f"data[{row}]: the response has no token that could hold a reward")
+    rewards = torch.zeros_like(responses, dtype=torch.float32)
+    rows = torch.arange(len(scores), device=rewards.device)
+    rewards[rows, lengths - 1] = torch.tensor(scores, dtype=torch.float32, device=rewards.device)
+    return rewards

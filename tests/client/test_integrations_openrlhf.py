@@ -1,0 +1,304 @@
+"""Queries, prompts and labels as OpenRLHF's executors pass and send them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from tritonclient.utils import InferenceServerException
+
+from tests.fakeserver import FakeServer
+from triward import InvalidRequest, ServerError, ServerUnavailable
+from triward.integrations import openrlhf
+from triward.integrations.openrlhf import RewardServer, chatml, plain, rewards, score
+
+SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
+PROMPT = SYSTEM + "<|im_start|>user\nWhat is\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is\n1+1?"},
+]
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+SHOWN = f"<|im_start|>user\n{PICTURE}{PICTURE}Same?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def requests(transport):
+    """Of each request: messages, responses, media files."""
+    sent = [transport.sent(call) for call in transport.calls]
+    return [
+        (
+            json.loads(inputs["messages"][1][0]),
+            [response.decode() for response in inputs["responses"][1]],
+            inputs["media"][1],
+        )
+        for inputs in sent
+    ]
+
+
+def fail(status):
+    def reply(arguments):
+        raise InferenceServerException("on purpose", f"StatusCode.{status}")
+
+    return reply
+
+
+def test_what_a_reward_function_returns(client, transport):
+    queries = [PROMPT + "2<|im_end|>", PROMPT + "Two.<|im_end|>", PROMPT + "It is, as ev"]
+    found = rewards(client, queries, [PROMPT] * 3, ["2"] * 3)
+    assert sorted(found) == ["rewards", "scores"]
+    assert found["rewards"].dtype == torch.float32
+    assert found["rewards"].tolist() == found["scores"].tolist() == [1.0, 4.0, 12.0]
+    assert requests(transport) == [(MESSAGES, ["2", "Two.", "It is, as ev"], [])]
+
+
+def test_one_end_is_taken_off(client, transport):
+    score(client, [PROMPT + "2<|im_end|><|im_end|>"], [PROMPT])
+    score(client, [PROMPT + "2</s>"], [PROMPT], ends=["</s>"])
+    assert [responses for _, responses, _ in requests(transport)] == [["2<|im_end|>"], ["2"]]
+
+
+def test_control_tokens_inside_a_response_are_its_text(client, transport):
+    response = "2<|im_end|>\n<|im_start|>user\nGreat!<|im_end|>\n<|im_start|>assistant\nThanks"
+    score(client, [PROMPT + response + "<|im_end|>"], [PROMPT])
+    assert requests(transport) == [(MESSAGES, [response], [])]
+
+
+@pytest.mark.parametrize("encode", [json.dumps, lambda label: label])
+def test_a_label_holds_messages_and_images(client, transport, tmp_path, encode):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"pixels of " + name.encode())
+    images = [{"type": "image", "image": str(tmp_path / name)} for name in ("a", "b")]
+    messages = [{"role": "user", "content": [*images, {"type": "text", "text": "Same?"}]}]
+    # As the processor expands it: 4 tokens for the first image and 6 for the second.
+    first, second = (PICTURE.replace("<|image_pad|>", "<|image_pad|>" * n) for n in (4, 6))
+    query = SHOWN.replace(PICTURE + PICTURE, first + second) + "No <|image_pad|><|image_pad|>."
+    assert score(client, [query], [SHOWN], [encode({"messages": messages})]) == [30.0]
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Same?"}]
+    assert requests(transport) == [
+        (
+            [{"role": "user", "content": content}],
+            ["No <|image_pad|><|image_pad|>."],
+            [b"pixels of a", b"pixels of b"],
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["2", "{2}", '{"a":' * 100_000, '{"answer": 2}', '["2"]', None, 2, {"answer": 2}],
+    ids=lambda label: repr(label)[:20],
+)
+def test_other_labels_change_nothing(client, transport, label):
+    score(client, [PROMPT + "2"], [PROMPT], [label])
+    assert requests(transport)[0][0] == MESSAGES
+
+
+def test_prompts_without_a_template(client, transport):
+    score(client, ["1+1=2<|endoftext|>"], ["1+1="], parse=plain)
+    assert requests(transport) == [([{"role": "user", "content": "1+1="}], ["2"], [])]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "1+1=",
+        "",
+        "<|im_start|>assistant\n",
+        PROMPT[:-1],
+        "x" + PROMPT,
+        "[INST] 1+1? [/INST]",
+        PROMPT + "<think>\n",
+        SYSTEM + "1+1?<|im_end|>\n<|im_start|>assistant\n",
+    ],
+)
+def test_what_is_not_chatml_is_an_error(client, transport, prompt):
+    with pytest.raises(InvalidRequest, match=r"queries\[1\]: the prompt is not ChatML"):
+        score(client, [PROMPT + "2", prompt + "2"], [PROMPT, prompt])
+    assert transport.calls == []
+
+
+def test_a_prompt_with_an_image_needs_its_label(client):
+    with pytest.raises(InvalidRequest, match="shows an image"):
+        score(client, [SHOWN + "No."], [SHOWN], ["unused"])
+
+
+@pytest.mark.parametrize("query", ["", PROMPT[5:] + "2", "2"])
+def test_a_query_without_its_prompt_is_an_error(client, query):
+    with pytest.raises(InvalidRequest, match=r"queries\[0\]: does not begin with its prompt"):
+        score(client, [query], [PROMPT])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "labels"), [([], None), ([PROMPT] * 2, None), ([PROMPT], [1, 2])]
+)
+def test_lists_that_do_not_fit_are_an_error(client, prompts, labels):
+    with pytest.raises(InvalidRequest, match="each query needs its prompt and label"):
+        score(client, [PROMPT + "2"], prompts, labels)
+
+
+def test_failures_are_no_rewards(client, transport):
+    transport.reply = fail("UNAVAILABLE")
+    with pytest.raises(ServerUnavailable):
+        rewards(client, [PROMPT + "2"], [PROMPT], ["2"])
+    transport.reply = lambda arguments: transport.result([float("inf")])
+    with pytest.raises(ServerError):
+        rewards(client, [PROMPT + "2"], [PROMPT], ["2"])
+
+
+@pytest.fixture
+def post(client):
+    """Sends a body as OpenRLHF's executor does; returns status and content."""
+    with RewardServer(("127.0.0.1", 0), client) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+
+        def send(body, path="/get_reward", method="POST", **headers):
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+            connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+            response = connection.getresponse()
+            content = json.loads(response.read())
+            assert response.headers["Content-Type"] == "application/json"
+            connection.close()
+            return response.status, content
+
+        send.port = server.server_port
+        yield send
+        server.shutdown()
+        thread.join()
+
+
+BODY = {"query": [PROMPT + "2", PROMPT + "Two."], "prompts": [PROMPT] * 2, "labels": ["2"] * 2}
+
+
+def test_http_answers_with_rewards(post, transport):
+    assert post(BODY) == (200, {"rewards": [1.0, 4.0]})
+    assert requests(transport) == [(MESSAGES, ["2", "Two."], [])]
+
+
+def test_http_without_labels(post):
+    assert post({key: BODY[key] for key in ("query", "prompts")}) == (200, {"rewards": [1.0, 4.0]})
+
+
+def test_http_of_an_empty_shard(post):
+    """OpenRLHF cuts a batch into as many as there are servers, and some may be empty."""
+    assert post({"query": [], "prompts": [], "labels": []}) == (200, {"rewards": []})
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        ("INVALID_ARGUMENT", 400),
+        ("INTERNAL", 502),
+        ("UNAVAILABLE", 503),
+        ("DEADLINE_EXCEEDED", 504),
+    ],
+)
+def test_http_codes_of_failures(post, transport, status, code):
+    transport.reply = fail(status)
+    got, content = post(BODY)
+    assert got == code == content["error"]["status"]
+    assert "on purpose" in content["error"]["message"]
+    assert "rewards" not in content
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is not JSON"),
+        (b"{", "the body is not JSON"),
+        (b"\xff", "the body is not JSON"),
+        (b"[" * 100_000, "the body is not JSON"),
+        ([], "must be a JSON object"),
+        ({}, "query: must be a list of str"),
+        ({"query": "q", "prompts": ["p"]}, "query: must be a list of str"),
+        ({"query": ["q"]}, "prompts: must be a list of str"),
+        ({"query": ["q"], "prompts": [1]}, "prompts: must be a list of str"),
+        ({"query": ["q"], "prompts": ["p"], "labels": "l"}, "labels: must be a list"),
+        ({"query": ["q"], "prompts": []}, "1 queries, 0 prompts"),
+        ({"query": ["q"], "prompts": ["p"]}, r"queries\[0\]: does not begin"),
+    ],
+)
+def test_http_refuses_wrong_bodies(post, transport, body, message):
+    status, content = post(body)
+    assert status == 400
+    assert re.search(message, content["error"]["message"])
+    assert transport.calls == []
+
+
+def test_http_bounds_the_body(post, monkeypatch):
+    monkeypatch.setattr(openrlhf, "MAX_BODY_BYTES", 1000)
+    assert post(BODY)[0] == 200
+    status, content = post(b" " * 1001)
+    assert (status, content["error"]["message"]) == (
+        413,
+        "the body has 1001 bytes, the limit is 1000",
+    )
+
+
+@pytest.mark.parametrize("length", ["-1", "1e3", "many", ""])
+def test_http_needs_a_length(post, length):
+    with socket.create_connection(("127.0.0.1", post.port), timeout=30) as connection:
+        head = f"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = connection.makefile("rb").read().decode()
+    assert answer.startswith("HTTP/1.1 411 ")
+    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["status"] == 411
+
+
+def test_http_refuses_other_paths_and_methods(post):
+    assert post(BODY, path="/")[0] == 404
+    assert post(b"", method="GET") == (
+        501, {"error": {"status": 501, "message": "Unsupported method ('GET')"}}
+    )  # fmt: skip
+
+
+def test_http_serves_many_at_once(post, transport):
+    """A trainer asks for each rollout by itself."""
+    together = threading.Barrier(8, timeout=30)
+
+    def wait(arguments):
+        together.wait()
+        return transport.lengths(arguments)
+
+    transport.reply = wait
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(post(BODY))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [(200, {"rewards": [1.0, 4.0]})] * 8
+
+
+def test_the_command():
+    command = [sys.executable, "-m", "triward.integrations.openrlhf", "--port=0", "--end=</s>"]
+    with FakeServer() as server:
+        options = [f"--url={server.url}", "--prompts=plain"]
+        process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+        try:
+            line = process.stdout.readline()
+            port = int(re.fullmatch(r"listening on http://127.0.0.1:(\d+)/get_reward\n", line)[1])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            body = {"query": ["1+1=2</s>"], "prompts": ["1+1="]}
+            connection.request("POST", "/get_reward", json.dumps(body))
+            assert json.loads(connection.getresponse().read()) == {"rewards": [1.0]}
+            connection.close()
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+            process.stdout.close()
+
+
+def test_chatml_keeps_what_text_holds():
+    text = "a\n<|im_start|>\n b<|im_end|>c"
+    prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    assert chatml(prompt) == [{"role": "user", "content": text}]

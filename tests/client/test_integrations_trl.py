@@ -1,0 +1,158 @@
+"""What TRL's trainers pass to reward functions, as their `_calculate_rewards` does."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import pickle
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from triward import AsyncRewardClient, InvalidRequest, RewardClient, ServerError, ServerUnavailable
+from triward.integrations.trl import TriwardReward, async_triward_reward
+
+
+class AsyncTransport:
+    """The fake transport for asyncio."""
+
+    def __init__(self, transport):
+        self.transport = transport
+
+    async def infer(self, **arguments):
+        return self.transport.infer(**arguments)
+
+    async def close(self):
+        self.transport.close()
+
+
+@pytest.fixture(params=["blocking", "asyncio"])
+def reward(request, client, transport):
+    """Calls a reward function with the keyword arguments that TRL passes."""
+    trainer = {"trainer_state": SimpleNamespace(global_step=1), "log_extra": print}
+
+    def blocking(**batch):
+        return TriwardReward(client)(**batch, completion_ids=[[1]], **trainer)
+
+    def coroutine(**batch):
+        asking = async_triward_reward(AsyncRewardClient(_transport=AsyncTransport(transport)))
+        return asyncio.run(asking(**batch, completion_ids=[[1]], **trainer))
+
+    return blocking if request.param == "blocking" else coroutine
+
+
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+def says(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def shows(image, text="What is it?"):
+    return user([{"type": "image", "image": image}, {"type": "text", "text": text}])
+
+
+def requests(transport):
+    """Of each request: messages, responses, number of media files."""
+    sent = [transport.sent(call) for call in transport.calls]
+    return [
+        (
+            json.loads(inputs["messages"][1][0]),
+            [response.decode() for response in inputs["responses"][1]],
+            len(inputs["media"][1]),
+        )
+        for inputs in sent
+    ]
+
+
+def test_a_group_is_one_request(reward, transport):
+    prompts = [user("1+1?")] * 4 + [user("2+2?")] * 4
+    completions = [says("x" * n) for n in range(8)]
+    assert reward(prompts=prompts, completions=completions, answer=["2"] * 8) == list(range(8))
+    assert sorted(requests(transport), key=str) == [
+        (user("1+1?"), ["", "x", "xx", "xxx"], 0),
+        (user("2+2?"), ["xxxx", "xxxxx", "xxxxxx", "xxxxxxx"], 0),
+    ]
+
+
+def test_standard_datasets_are_plain_text(reward, transport):
+    rewards = reward(prompts=["The sky is"] * 2, completions=[" blue.", " green."])
+    assert rewards == [6.0, 7.0]
+    assert requests(transport) == [(user("The sky is"), [" blue.", " green."], 0)]
+
+
+def test_decoded_copies_of_an_image_are_one_image(reward, transport):
+    """`datasets` decodes the image anew for each of the group's rows."""
+    red, blue = (Image.new("RGB", (32, 32), color) for color in ("red", "blue"))
+    prompts = [shows(red), shows(red.copy()), shows(blue), shows(blue.copy())]
+    assert reward(prompts=prompts, completions=[says("a"), says("bb")] * 2) == [1.0, 2.0] * 2
+    asked = requests(transport)
+    wire = user([{"type": "image"}, {"type": "text", "text": "What is it?"}])
+    assert asked == [(wire, ["a", "bb"], 1)] * 2
+    media = {transport.sent(call)["media"][1][0] for call in transport.calls}
+    assert len(media) == 2
+
+
+def test_the_columns_with_images_are_in_the_prompt_already(reward, transport):
+    image = Image.new("RGB", (32, 32))
+    reward(prompts=[shows(image)], completions=[says("a")], images=[[image]])
+    assert requests(transport)[0][2] == 1
+
+
+def test_prompts_are_left_as_they_are(reward):
+    image = Image.new("RGB", (8, 8))
+    prompts, completions = [shows(image)] * 2, [says("a"), says("b")]
+    before = repr((prompts, completions))
+    reward(prompts=prompts, completions=completions)
+    assert repr((prompts, completions)) == before
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (InferenceServerException("busy", "StatusCode.UNAVAILABLE"), ServerUnavailable),
+        (InferenceServerException("broken", "StatusCode.INTERNAL"), ServerError),
+    ],
+)
+def test_a_failure_is_no_reward(reward, transport, failure, expected):
+    def fail(arguments):
+        raise failure
+
+    transport.reply = fail
+    with pytest.raises(expected, match=r"conversations\[0\]"):
+        reward(prompts=[user("?")] * 2, completions=[says("a"), says("b")])
+
+
+def test_not_a_number_is_no_reward(reward, transport):
+    transport.reply = lambda arguments: transport.result([float("nan")])
+    with pytest.raises(ServerError):
+        reward(prompts=[user("?")], completions=[says("a")])
+
+
+def test_a_completion_without_text_is_no_reward(reward):
+    """What is left of a rollout that ends in a tool call."""
+    call = [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]
+    with pytest.raises(InvalidRequest, match=r"conversations\[1\]"):
+        reward(prompts=[user("?")] * 2, completions=[says("a"), call])
+
+
+def test_what_trl_asks_of_a_reward_function():
+    """It tells coroutine functions apart and logs names with exactly these."""
+    blocking = TriwardReward(RewardClient("rewards:1"))
+    assert not inspect.iscoroutinefunction(blocking)
+    assert blocking.__name__ == "triward"
+    assert TriwardReward(RewardClient("rewards:1"), name="helpful").__name__ == "helpful"
+    coroutine = async_triward_reward(AsyncRewardClient("rewards:1"))
+    assert inspect.iscoroutinefunction(coroutine)
+    assert coroutine.func.__name__ == "async_triward"
+
+
+def test_reward_functions_can_be_pickled():
+    blocking = pickle.loads(pickle.dumps(TriwardReward(RewardClient("rewards:1"), name="helpful")))
+    assert (blocking.__name__, "rewards:1" in repr(blocking.client)) == ("helpful", True)
+    coroutine = pickle.loads(pickle.dumps(async_triward_reward(AsyncRewardClient("rewards:1"))))
+    assert inspect.iscoroutinefunction(coroutine)

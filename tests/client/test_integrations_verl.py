@@ -1,0 +1,356 @@
+"""Reward functions and managers as verl calls them, with stand-ins for its DataProto."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import io
+import json
+import pickle
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from triward import AsyncRewardClient, InvalidRequest, RewardClient, ServerUnavailable
+from triward.integrations import verl
+
+PROMPT = [{"role": "user", "content": "What is it?"}]
+PAD = ord("#")
+
+
+@dataclass
+class DataProtoItem:
+    batch: dict
+    non_tensor_batch: dict = field(default_factory=dict)
+
+
+@dataclass
+class DataProto:
+    """Rows of verl's DataProto: tensors with a batch dimension, and arrays of objects."""
+
+    batch: dict
+    non_tensor_batch: dict = field(default_factory=dict)
+
+    def __len__(self):
+        return len(self.batch["responses"])
+
+    def __getitem__(self, index):
+        kind = DataProto if isinstance(index, slice) else DataProtoItem
+        return kind(
+            {key: value[index] for key, value in self.batch.items()},
+            {key: value[index] for key, value in self.non_tensor_batch.items()},
+        )
+
+
+class Tokenizer:
+    """Characters; 1 is the token that ends a response."""
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(chr(token) for token in ids if token > 1)
+
+
+def column(values):
+    return np.fromiter(values, dtype=object, count=len(values))
+
+
+def rollouts(responses, width=12, **columns):
+    """Left-padded prompts and right-padded responses, as verl's agent loop makes them."""
+    prompts = torch.tensor([[PAD, 65, 66]] * len(responses))
+    tokens = [[*map(ord, response), 1] for response in responses]
+    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in tokens])
+    mask = torch.cat([(prompts != PAD).long(), (ids != PAD).long()], dim=1)
+    columns.setdefault("raw_prompt", [PROMPT] * len(responses))
+    columns = {name: column(values) for name, values in columns.items()}
+    return DataProto({"prompts": prompts, "responses": ids, "attention_mask": mask}, columns)
+
+
+class AsyncTransport:
+    """The fake transport for asyncio."""
+
+    def __init__(self, transport):
+        self.transport = transport
+
+    async def infer(self, **arguments):
+        return self.transport.infer(**arguments)
+
+    async def close(self):
+        self.transport.close()
+
+
+@pytest.fixture
+def made(monkeypatch, transport):
+    """Settings of the clients that the module made; all of them talk to the fake transport."""
+    settings = []
+
+    def make(kind, fake, *arguments, **options):
+        settings.append((arguments, options))
+        return kind(*arguments, **options, _transport=fake)
+
+    waiting = AsyncTransport(transport)
+    monkeypatch.setattr(verl, "RewardClient", partial(make, RewardClient, transport))
+    monkeypatch.setattr(verl, "AsyncRewardClient", partial(make, AsyncRewardClient, waiting))
+    yield settings
+    verl._client.cache_clear()
+    verl._async_client.cache_clear()
+
+
+@pytest.fixture(params=["blocking", "coroutine"])
+def compute(request, made):
+    """verl's call of a custom reward function, with its reward_kwargs."""
+    blocking = request.param == "blocking"
+    function = verl.compute_score if blocking else verl.async_compute_score
+    assert inspect.iscoroutinefunction(function) is not blocking
+
+    def call(response, extra_info, **reward_kwargs):
+        found = function(
+            data_source="mine",
+            solution_str=response,
+            ground_truth="unused",
+            extra_info=extra_info,
+            **reward_kwargs,
+        )
+        return found if blocking else asyncio.run(found)
+
+    return call
+
+
+@pytest.fixture
+def run(made):
+    """run_single of the reward loop's manager, for all rows at once as its worker does."""
+    config = {"reward": {"reward_kwargs": {"url": "rewards:8001", "timeout": 5}}}
+    manager = verl.TriwardRewardManager(
+        config=config,
+        tokenizer=Tokenizer(),
+        compute_score=None,
+        reward_router_address=None,
+        reward_model_tokenizer=None,
+    )
+
+    async def all_of(data):
+        rows = [manager.run_single(data[row : row + 1]) for row in range(len(data))]
+        return await asyncio.gather(*rows)
+
+    return lambda data: asyncio.run(all_of(data))
+
+
+@pytest.fixture
+def batch_manager(made):
+    return verl.TriwardBatchRewardManager(
+        tokenizer=Tokenizer(), num_examine=0, compute_score=None, reward_fn_key="data_source",
+        url="rewards:8001",
+    )  # fmt: skip
+
+
+def requests(transport):
+    """Of each request: messages, responses, media files."""
+    sent = [transport.sent(call) for call in transport.calls]
+    return [
+        (
+            json.loads(inputs["messages"][1][0]),
+            [response.decode() for response in inputs["responses"][1]],
+            inputs["media"][1],
+        )
+        for inputs in sent
+    ]
+
+
+def png(color):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def parts(*content):
+    return [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
+
+
+def fail(arguments):
+    raise InferenceServerException("busy", "StatusCode.UNAVAILABLE")
+
+
+def test_a_function_scores_the_prompt_of_extra_info(compute, transport, made):
+    extra_info = {"prompt": PROMPT, "index": 7, "num_turns": 2, "rollout_reward_scores": {}}
+    score = compute("A cat.", extra_info, url=["a:1", "b:1"], timeout=5, sandbox_fusion_url=None)
+    assert score == 6.0
+    assert requests(transport) == [(PROMPT, ["A cat."], [])]
+    assert made == [((("a:1", "b:1"),), {"timeout": 5})]
+
+
+def test_a_function_asks_through_one_client(compute, made):
+    for _ in range(3):
+        compute("A cat.", {"prompt": PROMPT}, url="a:1")
+    compute("A cat.", {"prompt": PROMPT}, url="b:1")
+    assert [arguments for arguments, _ in made] == [("a:1",), ("b:1",)]
+
+
+def test_images_of_extra_info_take_their_places(compute, transport, tmp_path):
+    """In the forms in which verl's datasets hold them."""
+    red, green, blue = map(png, ("red", "green", "blue"))
+    path = tmp_path / "green.png"
+    path.write_bytes(green)
+    prompt = [{"role": "user", "content": "<image>One,<image> two <image>three"}]
+    images = [{"bytes": red, "path": None}, str(path), {"image": blue, "max_pixels": 50176}]
+    compute("Done.", {"prompt": prompt, "images": images})
+    limited = {"type": "image", "max_pixels": 50176}
+    content = parts({"type": "image"}, "One,", {"type": "image"}, " two ", limited, "three")
+    assert requests(transport) == [
+        ([{"role": "user", "content": content}], ["Done."], [red, green, blue])
+    ]
+
+
+def test_a_part_keeps_the_image_that_it_holds(compute, transport):
+    red, green = png("red"), png("green")
+    content = parts({"type": "image", "image": red}, {"type": "image", "image": None}, "Same?")
+    extra_info = {"prompt": [{"role": "user", "content": content}], "images": [b"other", green]}
+    compute("No.", extra_info)
+    assert requests(transport)[0][2] == [red, green]
+    assert content[1]["image"] is None
+
+
+def test_without_images_the_place_holder_is_text(compute, transport):
+    prompt = [{"role": "user", "content": "What does <image> mean in HTML?"}]
+    compute("A typo.", {"prompt": prompt, "images": None})
+    assert requests(transport)[0][0] == prompt
+
+
+@pytest.mark.parametrize("images", [[b"1"], [b"1", b"2", b"3"]])
+def test_a_wrong_number_of_images_is_an_error(compute, images):
+    prompt = [{"role": "user", "content": "<image><image>Which?"}]
+    with pytest.raises(InvalidRequest, match=f"images: {len(images)} for 2 places"):
+        compute("Both.", {"prompt": prompt, "images": images})
+
+
+@pytest.mark.parametrize("extra_info", [None, {}, {"prompt": None}, {"question": "?"}])
+def test_a_function_without_a_prompt_is_an_error(compute, transport, extra_info):
+    with pytest.raises(InvalidRequest, match="extra_info: needs 'prompt'"):
+        compute("A cat.", extra_info)
+    assert transport.calls == []
+
+
+def test_a_function_raises_what_the_client_raises(compute, transport):
+    transport.reply = fail
+    with pytest.raises(ServerUnavailable):
+        compute("A cat.", {"prompt": PROMPT})
+
+
+def test_the_manager_scores_each_rollout(run, transport, made):
+    assert run(rollouts(["No.", "Perhaps.", ""])) == [
+        {"reward_score": 3.0, "reward_extra_info": {}},
+        {"reward_score": 8.0, "reward_extra_info": {}},
+        {"reward_score": 0.0, "reward_extra_info": {}},
+    ]
+    assert made == [((), {"url": "rewards:8001", "timeout": 5})]
+    assert all(messages == PROMPT for messages, _, _ in requests(transport))
+
+
+def test_the_manager_reads_the_configuration_of_older_versions(made):
+    config = {"reward_model": {"reward_kwargs": {"url": "rewards:8001"}}}
+    verl.TriwardRewardManager(config, Tokenizer(), None, None, None)
+    assert made == [((), {"url": "rewards:8001"})]
+
+
+def test_a_trajectory_is_scored_by_its_last_sequence(made, transport):
+    manager = verl.TriwardRewardManager({"reward": {}}, Tokenizer())
+    found = asyncio.run(manager.run_single(rollouts(["First.", "The last."])))
+    assert found["reward_score"] == 9.0
+    assert len(transport.calls) == 1
+
+
+def test_the_manager_takes_the_images_of_raw_prompt(run, transport):
+    """As the dataset of verl 0.7 fills them in, with the array that the agent loop makes of it."""
+    image = Image.new("RGB", (8, 8), "red")
+    prompt = [{"role": "user", "content": parts({"type": "image", "image": image}, "What?")}]
+    data = rollouts(["Red."])
+    data.non_tensor_batch["raw_prompt"] = np.array([prompt])
+    run(data)
+    messages, responses, media = requests(transport)[0]
+    assert messages == [{"role": "user", "content": parts({"type": "image"}, "What?")}]
+    assert (responses, len(media)) == (["Red."], 1)
+
+
+def test_the_manager_takes_the_images_beside_raw_prompt(run, transport):
+    """As in verl up to 0.6."""
+    prompt = [{"role": "user", "content": parts({"type": "image"}, "What?")}]
+    images = {"image": [Image.new("RGB", (8, 8), "red")]}
+    run(rollouts(["Red."], raw_prompt=[prompt], multi_modal_data=[images]))
+    assert len(requests(transport)[0][2]) == 1
+    assert "image" not in prompt[0]["content"][0]
+
+
+def test_an_image_without_pixels_is_an_error(run, transport):
+    prompt = [{"role": "user", "content": parts({"type": "image"}, "What?")}]
+    with pytest.raises(InvalidRequest, match="needs 'image'"):
+        run(rollouts(["Red."], raw_prompt=[prompt]))
+    assert transport.calls == []
+
+
+def test_the_manager_raises_what_the_client_raises(run, transport):
+    transport.reply = fail
+    with pytest.raises(ServerUnavailable):
+        run(rollouts(["No."]))
+
+
+def test_rewards_stand_at_the_last_tokens():
+    data = rollouts(["No.", "Perhaps."], width=10)
+    rewards = verl.TriwardRewardManager.assemble_rm_scores(data, [2.5, -1.0])
+    expected = torch.zeros(2, 10)
+    expected[0, 3], expected[1, 8] = 2.5, -1.0
+    assert rewards.dtype == torch.float32
+    assert torch.equal(rewards, expected)
+
+
+def test_a_response_without_tokens_can_hold_no_reward():
+    data = rollouts(["No.", "Perhaps."])
+    data.batch["attention_mask"][1, 3:] = 0
+    with pytest.raises(InvalidRequest, match=r"data\[1\]"):
+        verl.TriwardRewardManager.assemble_rm_scores(data, [1.0, 2.0])
+
+
+def test_the_batch_manager_asks_for_a_prompt_once(batch_manager, transport):
+    """However its rollouts are spread over the batch."""
+    other = [{"role": "user", "content": "And that?"}]
+    data = rollouts(
+        ["a", "bb", "ccc", "dddd"],
+        raw_prompt=[PROMPT, other, PROMPT, other],
+        uid=["1", "2", "1", "2"],
+    )
+    rewards = batch_manager(data)
+    assert rewards.sum(dim=1).tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert rewards[0, 1] == 1.0
+    asked = sorted(requests(transport), key=str)
+    assert asked == [(other, ["bb", "dddd"], []), (PROMPT, ["a", "ccc"], [])]
+
+
+def test_the_batch_manager_finds_the_prompt_in_extra_info(batch_manager, transport):
+    data = rollouts(["a", "bb"], extra_info=[{"prompt": PROMPT}] * 2)
+    del data.non_tensor_batch["raw_prompt"]
+    found = batch_manager(data, return_dict=True)
+    assert found["reward_tensor"].sum(dim=1).tolist() == [1.0, 2.0]
+    assert found["reward_extra_info"] == {}
+    assert requests(transport) == [(PROMPT, ["a", "bb"], [])]
+
+
+def test_the_batch_manager_keeps_rewards_that_are_there(batch_manager, transport):
+    data = rollouts(["a"])
+    data.batch["rm_scores"] = torch.ones(1, 12)
+    assert batch_manager(data) is data.batch["rm_scores"]
+    assert batch_manager(data, return_dict=True)["reward_tensor"] is data.batch["rm_scores"]
+    assert transport.calls == []
+
+
+def test_the_batch_manager_raises_what_the_client_raises(batch_manager, transport):
+    transport.reply = fail
+    with pytest.raises(ServerUnavailable):
+        batch_manager(rollouts(["a", "bb"]))
+
+
+def test_the_batch_manager_goes_to_a_worker():
+    manager = verl.TriwardBatchRewardManager(SimpleNamespace(), url="rewards:8001")
+    assert "rewards:8001" in repr(pickle.loads(pickle.dumps(manager))._client)
