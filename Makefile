@@ -5,13 +5,17 @@ READY := .venv/.ready
 # Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
 PERF ?=
 
-.PHONY: demo test soak lint audit bench perf clean
+.PHONY: demo test interpreters soak lint audit bench perf clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The client's tests on every Python from 3.9 to 3.13 that is on this machine.
+interpreters:
+	.ci/interpreters
 
 # What takes too long for every change: three quarters of an hour. Nobody cancels, since Triton 24.10
 # can abort over that; leave --patient out where a newer one runs.

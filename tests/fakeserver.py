@@ -145,7 +145,8 @@ def read_log(path: Path) -> Counter[str]:
 
 
 def _decode(number: int, request: Any, context: grpc.ServicerContext) -> Call:
-    raw = dict(zip([i.name for i in request.inputs], request.raw_input_contents, strict=True))
+    contents = request.raw_input_contents
+    raw = {tensor.name: contents[index] for index, tensor in enumerate(request.inputs)}
     (messages,) = _strings(raw["messages"])
     headers = {key: str(value) for key, value in context.invocation_metadata()}
     responses, media = _strings(raw["responses"]), _strings(raw["media"])
