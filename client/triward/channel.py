@@ -147,6 +147,8 @@ class Address:
             ("grpc.service_config", json.dumps(self._service_config())),
             ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+            # Newer gRPC waits for the answer to a ping for a time of its own, a minute by default.
+            ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS),
         ]

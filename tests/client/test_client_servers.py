@@ -6,10 +6,14 @@ import asyncio
 import copy
 import multiprocessing
 import pickle
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -25,7 +29,10 @@ from triward import (
     ServerUnavailable,
     Tls,
     TriwardError,
+    channel,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def conversation(response, prompt="q"):
@@ -146,6 +153,30 @@ def test_one_of_two_servers_dies_under_load_and_returns():
                 finally:
                     stop.set()
     assert slowest[0] < 20
+
+
+def test_a_call_to_a_server_that_stops_without_a_word_moves_on(monkeypatch):
+    """Its connection stays open, and only keepalive can tell."""
+    monkeypatch.setattr(channel, "_KEEPALIVE_MS", 1000)
+    monkeypatch.setattr(channel, "_KEEPALIVE_TIMEOUT_MS", 500)
+    command = [sys.executable, "-m", "tests.fakeserver"]
+    with (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process,
+        FakeServer() as alive,
+    ):
+        try:
+            mute = f"127.0.0.1:{process.stdout.readline().split()[1]}"
+            with RewardClient([alive.url, mute], timeout=60) as client:
+                client.score_many(apart(["r"] * 8), concurrency=1)  # both are connected
+                answered = alive.calls
+                assert 0 < answered < 8
+                process.send_signal(signal.SIGSTOP)
+                began = time.monotonic()
+                assert client.score_many(apart(["r"] * 8), concurrency=8) == [1.0] * 8
+                assert time.monotonic() - began < 40, "the timeout would have ended it at 60 s"
+                assert alive.calls == answered + 8
+        finally:
+            process.kill()
 
 
 def wait_for(condition, seconds=30):
