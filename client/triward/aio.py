@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Callable, Protocol
@@ -20,9 +23,12 @@ from triward.base import (
     Outcome,
     PerProcess,
     Progress,
+    Stop,
     any_failed,
+    cause,
     check_many,
     checked,
+    ends_singles,
     failed,
     ranked,
     stands_for_all,
@@ -172,13 +178,21 @@ class AsyncRewardClient(BaseClient):
         # asyncio's channels belong to the event loop in which they are made.
         transports, loop = self._transports.get(), asyncio.get_running_loop()
         if loop not in transports:
+            _check_not_forked()
+            for other in [each for each in transports if each.is_closed()]:
+                del transports[other]
             transports[loop] = self._given or self._address.connect(InferenceServerClient)
         return transports[loop]
 
     async def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:
         arguments = self._arguments(request, deadline)
-        with self._translated():
-            result = await self._transport().infer(**arguments)
+        try:
+            with self._translated():
+                result = await self._transport().infer(**arguments)
+        except asyncio.CancelledError:
+            if self._closed:  # gRPC's word for a channel that was closed meanwhile
+                raise ServerUnavailable(f"{self._address}: the client was closed") from None
+            raise
         return read_scores(result, len(request.responses))
 
     async def _outcomes(
@@ -190,16 +204,18 @@ class AsyncRewardClient(BaseClient):
         progress: bool,
     ) -> AsyncIterator[Outcome]:
         """Requests under way in the order of their conversations, the first handed out first."""
-        shelf, stop, slots = Shelf(), asyncio.Event(), asyncio.Semaphore(concurrency)
+        shelf, stop, slots = Shelf(), Stop(), asyncio.Semaphore(concurrency)
+        readers = ThreadPoolExecutor(concurrency, thread_name_prefix="triward")
         pending: deque[asyncio.Task[list[Outcome]]] = deque()
 
         async def score(group: Group) -> list[Outcome]:
             async with slots:
-                if stop.is_set():
+                if stop.skips(group):
                     return []  # nobody looks: one before it has failed
-                outcomes = await self._score_group(group, shelf, timeout)
+                read = _Reading(shelf, readers)
+                outcomes = await self._score_group(group, read, timeout, on_error)
                 if on_error == "raise" and any_failed(outcomes):
-                    stop.set()
+                    stop.at(group.first)
                 return outcomes
 
         async def first() -> list[Outcome]:
@@ -210,7 +226,7 @@ class AsyncRewardClient(BaseClient):
         with Progress(progress, conversations) as bar:
             try:
                 for group in grouped(conversations):
-                    if stop.is_set():
+                    if stop.is_set:
                         break
                     pending.append(asyncio.ensure_future(score(group)))
                     await asyncio.sleep(0)  # else a long iterable would keep the loop to itself
@@ -224,28 +240,65 @@ class AsyncRewardClient(BaseClient):
                 for task in pending:
                     task.cancel()
                 await asyncio.gather(*pending, return_exceptions=True)
+                readers.shutdown(wait=False, cancel_futures=True)
 
     async def _score_group(
-        self, group: Group, shelf: Shelf, timeout: float | None
+        self, group: Group, reading: _Reading, timeout: float | None, on_error: OnError
     ) -> list[Outcome]:
         """A score or an error for each of a group's conversations."""
         try:
             if group.error:
                 raise group.error
             deadline = self._deadline(timeout)
-            read = partial(group.request, partial(shelf.read, deadline=deadline))
-            request = await _in_thread(read, deadline) if group.refs else read()
+            read = partial(group.request, partial(reading.shelf.read, deadline=deadline))
+            if group.refs:
+                request = await _in_thread(read, deadline, reading.threads)
+            else:
+                request = read()
             return list(await self._infer(request, deadline))
         except TriwardError as error:
             if stands_for_all(error, group):
                 return failed(error, group)
-        singles = [await self._score_group(single, shelf, timeout) for single in group.alone()]
-        return [outcome for outcomes in singles for outcome in outcomes]
+        outcomes: list[Outcome] = []
+        for single in group.alone():
+            outcomes += await self._score_group(single, reading, timeout, on_error)
+            if ends_singles(outcomes[-1], on_error):
+                outcomes += failed(cause(outcomes[-1]), group, len(outcomes))
+                break
+        return outcomes
 
 
-async def _in_thread(read: Callable[[], RewardRequest], deadline: Deadline) -> RewardRequest:
+_OWNER: list[int] = []  # the process in which asyncio's gRPC was first used
+
+
+def _check_not_forked() -> None:
+    """Raise where a call would hang for ever: gRPC's asyncio half does not survive a fork."""
+    if not _OWNER:
+        _OWNER.append(os.getpid())
+    elif [os.getpid()] != _OWNER:
+        raise TriwardError(
+            "an AsyncRewardClient was used before this process was forked, and gRPC cannot follow; "
+            "start processes with 'spawn', or use a RewardClient here"
+        )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How the media of one call are read: as many at once as there are requests in flight."""
+
+    shelf: Shelf
+    threads: ThreadPoolExecutor
+
+
+async def _in_thread(
+    read: Callable[[], RewardRequest],
+    deadline: Deadline,
+    threads: ThreadPoolExecutor | None = None,
+) -> RewardRequest:
+    """A request whose media are read in one of `threads`, or of the event loop's own."""
+    reading = asyncio.get_running_loop().run_in_executor(threads, read)
     try:
-        return await asyncio.wait_for(asyncio.to_thread(read), deadline.remaining())
+        return await asyncio.wait_for(reading, deadline.remaining())
     except TriwardError:
         raise
     except asyncio.TimeoutError:

@@ -8,11 +8,21 @@ from collections.abc import Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Generic, Literal, TypeVar, Union
+from weakref import WeakSet
 
 from triward.channel import Address, Tls, Url
 from triward.conversation import RewardRequest
 from triward.deadline import Deadline
-from triward.errors import InvalidRequest, ServerError, TriwardError, located, triton_errors
+from triward.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MediaError,
+    ServerError,
+    ServerUnavailable,
+    TriwardError,
+    located,
+    triton_errors,
+)
 from triward.grouping import Group, place
 from triward.wire import infer_arguments
 
@@ -36,19 +46,12 @@ class PerProcess(Generic[T]):
 
     def __init__(self, make: Callable[[], T]) -> None:  # noqa: D107 - the class says it
         self._make = make
-        self._reset()
-
-    def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._owner = os.getpid()
         self._made: list[T] = []
+        _FORGETFUL.add(self)
 
     def get(self) -> T:
         """The process's own."""
-        if self._owner != os.getpid():
-            # Not dropped: a channel that is closed in a child waits for threads of its parent.
-            _ABANDONED.append(self._made)
-            self._reset()
         with self._lock:
             if not self._made:
                 self._made.append(self._make())
@@ -56,13 +59,27 @@ class PerProcess(Generic[T]):
 
     def take(self) -> T | None:
         """What was made in this process, if anything; the next `get` makes another."""
-        if self._owner != os.getpid():
-            return None
         with self._lock:
             return self._made.pop() if self._made else None
 
+    def forget(self) -> None:
+        """In a fork's child: what is here is the parent's, and so may be the lock."""
+        # Not dropped: a channel that is closed in a child waits for threads of its parent.
+        _ABANDONED.append(self._made)
+        self._lock, self._made = threading.Lock(), []
 
+
+_FORGETFUL: WeakSet[PerProcess[Any]] = WeakSet()
 _ABANDONED: list[object] = []
+
+
+def _after_fork() -> None:
+    for each in list(_FORGETFUL):
+        each.forget()
+
+
+if hasattr(os, "register_at_fork"):  # where there is a fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class BaseClient:
@@ -137,15 +154,52 @@ def stands_for_all(error: TriwardError, group: Group) -> bool:
     """Whether a group's error is the error of each of its conversations.
 
     A wrong input, or a score that is not finite, may be one conversation's alone; then each is
-    asked for by itself. A server that is away or late is so for all.
+    asked for by itself. Media that cannot be read are the prompt's, and a server that is away or
+    late is so for all.
     """
-    return group.size == 1 or not isinstance(error, (InvalidRequest, ServerError))
+    shared = isinstance(error, MediaError)
+    return group.size == 1 or shared or not isinstance(error, (InvalidRequest, ServerError))
 
 
-def failed(error: TriwardError, group: Group) -> list[Outcome]:
-    """An error for each conversation of a group, with its place in front."""
-    places = (place(group.first + offset) for offset in range(group.size))
+def failed(error: TriwardError, group: Group, done: int = 0) -> list[Outcome]:
+    """An error for each conversation of a group behind the first `done`, its place in front."""
+    places = (place(group.first + offset) for offset in range(done, group.size))
     return [located(error, where) for where in places]
+
+
+def cause(outcome: Outcome) -> TriwardError:
+    """What an error with a place in front was made from."""
+    assert isinstance(outcome, TriwardError)
+    return outcome.__cause__ if isinstance(outcome.__cause__, TriwardError) else outcome
+
+
+def ends_singles(outcome: Outcome, on_error: OnError) -> bool:
+    """Whether the conversations behind one that was asked for alone need not be asked for."""
+    if isinstance(outcome, (ServerUnavailable, DeadlineExceeded)):
+        return True
+    return on_error == "raise" and isinstance(outcome, TriwardError)
+
+
+class Stop:
+    """The first group that failed: what comes behind it is not needed."""
+
+    def __init__(self) -> None:  # noqa: D107 - the class says it
+        self._lock = threading.Lock()
+        self._first = float("inf")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether one failed."""
+        return self._first < float("inf")
+
+    def at(self, first: float) -> None:
+        """The group whose first conversation has this index failed."""
+        with self._lock:
+            self._first = min(self._first, first)
+
+    def skips(self, group: Group) -> bool:
+        """Whether a group lies behind it."""
+        return group.first > self._first
 
 
 def any_failed(outcomes: Sequence[Outcome]) -> bool:

@@ -119,7 +119,7 @@ class Address:
             client: its class.
 
         Raises:
-            ServerUnavailable: a host of a list has no address.
+            ServerUnavailable: no host of a list has an address.
             OSError: a file of `tls` cannot be read.
         """
         credentials = self.tls.credentials() if self.tls else None
@@ -130,12 +130,20 @@ class Address:
         if len(urls) == 1:
             return urls[0]
         # gRPC takes a list of numbers, but no list of names.
-        found = [_resolve(*_split(url)) for url in urls]
-        families = {family for family, _ in found}
-        if len(families) > 1:
+        found: dict[int, list[str]] = {}
+        missing: ServerUnavailable | None = None
+        for url in urls:
+            try:
+                family, place = _resolve(*_split(url))
+                found.setdefault(family, []).append(place)
+            except ServerUnavailable as error:
+                missing = error  # the others may do
+        if missing and not found:
+            raise missing
+        if len(found) > 1:
             raise ServerUnavailable(f"{self}: some have IPv4 addresses only, some IPv6")
-        scheme = "ipv6" if families == {socket.AF_INET6} else "ipv4"
-        return f"{scheme}:{','.join(place for _, place in found)}"
+        [(family, places)] = found.items()
+        return f"{'ipv6' if family == socket.AF_INET6 else 'ipv4'}:{','.join(places)}"
 
     def _options(self) -> list[tuple[str, Any]]:
         # tritonclient drops its own options, the message sizes too, when it is given any.

@@ -15,8 +15,10 @@ import argparse
 import io
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from triward import jsonl
@@ -39,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(options.run(client, options))
     except TriwardError as error:
         return _report(error)
+    except OSError as error:  # a certificate's file, or a disk that is full
+        return _report(InvalidRequest(f"{error.filename or 'output'}: {error.strerror}"))
+    except Exception as error:  # never 1, which is an answer
+        traceback.print_exc()
+        return _report(TriwardError(f"{type(error).__name__}: {error}"))
 
 
 def _score(client: RewardClient, options: argparse.Namespace) -> int:
@@ -75,6 +82,8 @@ def _health(client: RewardClient, options: argparse.Namespace) -> int:
 
 def _score_lines(client: RewardClient, options: argparse.Namespace) -> int:
     """Every line comes back, in order, with its scores or its error."""
+    if options.output != "-" and options.input != "-" and _same(options.input, options.output):
+        raise InvalidRequest(f"{options.output}: is the input, too")
     with ExitStack() as stack:
         lines = _open(stack, options.input, "r", sys.stdin)
         output = _open(stack, options.output, "w", sys.stdout)
@@ -88,7 +97,7 @@ def _score_lines(client: RewardClient, options: argparse.Namespace) -> int:
         first: TriwardError | None = None
         total = wrong = 0
         for row, error in done:
-            output.write(json.dumps(row, ensure_ascii=False) + "\n")
+            output.write(_line(row) + "\n")
             output.flush()
             total, wrong, first = total + 1, wrong + bool(error), first or error
     if first is None:
@@ -97,11 +106,29 @@ def _score_lines(client: RewardClient, options: argparse.Namespace) -> int:
     return _report(first)
 
 
+def _line(row: dict[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a character came in as an escape, and goes out as one
+        return json.dumps(row)
+    return text
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except OSError:  # one of them is not there
+        return False
+
+
 def _open(stack: ExitStack, name: str, mode: str, standard: Any) -> Any:
     if name == "-":
         return standard
     try:
-        return stack.enter_context(open(name, mode, encoding="utf-8"))  # noqa: PTH123
+        # What is not UTF-8 is that line's error.
+        errors = "surrogateescape" if mode == "r" else "strict"
+        return stack.enter_context(Path(name).open(mode, encoding="utf-8", errors=errors))
     except OSError as error:
         raise InvalidRequest(f"{name}: {error.strerror}") from error
 
@@ -166,7 +193,9 @@ def _lines_options() -> argparse.ArgumentParser:
         '{"messages": […]} with the response as its last message',
     )
     group.add_argument("--output", metavar="FILE", default="-", help="JSONL (standard output)")
-    group.add_argument("--concurrency", type=int, default=32, help="requests at once (%(default)s)")
+    group.add_argument(
+        "--concurrency", type=_count, default=32, help="requests at once (%(default)s)"
+    )
     group.add_argument("--progress", action="store_true", help="show a bar")
     return group
 
@@ -210,6 +239,12 @@ def _seconds(text: str) -> float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return seconds
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def _header(text: str) -> tuple[str, str]:

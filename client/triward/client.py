@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,9 +21,12 @@ from triward.base import (
     Outcome,
     PerProcess,
     Progress,
+    Stop,
     any_failed,
+    cause,
     check_many,
     checked,
+    ends_singles,
     failed,
     ranked,
     stands_for_all,
@@ -246,15 +248,19 @@ class RewardClient(BaseClient):
     def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:
         if not (self._shared_memory_bytes and request.media):
             return self._ask(request, deadline, None)
+        region = self._region.get()
         try:
-            with self._region.get().lend(request.media) as place:
-                return self._ask(request, deadline, place)
+            return self._share(region, request, deadline)
         except TriwardError as error:
             if not is_unknown_region(error):
                 raise
         # The server has been started again since the region was registered there.
-        self._register(self._region.get(), deadline.remaining())
-        with self._region.get().lend(request.media) as place:
+        region.registered = False
+        return self._share(region, request, deadline)
+
+    def _share(self, region: Region, request: RewardRequest, deadline: Deadline) -> list[float]:
+        self._register(region, deadline)
+        with region.lend(request.media) as place:
             return self._ask(request, deadline, place)
 
     def _ask(self, request: RewardRequest, deadline: Deadline, media: Place | None) -> list[float]:
@@ -268,31 +274,40 @@ class RewardClient(BaseClient):
 
         size = self._shared_memory_bytes
         try:
-            region = Region(size)
+            return Region(size)
         except OSError as error:
             raise TriwardError(f"shared memory of {size} bytes: {error.strerror}") from error
-        try:
-            self._register(region, self._timeout)
-        except BaseException:
-            region.close()
-            raise
-        return region
 
-    def _register(self, region: Region, timeout: float) -> None:
+    def _register(self, region: Region, deadline: Deadline) -> None:
         """Tell the server about a region, and make it forget those that are gone."""
         from triward.sharedmemory import PREFIX, exists
 
-        transport = self._transport.get()
-        options = {"headers": self._headers, "client_timeout": timeout}
-        with self._translated():
-            known = transport.get_system_shared_memory_status(**options).regions
-            for name in known:
-                if name.startswith(PREFIX) and not exists(name):
-                    transport.unregister_system_shared_memory(name, **options)
-            if region.name not in known:
-                transport.register_system_shared_memory(
-                    region.name, f"/{region.name}", region.size, **options
-                )
+        if not region.registering.acquire(timeout=deadline.remaining()):
+            raise deadline.exceeded()
+        try:
+            if region.registered:
+                return
+            transport, headers = self._transport.get(), self._headers
+            with self._translated():
+                known = transport.get_system_shared_memory_status(
+                    headers=headers, client_timeout=deadline.remaining()
+                ).regions
+                for name in known:
+                    if name.startswith(PREFIX) and not exists(name):
+                        transport.unregister_system_shared_memory(
+                            name, headers=headers, client_timeout=deadline.remaining()
+                        )
+                if region.name not in known:
+                    transport.register_system_shared_memory(
+                        region.name,
+                        f"/{region.name}",
+                        region.size,
+                        headers=headers,
+                        client_timeout=deadline.remaining(),
+                    )
+            region.registered = True
+        finally:
+            region.registering.release()
 
     def _outcomes(
         self,
@@ -303,22 +318,22 @@ class RewardClient(BaseClient):
         progress: bool,
     ) -> Iterator[Outcome]:
         """Requests under way in the order of their conversations, the first handed out first."""
-        shelf, stop = Shelf(), threading.Event()
+        shelf, stop = Shelf(), Stop()
         pending: deque[Future[list[Outcome]]] = deque()
 
         def score(group: Group) -> list[Outcome]:
-            if stop.is_set():
+            if stop.skips(group):
                 return []  # nobody looks: one before it has failed
-            outcomes = self._score_group(group, shelf, timeout)
+            outcomes = self._score_group(group, shelf, timeout, on_error)
             if on_error == "raise" and any_failed(outcomes):
-                stop.set()
+                stop.at(group.first)
             return outcomes
 
         pool = ThreadPoolExecutor(concurrency, thread_name_prefix="triward")
         with Progress(progress, conversations) as bar:
             try:
                 for group in grouped(conversations):
-                    if stop.is_set():
+                    if stop.is_set:
                         break
                     pending.append(pool.submit(score, group))
                     while pending and (pending[0].done() or len(pending) > AHEAD * concurrency):
@@ -326,10 +341,12 @@ class RewardClient(BaseClient):
                 while pending:
                     yield from bar.counting(checked(pending.popleft().result(), on_error))
             finally:
-                stop.set()
+                stop.at(-1)
                 pool.shutdown(cancel_futures=True)
 
-    def _score_group(self, group: Group, shelf: Shelf, timeout: float | None) -> list[Outcome]:
+    def _score_group(
+        self, group: Group, shelf: Shelf, timeout: float | None, on_error: OnError
+    ) -> list[Outcome]:
         """A score or an error for each of a group's conversations."""
         try:
             if group.error:
@@ -340,5 +357,10 @@ class RewardClient(BaseClient):
         except TriwardError as error:
             if stands_for_all(error, group):
                 return failed(error, group)
-        singles = (self._score_group(single, shelf, timeout) for single in group.alone())
-        return [outcome for outcomes in singles for outcome in outcomes]
+        outcomes: list[Outcome] = []
+        for single in group.alone():
+            outcomes += self._score_group(single, shelf, timeout, on_error)
+            if ends_singles(outcomes[-1], on_error):
+                outcomes += failed(cause(outcomes[-1]), group, len(outcomes))
+                break
+        return outcomes

@@ -13,8 +13,8 @@ from triward.client import RewardClient
 from triward.conversation import Message
 from triward.errors import InvalidRequest, TriwardError, located
 
-# A conversation's own; the other keys of a line are handed on.
-_KEYS = ("messages", "responses")
+# A conversation's own, and what an earlier run may have said; the other keys are handed on.
+_KEYS = ("messages", "responses", "score", "scores", "ranking", "error")
 
 
 @dataclass
@@ -106,7 +106,7 @@ def _read(text: str, number: int) -> tuple[_Line, list[list[Message]]]:
 def _object(text: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise InvalidRequest("must be an object with 'messages', a list")

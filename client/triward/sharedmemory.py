@@ -23,7 +23,7 @@ from pathlib import Path
 from time import monotonic
 from uuid import uuid4
 
-from triward.errors import InvalidRequest
+from triward.errors import InvalidRequest, TriwardError, is_unknown_region
 
 FOLDER = Path("/dev/shm")
 PREFIX = "triward-client-"
@@ -69,6 +69,8 @@ class Region:
             _remove(self.name, descriptor, os.getpid())
             raise
         self.close = weakref.finalize(self, _remove, self.name, descriptor, os.getpid())
+        self.registered = False  # as far as this process knows
+        self.registering = threading.Lock()
         self._lock = threading.Lock()
         # First and last byte of each place, and when it is free: never, until its request returns.
         self._taken: dict[int, tuple[int, float]] = {}
@@ -93,8 +95,9 @@ class Region:
         try:
             yield Place(self.name, start, size)
             rest = 0.0
-        except InvalidRequest:
-            rest = 0.0  # the server's answer
+        except TriwardError as error:
+            if isinstance(error, InvalidRequest) or is_unknown_region(error):
+                rest = 0.0  # the server's answer
             raise
         finally:
             with self._lock:

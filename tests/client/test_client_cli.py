@@ -134,6 +134,7 @@ def test_a_missing_image(made, transport, capsys):
         ["health", "--url", "http://host:1"],
         ["health", "--tls-key", "only.key"],
         ["health", "--header", "no colon"],
+        ["score", "--input", "f.jsonl", "--concurrency", "0"],
         [*ARGUMENTS, "--response", "r", "--timeout", "0"],
         [*ARGUMENTS, "--response", "r", "--timeout", "soon"],
     ],
@@ -260,3 +261,41 @@ def test_lines_through_pipes(made, monkeypatch, capsys):
 def test_a_missing_input_file(made, capsys):
     assert triward.cli.main(["score", "--input", "gone.jsonl"]) == 2
     assert "gone.jsonl" in capsys.readouterr().err
+
+
+def test_the_input_is_not_written_over(made, tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps(LINES[1]), encoding="utf-8")
+    assert triward.cli.main(["score", "--input", str(path), "--output", str(path)]) == 2
+    assert json.loads(path.read_text(encoding="utf-8")) == LINES[1]
+
+
+def test_what_an_earlier_run_said_is_not_handed_on(made, tmp_path):
+    stale = {"score": 17, "scores": [17], "ranking": [0], "error": {}}
+    lines = [{**LINES[0], **stale}, {"id": 2, "messages": PROMPT, "responses": [5], **stale}]
+    _, rows = run_lines(tmp_path, lines)
+    assert rows[0] == {"id": 1, "scores": [2.0, 7.0]}
+    assert rows[1].keys() == {"id", "error"}
+
+
+def test_lines_that_are_no_text(made, tmp_path):
+    path, out = tmp_path / "in", tmp_path / "out"
+    half = json.dumps({**LINES[1], "id": "\ud800"}).encode()
+    deep = b'{"messages": ' + b"[" * 100_000
+    path.write_bytes(b"\n".join([b"\xff", half, deep, json.dumps(LINES[1]).encode()]))
+    assert triward.cli.main(["score", "--input", str(path), "--output", str(out)]) == 2
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row.get("score") for row in rows] == [None, 4.0, None, 4.0]
+    assert rows[1]["id"] == "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"), [(FileNotFoundError(2, "no", "ca.pem"), 2), (KeyError("a bug"), 5)]
+)
+def test_no_failure_is_compares_no(made, transport, capsys, failure, code):
+    def reply(arguments):
+        raise failure
+
+    transport.reply = reply
+    assert triward.cli.main(["compare", "--prompt", "q", "--a", "x", "--b", "y"]) == code
+    assert "triward: " in capsys.readouterr().err

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ from triward import (
     ServerUnavailable,
     TriwardError,
 )
+from triward.conversation import MediaRef
 from triward.grouping import MAX_GROUP
+from triward.shelf import Shelf
 
 
 def conversation(response, prompt="q", image=None):
@@ -176,6 +179,58 @@ def test_an_image_is_encoded_once(score_many, monkeypatch):
     )
     score_many([conversation("r", f"q{i}", image) for i in range(40)])
     assert len(saves) == 1
+
+
+def test_images_are_weighed_with_their_pixels(deadline):
+    """Or a stream of images that compress well would fill the memory."""
+    shelf = Shelf(max_bytes=1_000_000)
+    images = [Image.new("RGBA", (300, 300)) for _ in range(20)]
+    for image in images:
+        shelf.read(MediaRef("here", image), deadline)
+    assert 1 <= len(shelf._kept) <= 2
+    assert shelf._reading == {}
+
+
+def test_a_slow_file_holds_up_nobody_else(deadline, web, deliver):
+    released = threading.Event()
+
+    def answer(handler):
+        assert released.wait(30)
+        deliver(b"slow")(handler)
+
+    shelf, slow = Shelf(), MediaRef("here", web("/slow", answer))
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(shelf.read, slow, deadline) for _ in range(2)]
+        for index in range(200):
+            ref = MediaRef("here", Image.new("1", (1, 1 + index)))
+            assert shelf.read(ref, deadline)
+        released.set()
+        assert [each.result(30) for each in waiting] == [b"slow", b"slow"]
+
+
+def test_a_missing_file_is_looked_for_once(server, score_many, monkeypatch):
+    looks, stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda self, **k: looks.append(self) or stat(self, **k))
+    group = [conversation(str(i), image="gone.png") for i in range(32)]
+    scores = score_many(group, on_error="return")
+    assert [type(score) for score in scores] == [MediaError] * 32
+    assert [str(score).partition(":")[0] for score in scores] == [
+        f"conversations[{i}]" for i in range(32)
+    ]
+    assert len([look for look in looks if look.name == "gone.png"]) == 1
+
+
+def test_a_group_that_breaks_up_ends_with_the_first_failure(server, score_many):
+    server.fault = lambda call: Fault.INTERNAL if len(call.responses) > 1 else Fault.UNAVAILABLE
+    group = [conversation(str(i)) for i in range(20)]
+    scores = score_many(group, on_error="return")
+    assert [type(score) for score in scores] == [ServerUnavailable] * 20
+    assert str(scores[19]).startswith("conversations[19]: ")
+    assert server.calls == 2
+    server.fault = lambda call: Fault.INTERNAL
+    with pytest.raises(ServerError, match=r"^conversations\[0\]: "):
+        score_many(group)
+    assert server.calls == 4
 
 
 def test_another_call_reads_again(server, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import pickle
 import signal
 import socket
@@ -31,6 +32,7 @@ from triward import (
     TriwardError,
     channel,
 )
+from triward.base import PerProcess
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,9 +89,13 @@ def test_a_list_takes_names(pair):
     assert all(server.calls for server in pair)
 
 
-def test_a_name_without_an_address():
-    with RewardClient(["no-such-host.invalid:1", "127.0.0.1:1"], timeout=30) as client:
-        with pytest.raises(ServerUnavailable, match=r"no-such-host\.invalid:1"):
+def test_names_without_an_address(server):
+    """One does no harm while there is another server."""
+    gone = "no-such-host.invalid:1"
+    with RewardClient([gone, server.url]) as client:
+        assert client.score(conversation("four")) == 4.0
+    with RewardClient([gone, "neither.invalid:1"], timeout=30) as client:
+        with pytest.raises(ServerUnavailable, match=r"\.invalid:1: "):
             client.score(conversation("r"))
         assert client.is_ready() is False
 
@@ -413,6 +419,76 @@ def test_a_client_goes_to_another_process(server_process, method, tmp_path):
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout == "done\n", done.stderr
+
+
+FORKED_ASYNCIO = """
+import asyncio, os, sys
+from triward import AsyncRewardClient, RewardClient, TriwardError
+
+url = sys.argv[1]
+message = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "four"}]
+client = AsyncRewardClient(url, timeout=5)
+assert asyncio.run(client.score(message)) == 4.0
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try:
+    asyncio.run(client.score(message))
+except TriwardError as error:
+    assert "forked" in str(error), error
+    with RewardClient(url, timeout=20) as blocking:
+        os._exit(0 if blocking.score(message) == 4.0 else 2)
+os._exit(3)
+"""
+
+
+def test_asyncio_after_a_fork_is_an_error_and_does_not_hang(server_process):
+    command = [sys.executable, "-c", FORKED_ASYNCIO, server_process]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_forks_threads_share_one_new_object():
+    """The first thing that a worker does is often to ask with many threads."""
+    made = []
+
+    def make():
+        time.sleep(0.01)
+        made.append(object())
+        return made[-1]
+
+    each = PerProcess(make)
+    parents = each.get()
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        assert each.get() is parents
+        return
+    with ThreadPoolExecutor(8) as pool:
+        found = {id(thing) for thing in pool.map(lambda _: each.get(), range(64))}
+    os._exit(0 if len(found) == 1 and id(parents) not in found else 1)
+
+
+def test_what_event_loops_leave_is_dropped(server):
+    client = AsyncRewardClient(server.url)
+    for _ in range(5):
+        assert asyncio.run(client.score(conversation("four"))) == 4.0
+    assert len(client._transports.get()) == 1
+
+
+def test_a_call_in_flight_when_the_async_client_is_closed(server):
+    server.delay = 3
+
+    async def ask():
+        client = AsyncRewardClient(server.url)
+        asking = asyncio.ensure_future(client.score(conversation("r")))
+        while not server.calls:
+            await asyncio.sleep(0.01)
+        await client.close()
+        with pytest.raises(ServerUnavailable, match="closed"):
+            await asking
+
+    asyncio.run(ask())
 
 
 def test_settings_survive_pickling_and_copying(server):

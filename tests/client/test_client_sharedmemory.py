@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from triward import InvalidRequest, RewardClient, TriwardError
+from triward import DeadlineExceeded, InvalidRequest, RewardClient, TriwardError
 
 if sys.platform != "linux":
     pytest.skip("only Linux has /dev/shm", allow_module_level=True)
@@ -124,3 +127,21 @@ def test_more_than_the_machine_has(transport):
         client.score_responses(message, ["r"])
     assert ours() == before
     assert client.score_responses([{"role": "user", "content": "q"}], ["text"]) == [4.0]
+
+
+def test_a_call_ends_on_time_when_the_server_does_not_answer():
+    """Not after the client's own timeout, which registering the region might wait for."""
+    message = [{"role": "user", "content": [{"type": "image", "image": b"x"}]}]
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"127.0.0.1:{silent.getsockname()[1]}"
+        with RewardClient(url, timeout=60, shared_memory_bytes=1000) as client:
+            began = time.monotonic()
+            with ThreadPoolExecutor(3) as pool:
+                calls = [
+                    pool.submit(client.score_responses, message, ["r"], timeout=0.5)
+                    for _ in range(3)
+                ]
+            assert {type(call.exception()) for call in calls} == {DeadlineExceeded}
+            assert time.monotonic() - began < 10

@@ -302,3 +302,20 @@ def test_chatml_keeps_what_text_holds():
     text = "a\n<|im_start|>\n b<|im_end|>c"
     prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     assert chatml(prompt) == [{"role": "user", "content": text}]
+
+
+PAD = "<|image_pad|>"
+
+
+def test_many_images_side_by_side_take_no_time(client):
+    """A pattern that tried every way to share the placeholders out would not end."""
+    prompt = PAD * 60 + "x"
+    label = {"messages": [{"role": "user", "content": "q"}]}
+    assert score(client, [PAD * 200 + "xfour"], [prompt], [label]) == [4.0]
+    with pytest.raises(InvalidRequest, match="does not begin"):
+        score(client, [PAD * 200 + "four"], [prompt], [label])
+
+
+def test_a_label_whose_messages_are_no_list(client):
+    with pytest.raises(InvalidRequest, match="must be a list"):
+        score(client, ["pr"], ["p"], [{"messages": 5}])

@@ -137,14 +137,17 @@ def _messages(prompt: str, label: Any, parse: Parse) -> Messages:
         with suppress(ValueError, RecursionError):  # then it is a label like others
             label = json.loads(label)
     if isinstance(label, Mapping) and label.get("messages") is not None:
+        if not isinstance(label["messages"], (list, tuple)):
+            raise InvalidRequest("the label's 'messages' must be a list")
         return list(label["messages"])
     return parse(prompt)
 
 
 def _response(query: str, prompt: str, ends: Sequence[str]) -> str:
     # A processor has put as many placeholders for an image into the query as the image has tokens.
-    pieces = map(re.escape, prompt.split(_PAD))
-    start = re.match(f"(?:{re.escape(_PAD)})+".join(pieces), query)
+    pads = f"(?:{re.escape(_PAD)})+"
+    pieces = map(re.escape, re.split(pads, prompt))
+    start = re.match(pads.join(pieces), query)
     if start is None:
         raise InvalidRequest(
             "does not begin with its prompt; OpenRLHF cuts a prompt's beginning off when it does "
@@ -225,6 +228,9 @@ class _Handler(BaseHTTPRequestHandler):
             found = self.server.score(body)
         except TriwardError as error:
             self.send_error(_status(error), str(error))
+        except Exception as error:  # an answer all the same, and never a reward
+            name = type(error).__name__
+            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name}: {error}")
         else:
             self._reply(HTTPStatus.OK, {"rewards": found})
 

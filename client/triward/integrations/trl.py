@@ -55,7 +55,11 @@ def async_triward_reward(client: AsyncRewardClient) -> Callable[..., Awaitable[l
 
 
 async def async_triward(
-    client: AsyncRewardClient, prompts: list[Text], completions: list[Text], **columns: object
+    client: AsyncRewardClient,
+    /,
+    prompts: list[Text],
+    completions: list[Text],
+    **columns: object,
 ) -> list[float]:
     """What `async_triward_reward` is made of; see `TriwardReward.__call__`."""
     return await client.score_many(_conversations(prompts, completions))
