@@ -23,8 +23,9 @@ import typer
 from benchmarks.measure import machine
 from triward_server.config import ForwardConfig
 from triward_server.heap import Heap
-from triward_server.packing import Features, Geometry
+from triward_server.packing import Geometry
 from triward_server.random_checkpoint import make_checkpoint
+from triward_server.schema import Features, UInt8Array
 from triward_server.scoring import Scorer
 
 _SETTINGS = ("MALLOC_", "ONEDNN_")
@@ -43,7 +44,7 @@ class _MallInfo(ctypes.Structure):
 def request(rng: np.random.Generator, geometry: Geometry) -> Features:
     """A prompt, often with an image, and 1 to 16 responses."""
     text = rng.integers(0, 200, rng.integers(1, 300)).astype(np.int32)
-    images: tuple[np.ndarray, ...] = ()
+    images: tuple[UInt8Array, ...] = ()
     if rng.random() < 0.6:
         rows, columns = rng.integers(1, 18, 2)
         side = geometry.patch_size * geometry.merge_size
