@@ -13,8 +13,6 @@ from types import TracebackType
 from typing import Any, Callable, Protocol
 from weakref import WeakKeyDictionary
 
-from tritonclient.grpc.aio import InferenceServerClient
-
 from triward import protocol
 from triward.base import (
     AHEAD,
@@ -181,8 +179,14 @@ class AsyncRewardClient(BaseClient):
             _check_not_forked()
             for other in [each for each in transports if each.is_closed()]:
                 del transports[other]
-            transports[loop] = self._given or self._address.connect(InferenceServerClient)
+            transports[loop] = self._given or self._connect()
         return transports[loop]
+
+    def _connect(self) -> _Transport:
+        from tritonclient.grpc.aio import InferenceServerClient
+
+        transport: _Transport = self._address.connect(InferenceServerClient)
+        return transport
 
     async def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:
         arguments = self._arguments(request, deadline)

@@ -14,11 +14,12 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
-
-import grpc
+from typing import TYPE_CHECKING, Any, Union
 
 from triward.errors import ServerUnavailable
+
+if TYPE_CHECKING:
+    import grpc
 
 Url = Union[str, Sequence[str]]
 Path = Union[str, "os.PathLike[str]"]
@@ -67,6 +68,8 @@ class Tls:
         Raises:
             OSError: a file cannot be read.
         """
+        import grpc
+
         return grpc.ssl_channel_credentials(
             _read(self.ca), private_key=_read(self.key), certificate_chain=_read(self.certificate)
         )

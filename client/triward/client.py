@@ -10,9 +10,6 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tritonclient.grpc import InferenceServerClient
-from tritonclient.utils import InferenceServerException
-
 from triward import protocol
 from triward.base import (
     AHEAD,
@@ -109,9 +106,7 @@ class RewardClient(BaseClient):
         _transport: _Transport | None = None,
     ) -> None:
         super().__init__(url, timeout, model, tls, headers, max_attempts)
-        self._transport: PerProcess[_Transport] = PerProcess(
-            lambda: _transport or self._address.connect(InferenceServerClient)
-        )
+        self._transport: PerProcess[_Transport] = PerProcess(lambda: _transport or self._connect())
         if shared_memory_bytes < 0:
             raise ValueError(f"shared_memory_bytes must be at least 0, got {shared_memory_bytes}")
         if shared_memory_bytes and not isinstance(url, str):
@@ -221,7 +216,7 @@ class RewardClient(BaseClient):
         transport, region = self._transport.take(), self._region.take()
         if transport is not None:
             if region is not None:
-                with suppress(InferenceServerException):  # a server that is gone has forgotten it
+                with suppress(TriwardError), self._translated():  # a server that is gone forgot it
                     transport.unregister_system_shared_memory(
                         region.name, headers=self._headers, client_timeout=_CLOSING
                     )
@@ -268,6 +263,12 @@ class RewardClient(BaseClient):
         with self._translated():
             result = self._transport.get().infer(**arguments)
         return read_scores(result, len(request.responses))
+
+    def _connect(self) -> _Transport:
+        from tritonclient.grpc import InferenceServerClient
+
+        transport: _Transport = self._address.connect(InferenceServerClient)
+        return transport
 
     def _make_region(self) -> Region:
         from triward.sharedmemory import Region

@@ -15,8 +15,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from tritonclient.utils import InferenceServerException
+if TYPE_CHECKING:
+    from tritonclient.utils import InferenceServerException
 
 # Triton's words for a model that it knows but has not loaded: it stops, or its operator changes it.
 _UNLOADED = "has no available versions"
@@ -83,6 +85,10 @@ def is_unknown_region(error: TriwardError) -> bool:
 @contextmanager
 def triton_errors(*, model: str, url: str) -> Iterator[None]:
     """Raise this package's errors in place of tritonclient's, chained to them."""
+    # Imported when something is asked, here and elsewhere: numpy and gRPC take longer to load than
+    # all the rest.
+    from tritonclient.utils import InferenceServerException
+
     try:
         yield
     except InferenceServerException as error:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tritonclient.grpc import InferInput, InferRequestedOutput
-
 from triward import protocol
 from triward.conversation import RewardRequest
 from triward.errors import InvalidRequest, ServerError
@@ -33,6 +30,8 @@ def infer_arguments(
     Raises:
         InvalidRequest: the request is larger than a gRPC message can be.
     """
+    from tritonclient.grpc import InferRequestedOutput
+
     fields = ((request.messages,), request.responses, request.media)
     sent = fields[:2] if media else fields
     size = sum(4 + len(value) for values in sent for value in values)
@@ -60,6 +59,8 @@ def read_scores(result: Any, count: int) -> list[float]:
     Raises:
         ServerError: the answer is not `count` finite numbers.
     """
+    import numpy as np
+
     name = protocol.SCORES.name
     try:
         scores = result.as_numpy(name)
@@ -76,6 +77,9 @@ def read_scores(result: Any, count: int) -> list[float]:
 
 
 def _input(spec: protocol.TensorSpec, values: Sequence[bytes], place: Place | None) -> Any:
+    import numpy as np
+    from tritonclient.grpc import InferInput
+
     if place:
         tensor = InferInput(spec.name, [1, len(values)], spec.datatype)
         tensor.set_shared_memory(place.region, place.size, place.offset)
