@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 
@@ -33,8 +34,11 @@ def conversation(number: int) -> list[dict[str, str]]:
 def served(server: TritonServer) -> float:
     """Requests that the ensemble of a server has answered with scores."""
     url = f"http://127.0.0.1:{server.endpoints.metrics_port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as response:
-        lines = response.read().decode().splitlines()
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            lines = response.read().decode().splitlines()
+    except URLError:  # Triton opens this port a moment after it is ready
+        return 0.0
     name = 'nv_inference_request_success{model="reward",'
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
