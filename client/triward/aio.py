@@ -282,7 +282,7 @@ def _check_not_forked() -> None:
     elif [os.getpid()] != _OWNER:
         raise TriwardError(
             "an AsyncRewardClient was used before this process was forked, and gRPC cannot follow; "
-            "start processes with 'spawn', or use a RewardClient here"
+            "start processes with 'spawn'"
         )
 
 

@@ -423,7 +423,7 @@ def test_a_client_goes_to_another_process(server_process, method, tmp_path):
 
 FORKED_ASYNCIO = """
 import asyncio, os, sys
-from triward import AsyncRewardClient, RewardClient, TriwardError
+from triward import AsyncRewardClient, TriwardError
 
 url = sys.argv[1]
 message = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "four"}]
@@ -435,9 +435,7 @@ if child:
 try:
     asyncio.run(client.score(message))
 except TriwardError as error:
-    assert "forked" in str(error), error
-    with RewardClient(url, timeout=20) as blocking:
-        os._exit(0 if blocking.score(message) == 4.0 else 2)
+    os._exit(0 if "forked" in str(error) else 2)
 os._exit(3)
 """
 
