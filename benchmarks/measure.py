@@ -109,8 +109,8 @@ def features(preprocessor: Preprocessor, group: Group) -> Features:
 
 
 @contextmanager
-def triton(checkpoint: Path, *flags: str) -> Iterator[TritonServer]:
-    """A real Triton that serves a checkpoint, exported with `flags`."""
+def triton(checkpoint: Path, *flags: str, log: Path | None = None) -> Iterator[TritonServer]:
+    """A real Triton that serves a checkpoint, exported with `flags`; its log may be kept."""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder, "repository")
         script = ROOT / "export" / "build_repository.py"
@@ -121,8 +121,8 @@ def triton(checkpoint: Path, *flags: str) -> Iterator[TritonServer]:
         )  # fmt: skip
         free = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
         with (
-            Path(folder, "triton.log").open("w") as log,
-            TritonServer(repository, free, log=log) as server,
+            (log or Path(folder, "triton.log")).open("w") as file,
+            TritonServer(repository, free, log=file) as server,
         ):
             yield server
 

@@ -1,0 +1,236 @@
+"""Everything at once: damage, short deadlines, kills, switches, lost logs; and no wrong score.
+
+A run is its seed: request n is the same in every run, and disturbances come at fixed numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from benchmarks import footprint
+from tests import loadgen
+from tests.conftest import Exit
+from tests.fuzzer import FLAGS, SEED, Caller, Fuzzed, Fuzzer
+from tests.supervisor import ADMIN_KEY, Supervised
+from triward_server.random_checkpoint import make_checkpoint
+from triward_server.switch import switch_version
+from triward_server.triton_http import TritonHttp
+
+CALLERS = 8
+GOOD, HURRIED = 0.15, 0.10  # shares of requests whose score is known, with and without time
+NOTICED_WITHIN = 20.0  # seconds that a fault may last before `serve` ends over it
+SAMPLE_EVERY = 1_000  # requests
+GROWTH = 1.10  # of the whole server's memory, within the longest quiet stretch of one life
+# While the server is down, or is about to be, any of gRPC's own words for that will do.
+DOWN = {"UNAVAILABLE", "INTERNAL", "CANCELLED", "DEADLINE_EXCEEDED", "NOT_FOUND"}
+
+
+@dataclass
+class Record:
+    """What came back, by all callers.
+
+    Attributes:
+        statuses: by kind of request and status.
+        wrong: scores that no version gives.
+        odd: failures that are right only while the server is down: begin, end, what.
+        done: requests that were answered.
+    """
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    odd: list[tuple[float, float, str]] = field(default_factory=list)
+    done: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Soak:
+    """One run.
+
+    Args:
+        server: with two versions of one model.
+        fuzzer: makes the requests.
+        expected: for each good request, what each version scores.
+    """
+
+    def __init__(
+        self, server: Supervised, fuzzer: Fuzzer, expected: list[list[np.ndarray]]
+    ) -> None:
+        self._server = server
+        self._fuzzer = fuzzer
+        self._good = fuzzer.good()
+        self._expected = expected
+        self.record = Record()
+
+    def send(self, caller: Caller, number: int) -> None:
+        """Send one request when there is a server, and judge what comes back."""
+        self._server.ready.wait(300)
+        rng = Random(f"{SEED}:soak:{number}")
+        begun, share = time.monotonic(), rng.random()
+        if share < GOOD + HURRIED:
+            which = rng.randrange(len(self._good))
+            hurried = share < HURRIED
+            deadline = rng.uniform(0.001, 0.05) if hurried else 60.0
+            fuzzed = Fuzzed("hurried" if hurried else "good", self._good[which], hurried, deadline)
+            status, problem = self._known(caller, fuzzed, self._expected[which])
+        else:
+            fuzzed = self._fuzzer.request(number)
+            status, problem = caller.judge(fuzzed)
+        record = self.record
+        with record.lock:
+            record.done += 1
+            record.statuses[f"{fuzzed.kind} {status}"] += 1
+            if problem:
+                text = f"request {number} ({fuzzed.kind}): {problem}"
+                if status in DOWN:
+                    record.odd.append((begun, time.monotonic(), text))
+                else:
+                    record.wrong.append(text)
+
+    def _known(
+        self, caller: Caller, fuzzed: Fuzzed, expected: list[np.ndarray]
+    ) -> tuple[str, str | None]:
+        try:
+            scores = caller.scores(fuzzed.request, fuzzed.deadline)
+        except grpc.RpcError as error:
+            status = error.code().name
+            fine = fuzzed.may_expire and status in DOWN
+            return status, None if fine else f"{status}: {error.details()}"
+        right = any(np.allclose(scores, each, rtol=1e-5, atol=1e-6) for each in expected)
+        return "OK", None if right else f"scores {scores}, versions score {expected}"
+
+
+def level(samples: list[tuple[int, int, float]]) -> tuple[float, float]:
+    """Memory at the begin and the end of the longest life, its first requests left out.
+
+    Args:
+        samples: process, requests done, resident bytes.
+    """
+    lives: dict[int, list[tuple[int, float]]] = {}
+    for pid, done, size in samples:
+        lives.setdefault(pid, []).append((done, size))
+    longest = max(lives.values(), key=lambda life: life[-1][0] - life[0][0])
+    # Caches fill during the first requests; the rest must not grow.
+    settled = longest[len(longest) // 4 :]
+    return settled[0][1], settled[-1][1]
+
+
+@pytest.fixture(scope="module")
+def two_versions(
+    build: Callable[..., Path],
+    export: Callable[..., Exit],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    repository = build(*FLAGS)
+    other = tmp_path_factory.mktemp("other") / "checkpoint"
+    make_checkpoint("tiny", 7, other)
+    result = export(
+        "--checkpoint", other, "--output", repository, "--device=cpu", "--preprocess-instances=2",
+        "--version=2", *FLAGS,
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    return repository
+
+
+@pytest.mark.parametrize("requests", [3_000, pytest.param(100_000, marks=pytest.mark.soak)])
+def test_everything_at_once(
+    requests: int, two_versions: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    print(f"seed {SEED}")
+    fuzzer = Fuzzer(checkpoint)
+    with Supervised(two_versions, tmp_path, NOTICED_WITHIN) as server:
+        e = server.endpoints
+        http = TritonHttp("127.0.0.1", e.http_port, ADMIN_KEY)
+        options = [*loadgen.NO_LIMIT, ("grpc.max_reconnect_backoff_ms", 500)]
+        with grpc.insecure_channel(e.grpc, options) as channel:
+            caller = Caller(channel)
+            expected: list[list[np.ndarray]] = [[] for _ in fuzzer.good()]
+            for version in ("2", "1"):
+                switch_version(http, two_versions, version, 300)
+                for request, scores in zip(fuzzer.good(), expected, strict=True):
+                    scores.append(caller.scores(request))
+            soak = Soak(server, fuzzer, expected)
+            samples = _run(soak, server, caller, requests, partial(_switch, http, two_versions))
+            for request, scores in zip(fuzzer.good(), expected, strict=True):
+                _assert_one_of(caller.scores(request), scores)
+    record = soak.record
+    print(f"{record.done} requests, {len(server.exits)} lives, exits {server.exits}")
+    print("\n".join(f"{count:>8} {kind}" for kind, count in sorted(record.statuses.items())))
+    untyped = [
+        text
+        for begin, end, text in record.odd
+        if not any(outage.touches(begin, end) for outage in server.outages)
+    ]
+    assert not record.wrong, "\n".join(record.wrong[:20])
+    assert not untyped, "\n".join(untyped[:20])
+    assert record.done == requests
+    assert record.statuses["good OK"] > 0.8 * GOOD * requests, "hardly anything scored"
+    before, after = level(samples)
+    print(f"memory {before / 1e6:.0f} MB, at the end {after / 1e6:.0f} MB")
+    assert after <= GROWTH * before
+
+
+def _switch(http: TritonHttp, repository: Path, version: str) -> None:
+    switch_version(http, repository, version, 300)
+
+
+def _assert_one_of(scores: np.ndarray, expected: list[np.ndarray]) -> None:
+    assert any(np.allclose(scores, each, rtol=1e-5, atol=1e-6) for each in expected)
+
+
+def _run(
+    soak: Soak,
+    server: Supervised,
+    caller: Caller,
+    requests: int,
+    switch: Callable[[str], Any],
+) -> list[tuple[int, int, float]]:
+    """Send all of them; disturb during the first half, watch memory throughout."""
+    disturbances = cycle([
+        lambda: switch("2"),
+        lambda: server.kill("reward_forward"),
+        lambda: switch("1"),
+        lambda: server.kill("reward_preprocess"),
+        lambda: switch("2"),
+        lambda: server.kill("tritonserver"),
+        lambda: switch("1"),
+    ])  # fmt: skip
+    every = max(requests // 15, 400)
+    samples: list[tuple[int, int, float]] = []
+    with ThreadPoolExecutor(CALLERS) as pool:
+        calls = [pool.submit(soak.send, caller, number) for number in range(requests)]
+        disturbed, sampled = 0, 0
+        while soak.record.done < requests:
+            assert server.ready.wait(300), "it does not come back"
+            done = soak.record.done
+            if done >= disturbed + every and done < requests / 2:
+                disturbed = done
+                next(disturbances)()
+            if done >= sampled + min(SAMPLE_EVERY, requests // 10):
+                sampled = done
+                samples += _sample(server, done)
+            time.sleep(0.05)  # between two looks
+        for call in calls:
+            call.result()
+    return samples
+
+
+def _sample(server: Supervised, done: int) -> list[tuple[int, int, float]]:
+    try:
+        pid = server.member("tritonserver").pid
+        return [(pid, done, footprint.take(pid).flat()["total.rss"])]
+    except (StopIteration, LookupError, OSError):
+        return []  # it goes down at this moment
