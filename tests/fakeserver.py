@@ -10,6 +10,7 @@ ids counts as the text that shows them: [12, 3] is "12 3".
         ...                                # ask server.url
         server.scored["a response"]        # how often it was given a score
         server.peak                        # the most calls at once
+        server.given_up                    # calls that were cancelled or late before their answer
 
 `python -m tests.fakeserver --log FILE` is one in a process of its own, for callers that fork. It
 prints `port N`, and `read_log(FILE)` is what it scored so far.
@@ -76,6 +77,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     fault: Callable[[Call], Fault | None] = lambda call: None
     calls: int = 0
     peak: int = 0
+    given_up: int = 0
     scored: Counter[str] = field(default_factory=Counter)
 
     def __enter__(self) -> FakeServer:
@@ -111,6 +113,8 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         try:
             if self.delay:
                 time.sleep(self.delay)
+            if not context.is_active():
+                self.given_up += 1
             call = _decode(number, request, context)
             return self._answer(call, Fault.UNAVAILABLE if full else self.fault(call), context)
         finally:

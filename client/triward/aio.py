@@ -36,6 +36,7 @@ from triward.conversation import Messages, RewardRequest, build_request, split_c
 from triward.deadline import Deadline
 from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError
 from triward.grouping import Group, grouped
+from triward.patience import AsyncPatient
 from triward.shelf import Shelf
 from triward.tokens import TokenRequest, token_request
 from triward.wire import read_scores
@@ -49,7 +50,7 @@ T = TypeVar("T")
 class _Transport(Protocol):
     """What of tritonclient's asyncio InferenceServerClient is used."""
 
-    def infer(self, **arguments: Any) -> Awaitable[Any]: ...
+    def infer(self, *, client_timeout: float, **arguments: Any) -> Awaitable[Any]: ...
 
     def is_model_ready(
         self, model_name: str, *, headers: Mapping[str, str], client_timeout: float
@@ -207,7 +208,7 @@ class AsyncRewardClient(BaseClient):
     def _connect(self) -> _Transport:
         from tritonclient.grpc.aio import InferenceServerClient
 
-        transport: _Transport = self._address.connect(InferenceServerClient)
+        transport: _Transport = AsyncPatient(self._address.connect(InferenceServerClient))
         return transport
 
     async def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:

@@ -33,6 +33,7 @@ from triward.conversation import Messages, RewardRequest, build_request, split_c
 from triward.deadline import Deadline
 from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError, is_unknown_region
 from triward.grouping import Group, grouped
+from triward.patience import Patient
 from triward.shelf import Shelf
 from triward.tokens import TokenRequest, token_request
 from triward.wire import read_scores
@@ -48,7 +49,7 @@ _CLOSING = 5.0  # seconds, for a last word to a server that may not listen
 class _Transport(Protocol):
     """What of tritonclient's InferenceServerClient is used."""
 
-    def infer(self, **arguments: Any) -> Any: ...
+    def infer(self, *, client_timeout: float, **arguments: Any) -> Any: ...
 
     def is_model_ready(
         self, model_name: str, *, headers: Mapping[str, str], client_timeout: float
@@ -308,7 +309,7 @@ class RewardClient(BaseClient):
     def _connect(self) -> _Transport:
         from tritonclient.grpc import InferenceServerClient
 
-        transport: _Transport = self._address.connect(InferenceServerClient)
+        transport: _Transport = Patient(self._address.connect(InferenceServerClient))
         return transport
 
     def _make_region(self) -> Region:

@@ -27,7 +27,8 @@ def infer_arguments(
     Args:
         request: the row to send.
         model: name of the ensemble.
-        remaining: seconds left. gRPC gives up after them, and Triton drops a request that is older.
+        remaining: seconds left. The caller gives up after them, and Triton drops a request that
+            waits for longer.
         media: where the media lie in shared memory, if they do.
 
     Raises:
