@@ -20,11 +20,13 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from tests.commands import BIN, Command, assert_gone, regions
 from tests.conftest import LOCAL, ROOT
 from triward import RewardClient, ServerUnavailable
-from triward_server import installation, launch
+from triward_server import __version__, gpu, installation, launch
+from triward_server.cli import app
 from triward_server.errors import LaunchError
 from triward_server.installation import find_triton
 from triward_server.launch import Endpoints, TritonServer
@@ -70,6 +72,50 @@ def test_told_to_stop_while_starting(serve: Callable[..., Command]) -> None:
     running.process.send_signal(signal.SIGTERM)
     assert running.wait() == 0
     assert "ready  grpc" not in running.output
+    assert running.output.splitlines().count("triward-server: told to stop by SIGTERM") == 1
+    assert_gone(family)
+
+
+def catches(process: psutil.Process, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    [mask] = re.findall(r"^SigCgt:\s+(\w+)$", status, re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_told_to_stop_in_its_first_moment(
+    number: signal.Signals, serve: Callable[..., Command]
+) -> None:
+    running = serve()
+    while not catches(running.family()[0], number):
+        pass
+    running.process.send_signal(number)
+    assert running.wait() == 0
+    assert running.output == f"triward-server: told to stop by {number.name}\n"
+
+
+def test_signals_are_taken_before_anything_slow_is_imported() -> None:
+    """In the first tenth of a second, most of which is Python's own start."""
+    program = (
+        "import sys, triward_server.signals; print(*{'typer', 'psutil', 'rich'} & {*sys.modules})"
+    )
+    output = subprocess.check_output([sys.executable, "-c", program, "serve"], text=True)
+    assert output == "\n"
+    lines = (ROOT / "triward_server" / "cli.py").read_text().splitlines()
+    first = [line for line in lines if re.match("(from|import) ", line)][1]  # after __future__
+    assert first.startswith("from .signals import")
+
+
+def test_a_signal_for_tritonserver_itself_is_explained(serve: Callable[..., Command]) -> None:
+    running = serve()
+    running.wait_for(r"ready\s+grpc")
+    family = running.family()
+    next(p for p in family if p.name() == "tritonserver").send_signal(signal.SIGTERM)
+    assert running.wait() == 1
+    told = f"send it to triward-server (process {running.process.pid}), which drains"
+    assert told in running.output
+    last = "triward-server: tritonserver was told to stop, but not by triward-server"
+    assert running.output.splitlines()[-1] == last
     assert_gone(family)
 
 
@@ -143,10 +189,24 @@ LOADING = (
 )
 
 
+NO_GPU = (
+    "E1126 10:59:57.864446 10193 model_lifecycle.cc:642] "
+    "\"failed to load 'reward_forward' version 1: "
+    "Invalid argument: instance group reward_forward_0 of model reward_forward has kind KIND_GPU "
+    'but no GPUs are available"'
+)
+LAST = "error: creating server: Internal - failed to load all models"
+
+
 @pytest.mark.parametrize(
     ("log", "reason"),
     [
         ([NOISE], None),
+        (
+            [NOISE, NO_GPU, LAST],
+            "reward_forward: instance group reward_forward_0 of model reward_forward has kind "
+            "KIND_GPU but no GPUs are available",
+        ),
         ([NOISE, STUB], "CheckpointError: bad"),
         ([NOISE, STUB, LOADING], "reward_forward: CheckpointError: bad"),
         ([NOISE, NOISE.replace("CudaDriverHelper has not been", "It was")], "It was initialized."),
@@ -155,6 +215,86 @@ LOADING = (
 def test_what_a_log_tells_of_a_start_that_ends_early(log: list[str], reason: str | None) -> None:
     """As when Triton crashes while it gives up its other models."""
     assert launch._failure(log) == reason
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="this machine has a GPU")
+def test_a_repository_for_a_gpu_where_there_is_none(
+    serve: Callable[..., Command], repository: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(repository, tmp_path / "gpu"))
+    config = broken / "reward_forward" / "config.pbtxt"
+    config.write_text(config.read_text().replace("KIND_CPU", "KIND_GPU"))
+    failed = serve(repository=broken)
+    assert failed.wait() == 1
+    assert failed.output.splitlines() == [  # not a word of tritonserver's: it was not started
+        "triward-server: reward_forward needs a GPU, and this machine has no GPU; export with "
+        "--device cpu, or give the container one (docker run --gpus 1)"
+    ]
+
+
+class Driver:
+    """What libcuda.so.1 answers on a machine with two GPUs, or on a broken one."""
+
+    def __init__(self, code: int = 0) -> None:
+        self._code = code
+
+    def cuInit(self, flags: int) -> int:
+        return self._code
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = 2
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, name: Any, length: int, device: Any) -> int:
+        name.value = b"NVIDIA H100 80GB HBM3"
+        return 0
+
+    def cuDeviceTotalMem_v2(self, memory: Any, device: Any) -> int:
+        memory._obj.value = 80 * 2**30
+        return 0
+
+    def cuGetErrorString(self, code: int, text: Any) -> int:
+        text._obj.value = b"system not yet initialized"
+        return 0
+
+
+def test_which_gpus_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: Driver())
+    used = gpu.check_gpus({"reward_forward": (1,)})
+    assert list(map(str, used)) == ["cuda:1 NVIDIA H100 80GB HBM3 (80 GiB)"]
+    assert [each.index for each in gpu.check_gpus({"reward_forward": ()})] == [0, 1]
+    assert gpu.check_gpus({}) == []
+    with pytest.raises(LaunchError, match="reward_forward needs cuda:2, and this machine has cuda"):
+        gpu.check_gpus({"reward_forward": (2,)})
+
+
+def test_a_gpu_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: Driver(802))
+    with pytest.raises(LaunchError, match=r"system not yet initialized \(CUDA error 802\)"):
+        gpu.check_gpus({"reward_forward": ()})
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: Driver(100))
+    with pytest.raises(LaunchError, match="this machine has no GPU; export with --device cpu"):
+        gpu.check_gpus({"reward_forward": ()})
+
+
+@pytest.mark.parametrize(
+    ("mistake", "meant"),
+    [(["srve"], "serve"), (["serve", "--repositry=x"], "--repository"),
+     (["health", "--htp-port=1"], "--http-port")],
+)  # fmt: skip
+def test_a_typing_mistake_is_answered_with_what_was_meant(mistake: list[str], meant: str) -> None:
+    result = CliRunner().invoke(app, mistake)
+    assert result.exit_code == 2
+    assert meant in result.stderr
+
+
+def test_its_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.stdout == f"triward-server {__version__}\n"
 
 
 def test_a_wrong_parameter(serve: Callable[..., Command], repository: Path, tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+# First of all, and so that it stays first:
+from .signals import STOP_SIGNALS, farewell  # isort: split
+
+import os
 import secrets
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -14,10 +18,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import __version__, schema
 from . import repository as repositories
-from . import schema
 from .errors import LaunchError
-from .launch import STOP_SIGNALS, Endpoints, Tls, TritonServer
+from .launch import Endpoints, Tls, TritonServer
+from .memory import half_of_the_machine
 from .switch import switch_version
 from .triton_http import HttpError, TritonHttp
 from .watchdog import Watchdog, check_once
@@ -38,8 +43,18 @@ AdminKeyFile = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"triward-server {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
     """Serve reward models from Triton Inference Server."""
 
 
@@ -47,13 +62,16 @@ def main() -> None:
 def serve(
     context: typer.Context,
     repository: Repository,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = Endpoints.host,
+    host: Annotated[
+        str, typer.Option(help="IPv4 address for gRPC and metrics; 0.0.0.0: all of them.")
+    ] = Endpoints.host,
+    http_host: Annotated[
+        str, typer.Option(help="IPv4 address for HTTP, which only this machine's commands need.")
+    ] = Endpoints.http_host,
     grpc_port: Annotated[int, typer.Option(help="0: a free one.")] = Endpoints.grpc_port,
     http_port: Annotated[int, typer.Option(help="0: a free one.")] = Endpoints.http_port,
     metrics_port: Annotated[int, typer.Option(help="0: a free one.")] = Endpoints.metrics_port,
-    tls_certificate: Annotated[
-        Path | None, typer.Option(help="PEM; encrypts gRPC, and keeps HTTP to this machine.")
-    ] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM; encrypts gRPC.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The certificate's private key.")] = None,
     tls_client_ca: Annotated[
         Path | None, typer.Option(help="PEM; callers must show a certificate that it signed.")
@@ -65,6 +83,14 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds for requests in flight when told to stop.")
     ] = TritonServer.drain_timeout,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=4,
+            help="GiB that tritonserver itself may take, its models' processes not included; "
+            "half of the machine's, or of the container's.",
+        ),
+    ] = None,
     hang_timeout: Annotated[
         float | None,
         typer.Option(min=1, help="Seconds without progress that end the server; 10 on a GPU."),
@@ -79,12 +105,13 @@ def serve(
     with _errors():
         server = TritonServer(
             repository,
-            Endpoints(host, grpc_port, http_port, metrics_port),
+            Endpoints(host, grpc_port, http_port, metrics_port, http_host),
             flags=context.args,
             drain_timeout=drain_timeout,
             tls=_tls(tls_certificate, tls_key, tls_client_ca),
             trace_endpoint=trace_endpoint,
             admin_key=_admin_key(admin_key_file) or secrets.token_hex(16),
+            max_memory=int(max_memory * 2**30) if max_memory else half_of_the_machine(),
         )
         with server:
             e = server.endpoints
@@ -96,11 +123,7 @@ def serve(
                 server.pid,
                 hang_timeout or (_HANG_TIMEOUT_GPU if gpu else _HANG_TIMEOUT_CPU),
             )
-            http = server.http.host if server.tls else e.host
-            typer.echo(f"ready  grpc     {e.host}:{e.grpc_port}")
-            typer.echo(f"       http     http://{http}:{e.http_port}")
-            typer.echo(f"       metrics  http://{e.host}:{e.metrics_port}/metrics")
-            sys.stdout.flush()
+            _announce(server)
             server.wait(watchdog.check, _WATCH_INTERVAL)
 
 
@@ -190,6 +213,24 @@ def switch(
     typer.echo(f"{name}: version {version} is served, was {before}")
 
 
+def _announce(server: TritonServer) -> None:
+    """Say where it listens; nobody has to be there to read it."""
+    schemes = {"grpc": "", "http": "http://", "metrics": "http://"}
+    paths = {"metrics": "/metrics"}
+    lines = [
+        f"{name:<8} {schemes[name]}{address}{paths.get(name, '')}"
+        for name, address in sorted(server.listening().items())
+    ]
+    try:
+        typer.echo("ready  " + "\n       ".join(lines))
+        sys.stdout.flush()
+    except OSError:
+        # What is still in the buffer would fail once more at the exit, and change its code.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     try:
@@ -229,4 +270,6 @@ def _stop(number: int, frame: object) -> NoReturn:
     """Unwinds through `TritonServer`, which drains and ends; once is enough."""
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    with suppress(OSError):
+        os.write(2, farewell(number).encode())
     raise SystemExit(0)

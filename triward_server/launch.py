@@ -2,119 +2,41 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, NoReturn
 
+from .child import prepare
+from .endpoints import ANY, CHUNKS_FIXED, Endpoints, Tls
 from .errors import LaunchError, Unhealthy
+from .gpu import check_gpus
 from .installation import Installation, find_triton
-from .repository import draining, models
+from .log import LineWriter, LogPump
+from .repository import draining, gpu_models, models
 from .schema import ModelNames
+from .signals import STOP_SIGNALS
 from .triton_http import ADMIN_HEADER, HttpError, TritonHttp
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+__all__ = ["STOP_SIGNALS", "Endpoints", "Tls", "TritonServer"]
 
-_PR_SET_PDEATHSIG = 1
 _SHARED_MEMORY = Path("/dev/shm")  # Triton's Python backend keeps its regions there
 _EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
-_LOOPBACK = "127.0.0.1"
 # glibc raises its threshold for memory maps with what is freed, up to 32 MB; then tensors of all
 # sizes come from one heap, which they leave full of holes. A fixed threshold keeps them apart.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 # What changes or shows the server itself, and no caller needs.
 _ADMIN_PROTOCOLS = "model-repository,model-config,shared-memory,trace,logging"
-
-
-@dataclass(frozen=True)
-class Endpoints:
-    """Where the server listens. A port of 0 asks for a free one; `with_ports` finds it."""
-
-    host: str = "0.0.0.0"  # Triton's own default: a container serves its network
-    grpc_port: int = 8001
-    http_port: int = 8000
-    metrics_port: int = 8002
-
-    @property
-    def client_host(self) -> str:
-        """A name by which this machine reaches the server."""
-        return _LOOPBACK if self.host == "0.0.0.0" else self.host
-
-    @property
-    def grpc(self) -> str:
-        """What a `RewardClient` on this machine takes."""
-        return f"{self.client_host}:{self.grpc_port}"
-
-    def with_ports(self) -> Endpoints:
-        """These endpoints with free ports for 0, every other port checked to be free.
-
-        Raises:
-            LaunchError: a port is in use.
-        """
-        names = ("grpc", "http", "metrics")
-        with ExitStack() as sockets:
-            ports = [self._claim(sockets, name, getattr(self, f"{name}_port")) for name in names]
-        return Endpoints(self.host, *ports)
-
-    def _claim(self, sockets: ExitStack, name: str, port: int) -> int:
-        probe = sockets.enter_context(socket.socket())
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((self.host, port))
-            # A bound port alone may be shared by a second REUSEADDR socket; a listening one not.
-            probe.listen()
-        except OSError as error:
-            raise LaunchError(f"{name} port {port} on {self.host}: {error.strerror}") from None
-        return int(probe.getsockname()[1])
-
-
-@dataclass(frozen=True)
-class Tls:
-    """Encryption of the gRPC endpoint; PEM files.
-
-    Attributes:
-        certificate: the server's, with its chain.
-        key: its private key.
-        client_ca: who must have signed the callers' certificates; None asks them for none.
-    """
-
-    certificate: Path
-    key: Path
-    client_ca: Path | None = None
-
-    def flags(self) -> list[str]:
-        """For tritonserver.
-
-        Raises:
-            LaunchError: a file cannot be read; Triton would stop without a reason.
-        """
-        files = [self.certificate, self.key, *([self.client_ca] if self.client_ca else [])]
-        for file in files:
-            try:
-                file.read_bytes()
-            except OSError as error:
-                raise LaunchError(f"{file}: {error.strerror}") from None
-        flags = [
-            "--grpc-use-ssl=1", f"--grpc-server-cert={self.certificate}",
-            f"--grpc-server-key={self.key}",
-        ]  # fmt: skip
-        if self.client_ca:
-            flags += [f"--grpc-root-cert={self.client_ca}", "--grpc-use-ssl-mutual=1"]
-        return flags
 
 
 @dataclass
@@ -133,8 +55,10 @@ class TritonServer:
         drain_timeout: seconds that requests in flight get to finish when it is stopped.
         admin_key: opens the restricted protocols; a random one by default, so that nobody else
             can. Triton takes it on its command line, where other processes of the user see it.
-        tls: encrypts gRPC. HTTP, which Triton cannot encrypt, then listens on 127.0.0.1 alone.
+        tls: encrypts gRPC. HTTP, which Triton cannot encrypt, must then stay on this machine.
         trace_endpoint: an OpenTelemetry collector's URL for OTLP over HTTP.
+        max_memory: bytes that tritonserver itself may take, its models' processes not included;
+            beyond it ends. None: no limit but the machine's.
     """
 
     repository: Path
@@ -146,14 +70,15 @@ class TritonServer:
     admin_key: str = field(default_factory=partial(secrets.token_hex, 16), repr=False)
     tls: Tls | None = None
     trace_endpoint: str | None = None
+    max_memory: int | None = None
 
     # Names this server's regions in /dev/shm, so that it can remove its own and no other's.
     _shm_prefix: str = field(init=False, default="")
     _ready: bool = field(init=False, default=False)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
     _process: subprocess.Popen[str] | None = field(init=False, default=None)
-    _pump: threading.Thread | None = field(init=False, default=None)
-    _tail: deque[str] = field(init=False, default_factory=lambda: deque(maxlen=2000))
+    _pump: LogPump | None = field(init=False, default=None)
+    _writer: LineWriter = field(init=False)
 
     def __enter__(self) -> TritonServer:
         """Start and wait until every model is ready.
@@ -162,12 +87,19 @@ class TritonServer:
             LaunchError: one sentence that says why it did not start.
         """
         served = models(self.repository)
+        if self.tls and not self.endpoints.http_is_local:
+            host = self.endpoints.http_host
+            raise LaunchError(f"HTTP cannot be encrypted: with TLS it cannot listen on {host}")
         self.endpoints = self.endpoints.with_ports()
+        self._writer = LineWriter(self.log)
+        if used := check_gpus(gpu_models(self.repository)):
+            self._say(f"uses {', '.join(map(str, used))}")
         self._shm_prefix = f"triward-{os.getpid()}-{secrets.token_hex(4)}-"
         try:
             self._cleanup.callback(self._remove_shared_memory)
             self._wait_until_ready(self._spawn(find_triton(self._cleanup)), served)
             self._ready = True
+            self._warn_of_chunks()
         except BaseException:
             self.stop()
             raise
@@ -176,14 +108,18 @@ class TritonServer:
     @property
     def http(self) -> TritonHttp:
         """Its HTTP endpoint, for this machine, with the admin key."""
-        host = _LOOPBACK if self.tls else self.endpoints.client_host
-        return TritonHttp(host, self.endpoints.http_port, self.admin_key)
+        e = self.endpoints
+        return TritonHttp(e.http_client_host, e.http_port, self.admin_key)
 
     @property
     def pid(self) -> int:
         """The process of tritonserver."""
         assert self._process, "it runs inside the with block"
         return self._process.pid
+
+    def listening(self) -> dict[str, str]:
+        """Where it really listens: `grpc`, `http` and `metrics` -> addresses."""
+        return self.endpoints.listening(self.pid)
 
     def __exit__(
         self,
@@ -207,14 +143,31 @@ class TritonServer:
             LaunchError: always, saying how it ended; a server that is told to stop is stopped
                 with `stop`, from a signal handler that raises, say.
         """
-        assert self._process, "wait is called inside the with block"
+        assert self._process and self._pump, "wait is called inside the with block"
         while True:
             try:
                 code = self._process.wait(interval)
             except subprocess.TimeoutExpired:
-                check()
-            else:
-                raise LaunchError(f"tritonserver stopped by itself ({_describe_exit(code)})")
+                if not self._pump.signalled:
+                    check()
+                    continue
+                break
+            self._pump.join()
+            if self._pump.signalled and code == 0:
+                break
+            raise LaunchError(f"tritonserver stopped by itself ({_describe_exit(code)})")
+        self._wait_for_others_stop(self._process)
+
+    def _wait_for_others_stop(self, process: subprocess.Popen[str]) -> NoReturn:
+        """Somebody told tritonserver itself to stop. It can no longer be drained: say so."""
+        self._say(
+            f"somebody sent a signal to tritonserver (process {process.pid}), which drops requests "
+            f"between its models; send it to triward-server (process {os.getpid()}), which drains"
+        )
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_EXIT_TIMEOUT)
+        self._kill()
+        raise LaunchError("tritonserver was told to stop, but not by triward-server")
 
     def stop(self) -> None:
         """Let requests in flight finish, refuse new ones, and end the server.
@@ -225,16 +178,16 @@ class TritonServer:
             if self._process:
                 if self._ready and self._process.poll() is None:
                     self._drain()
-                self._process.terminate()
-                with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(_EXIT_TIMEOUT)
+                    self._process.terminate()
+                    with suppress(subprocess.TimeoutExpired):
+                        self._process.wait(_EXIT_TIMEOUT)
                 # Stubs are in the server's process group; what is left of it goes now.
                 with suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
                 self._process = None
             if self._pump:
-                self._pump.join(timeout=10)
+                self._pump.join()
             self._cleanup.close()
 
     def _drain(self) -> None:
@@ -271,11 +224,10 @@ class TritonServer:
             self._process.wait()
 
     def _say(self, line: str) -> None:
-        print(f"triward-server: {line}", file=self.log or sys.stderr, flush=True)
+        self._writer.write(f"triward-server: {line}\n")
 
     def _spawn(self, installation: Installation) -> subprocess.Popen[str]:
         e = self.endpoints
-        http = _LOOPBACK if self.tls else e.host
         command = [
             installation.executable,
             f"--model-repository={self.repository.resolve()}",
@@ -286,7 +238,7 @@ class TritonServer:
             f"--grpc-restricted-protocol={_ADMIN_PROTOCOLS}:{ADMIN_HEADER}={self.admin_key}",
             f"--http-restricted-api={_ADMIN_PROTOCOLS}:{ADMIN_HEADER}={self.admin_key}",
             f"--grpc-address={e.host}", f"--grpc-port={e.grpc_port}",
-            f"--http-address={http}", f"--http-port={e.http_port}",
+            f"--http-address={e.http_host}", f"--http-port={e.http_port}",
             f"--metrics-address={e.host}", f"--metrics-port={e.metrics_port}",
             # Clients ping every 20 s while a call waits; Triton would take that for an attack.
             "--grpc-http2-min-recv-ping-interval-without-data=10000",
@@ -306,18 +258,13 @@ class TritonServer:
                 text=True,
                 errors="replace",
                 start_new_session=True,  # Ctrl-C in a terminal is the launcher's to handle
-                preexec_fn=_in_child(os.getpid()),
+                preexec_fn=prepare(os.getpid(), e.host == ANY, self.max_memory),
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-        self._pump = threading.Thread(target=self._copy_log, args=(process.stdout,), daemon=True)
-        self._pump.start()
+        assert process.stdout
+        self._pump = LogPump(process.stdout, self._writer)
         return process
-
-    def _copy_log(self, lines: IO[str]) -> None:
-        for line in lines:
-            self._tail.append(line)
-            print(line, end="", file=self.log or sys.stderr, flush=True)
 
     def _wait_until_ready(
         self, process: subprocess.Popen[str], served: Sequence[ModelNames]
@@ -326,17 +273,38 @@ class TritonServer:
         while time.monotonic() < deadline:
             code = process.poll()
             if code is not None:
-                if self._pump:
-                    self._pump.join(timeout=10)
-                reason = _failure(self._tail)
-                if code < 0 or reason is None:  # a crash is told besides what led to it
-                    crash = f"tritonserver: {_describe_exit(code)}"
-                    reason = f"{reason}; {crash}" if reason else crash
-                raise LaunchError(reason)
+                raise LaunchError(self._why_it_ended(code) + self._where_the_log_is())
             if all(self.http.is_ready(names.ensemble) for names in served):
                 return
             time.sleep(0.1)
-        raise LaunchError(f"not ready after {self.startup_timeout:.0f} s; the log says why")
+        waited = f"not ready after {self.startup_timeout:.0f} s; the log says why"
+        raise LaunchError(waited + self._where_the_log_is())
+
+    def _why_it_ended(self, code: int) -> str:
+        assert self._pump
+        self._pump.join()
+        reason = _failure(self._pump.tail)
+        if code < 0 or reason is None:  # a crash is told besides what led to it
+            crash = f"tritonserver: {_describe_exit(code)}"
+            reason = f"{reason}; {crash}" if reason else crash
+        return reason
+
+    def _where_the_log_is(self) -> str:
+        """Nothing for standard error: there it stands above."""
+        name = getattr(self.log, "name", None)
+        return f" (log: {name})" if isinstance(name, str) else ""
+
+    def _warn_of_chunks(self) -> None:
+        """Say what is wrong with HTTP that other machines can reach, in this release of Triton."""
+        if self.endpoints.http_is_local:
+            return
+        release = self.http.release()
+        if tuple(map(int, release.split(".")[:3])) < CHUNKS_FIXED:
+            self._say(
+                f"warning: whoever reaches HTTP on {self.endpoints.http_host} can end this "
+                f"tritonserver ({release}) with one request of many tiny chunks (CVE-2025-23310, "
+                "fixed in 2.59.1, the container of 25.07); without --http-host nobody else does"
+            )
 
     def _remove_shared_memory(self) -> None:
         for region in _SHARED_MEMORY.glob(self._shm_prefix + "*"):
@@ -350,22 +318,9 @@ def _trace_flags(endpoint: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _in_child(parent: int) -> Callable[[], None]:
-    """For the child: take signals, and get SIGTERM when the parent dies (Linux, prctl(2))."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def run() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return run
-
-
 _FAILURES = (
     # A model's own exception, as the Python backend reports it.
-    re.compile(r"failed to load '(?P<model>[^']+)' version \d+: \w+: (?P<reason>.+)"),
+    re.compile(r"failed to load '(?P<model>[^']+)' version \d+: [\w ]+: (?P<reason>.+)"),
     # The same, from its process: all there is when Triton itself crashes over it.
     re.compile(r"Failed to initialize Python stub: (?P<reason>.+)"),
     re.compile(r"^error: (?P<reason>.+)"),

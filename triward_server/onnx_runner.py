@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import schema
+from .child import lift_memory_limit
 from .config import VisionConfig, from_parameters
 from .errors import CheckpointError, ConfigError
 
@@ -27,6 +28,7 @@ class VisionBackend:
     """
 
     def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
+        lift_memory_limit()
         self._pb = pb_utils
         parameters = json.loads(args["model_config"])["parameters"]
         self._session = open_session(

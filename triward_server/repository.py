@@ -85,6 +85,17 @@ def serves_on_gpu(repository: Path) -> bool:
     return all(config.parameters["device"].string_value != "cpu" for config in configs)
 
 
+def gpu_models(repository: Path) -> dict[str, tuple[int, ...]]:
+    """The steps that need a GPU, each with the GPUs' numbers; none listed means all there are."""
+    needed = {}
+    for names in models(repository):
+        for step in names.steps:
+            for group in _parse(repository / step / "config.pbtxt").instance_group:
+                if group.kind == group.KIND_GPU:
+                    needed[step] = tuple(group.gpus)
+    return needed
+
+
 def _path(repository: Path, names: ModelNames) -> Path:
     return repository / names.ensemble / "config.pbtxt"
 

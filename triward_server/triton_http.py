@@ -72,6 +72,10 @@ class TritonHttp:
             return False
         return True
 
+    def release(self, timeout: float = 5.0) -> str:
+        """Triton's own version, `2.51.0`."""
+        return str(self._json("v2", timeout)["version"])
+
     def infer(
         self, canary: Canary, timeout: float, model: str = schema.ENSEMBLE
     ) -> tuple[str, list[float]]:
