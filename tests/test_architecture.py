@@ -17,9 +17,10 @@ from triward_server import schema
 
 # In the order in which data flows; a module imports only what stands above it.
 ORDER = (
-    "errors", "schema", "config", "conversation", "media", "video", "tokenization", "preprocess",
+    "errors", "schema", "config", "heap", "workers", "image_codec", "video_codec", "codec_worker",
+    "conversation", "decoding", "media", "video", "resizing", "tokenization", "preprocess",
     "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs", "onnx_runner",
-    "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics", "heap",
+    "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics",
     "draining", "triton_io", "canary", "repository", "triton_http", "installation", "launch",
     "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
 )  # fmt: skip
@@ -89,6 +90,12 @@ def test_commands_and_the_idle_model_load_nothing_heavy(module: str) -> None:
     code = f"import sys, triward_server.{module}; print(*sys.modules)"
     modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert {"torch", "transformers", "PIL", "onnx"} & set(modules) == set()
+
+
+def test_the_process_that_decodes_is_small_and_soon_there() -> None:
+    code = "import sys, triward_server.codec_worker; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert {"torch", "transformers", "pydantic", "qwen_vl_utils"} & set(modules) == set()
 
 
 def test_the_client_loads_nothing_heavy() -> None:

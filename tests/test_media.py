@@ -6,9 +6,8 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,18 +20,19 @@ from benchmarks.workloads import photo
 from tests.conftest import LOCAL, encode
 from tests.conversations import image_files, picture
 from triward import RewardClient
-from triward_server import media
+from triward_server import resizing
 from triward_server.config import ForwardConfig, PreprocessConfig
 from triward_server.conversation import ImagePart
+from triward_server.decoding import Decoder
 from triward_server.errors import InvalidRequest, Unavailable
 from triward_server.launch import TritonServer
-from triward_server.media import ImageLoader, PillowResizer, TimeLimit, TorchResizer
+from triward_server.media import ImageLoader
 from triward_server.preprocess import Preprocessor
+from triward_server.resizing import TorchResizer, is_steep, limited
 from triward_server.schema import Grid
 from triward_server.scoring import Scorer
 from triward_server.testing import Oracle, fp32_budget
 
-FOREVER = TimeLimit(float("inf"), float("inf"))
 SIZES = [(28, 28), (31, 997), (1999, 2001), (56, 55), (13, 7)]
 
 
@@ -41,25 +41,33 @@ def loader(checkpoint: Path) -> ImageLoader:
     return ImageLoader(AutoImageProcessor.from_pretrained(checkpoint), 64_000_000)
 
 
-def load(loader: ImageLoader, data: bytes, **limits: int) -> np.ndarray:
-    picture = loader.open("media[0]", data, "part", ImagePart(type="image", **limits), FOREVER)
-    pixels = PillowResizer(loader._processor).submit(picture).result(timeout=0)
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder(PreprocessConfig())
+
+
+def load(loader: ImageLoader, decoder: Decoder, data: bytes, **limits: int) -> np.ndarray:
+    with decoder.reading() as reading:
+        part = ImagePart(type="image", **limits)
+        picture = loader.open(reading, "media[0]", data, "part", part)
+        first = reading.image("media[0]", picture.header, picture.first_size)
+    pixels = limited(loader._processor, first)
     assert pixels.shape == (*picture.final_size, 3)
     return pixels
 
 
-def test_every_format(loader: ImageLoader, tmp_path: Path) -> None:
+def test_every_format(loader: ImageLoader, decoder: Decoder, tmp_path: Path) -> None:
     for name, path in image_files(tmp_path).items():
         message = [{"role": "user", "content": [{"type": "image", "image": str(path)}]}]
         (expected,), _ = process_vision_info(message)
         np.testing.assert_array_equal(
-            load(loader, path.read_bytes()), np.array(expected), err_msg=name
+            load(loader, decoder, path.read_bytes()), np.array(expected), err_msg=name
         )
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_patches_equal_the_processors(
-    size: tuple[int, int], loader: ImageLoader, checkpoint: Path
+    size: tuple[int, int], loader: ImageLoader, decoder: Decoder, checkpoint: Path
 ) -> None:
     """uint8 pixels, normalised and cut by the tower, are the processor's `pixel_values`."""
     source = picture(*size, 3)
@@ -67,7 +75,7 @@ def test_patches_equal_the_processors(
     images, _ = process_vision_info(message)
     expected = AutoImageProcessor.from_pretrained(checkpoint)(images, return_tensors="pt")
     tower = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))._model.visual
-    pixels = torch.from_numpy(load(loader, encode(source)))
+    pixels = torch.from_numpy(load(loader, decoder, encode(source)))
     patches = tower._patchify(pixels, Grid(*expected["image_grid_thw"][0].tolist()))
     torch.testing.assert_close(patches, expected["pixel_values"], rtol=0, atol=1e-6)
 
@@ -99,109 +107,117 @@ def test_processor_limits_tighter_than_the_default(checkpoint: Path, tmp_path: P
         assert abs(result.scores[0] - expected) <= fp32_budget(expected)  # type: ignore[union-attr]
 
 
-def test_orientation_is_not_applied(loader: ImageLoader) -> None:
+def test_orientation_is_not_applied(loader: ImageLoader, decoder: Decoder) -> None:
     """The card opens with Pillow and does not look at EXIF; neither may we."""
     exif = Image.Exif()
     exif[0x0112] = 6
     upright = encode(picture(112, 56, 2), "JPEG")
     buffer = io.BytesIO()
     picture(112, 56, 2).save(buffer, "JPEG", exif=exif)
-    np.testing.assert_array_equal(load(loader, buffer.getvalue()), load(loader, upright))
+    np.testing.assert_array_equal(
+        load(loader, decoder, buffer.getvalue()), load(loader, decoder, upright)
+    )
 
 
 @pytest.mark.parametrize("format_", ["PDF", "ICO", "PCX"])
-def test_other_formats_are_refused(format_: str, loader: ImageLoader) -> None:
+def test_other_formats_are_refused(format_: str, loader: ImageLoader, decoder: Decoder) -> None:
     """Pillow could open them; what is not listed is not decoded."""
     with pytest.raises(InvalidRequest, match=r"media\[0\].*known format"):
-        load(loader, encode(picture(64, 64, 1), format_))
+        load(loader, decoder, encode(picture(64, 64, 1), format_))
 
 
-def test_pixel_limit_is_checked_on_the_header(
-    loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = encode(picture(64, 64, 1))
+def test_pixel_limit_is_checked_on_the_header(loader: ImageLoader, decoder: Decoder) -> None:
+    data = encode(picture(64, 64, 1))[:50]  # no pixels follow
     small = ImageLoader(loader._processor, max_image_pixels=64 * 64 - 1)
-    monkeypatch.setattr(Image.Image, "load", _never)
     with pytest.raises(InvalidRequest, match="64 x 64 pixels are 4096, the limit is 4095"):
-        load(small, data)
+        load(small, decoder, data)
 
 
-def _never(*_: Any) -> None:
-    raise AssertionError("pixels were decoded")
+def submit(
+    resizer: TorchResizer, loader: ImageLoader, decoder: Decoder, data: bytes, **limits: int
+) -> Future[np.ndarray]:
+    """What the preprocessor does with an image that is not steep."""
+    with decoder.reading() as reading:
+        part = ImagePart(type="image", **limits)
+        picture = loader.open(reading, "media[0]", data, "part", part)
+        pixels = reading.image("media[0]", picture.header, None)
+    return resizer.submit(pixels, picture.first_size)
 
 
 class TestTorch:
     """`--preprocess-device cuda` resizes with torch; here the same code runs on the CPU."""
 
-    def resized(self, loader: ImageLoader, sources: list[Image.Image]) -> list[np.ndarray]:
+    def resized(
+        self, loader: ImageLoader, decoder: Decoder, sources: list[Image.Image]
+    ) -> list[np.ndarray]:
         resizer = TorchResizer(loader._processor, torch.device("cpu"))
-        part = ImagePart(type="image")
-        waiting = [
-            resizer.submit(loader.open("media", encode(s), "p", part, FOREVER)) for s in sources
-        ]
+        waiting = [submit(resizer, loader, decoder, encode(s)) for s in sources]
         resizer.flush()
         return [pixels.result(timeout=0) for pixels in waiting]
 
     @pytest.mark.parametrize("kind", ["photos", "harsh"])
-    def test_it_is_nearly_pillows_resize(self, kind: str, loader: ImageLoader) -> None:
+    def test_it_is_nearly_pillows_resize(
+        self, kind: str, loader: ImageLoader, decoder: Decoder
+    ) -> None:
         """Pillow rounds and clips between its two passes, which shows at the sharpest edges."""
         if kind == "photos":
             sizes, bound = [(672, 504), (1024, 768), (700, 500), (120, 90)], 2
             sources = [photo(np.random.default_rng(w), w, h) for w, h in sizes]
         else:
             sources, bound = [picture(w, h, w) for w, h in SIZES], 10
-        for source, ours in zip(sources, self.resized(loader, sources), strict=True):
-            exact = load(loader, encode(source))
+        for source, ours in zip(sources, self.resized(loader, decoder, sources), strict=True):
+            exact = load(loader, decoder, encode(source))
             assert ours.shape == exact.shape and ours.dtype == np.uint8
             levels = np.abs(ours.astype(int) - exact)
             assert levels.max() <= bound
             assert (levels > 0).mean() < 0.35
 
-    def test_company_changes_nothing(self, loader: ImageLoader) -> None:
+    def test_company_changes_nothing(self, loader: ImageLoader, decoder: Decoder) -> None:
         """Equal sizes are resized in one batch, each into its own place."""
         sources = [picture(100 + 40 * (n % 2), 90, n) for n in range(6)]
-        together = self.resized(loader, sources)
+        together = self.resized(loader, decoder, sources)
         for source, pixels in zip(sources, together, strict=True):
-            np.testing.assert_array_equal(pixels, self.resized(loader, [source])[0])
+            np.testing.assert_array_equal(pixels, self.resized(loader, decoder, [source])[0])
         assert len({pixels.tobytes() for pixels in together}) == 6
 
     def test_what_waits_is_bounded(
-        self, loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
+        self, loader: ImageLoader, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What would exceed the limit is resized before more is taken up."""
-        monkeypatch.setattr(media, "_MAX_WAITING", 2 * 84 * 84)
+        monkeypatch.setattr(resizing, "_MAX_WAITING", 2 * 84 * 84)
         resizer = TorchResizer(loader._processor, torch.device("cpu"))
-        part = ImagePart(type="image")
         waiting = [
-            resizer.submit(loader.open("media", encode(picture(84, 84, seed)), "p", part, FOREVER))
-            for seed in range(3)
+            submit(resizer, loader, decoder, encode(picture(84, 84, seed))) for seed in range(3)
         ]
         assert [pixels.done() for pixels in waiting] == [True, True, False]
         resizer.flush()
         assert waiting[2].done()
 
     def test_enlarged_pixels_count(
-        self, loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
+        self, loader: ImageLoader, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(media, "_MAX_WAITING", 280 * 280)
+        monkeypatch.setattr(resizing, "_MAX_WAITING", 280 * 280)
         resizer = TorchResizer(loader._processor, torch.device("cpu"))
-        part = ImagePart(type="image", min_pixels=200 * 200)
         first, second = (
-            resizer.submit(loader.open("media", encode(picture(9, 9, seed)), "p", part, FOREVER))
+            submit(resizer, loader, decoder, encode(picture(9, 9, seed)), min_pixels=200 * 200)
             for seed in range(2)
         )
         assert first.done() and not second.done()
 
-    def test_the_largest_reductions_are_pillows(self, loader: ImageLoader) -> None:
+    def test_the_largest_reductions_are_pillows(
+        self, loader: ImageLoader, decoder: Decoder, checkpoint: Path
+    ) -> None:
         """Beyond what torch's filter can do on a GPU; exact, and at once."""
-        resizer = TorchResizer(loader._processor, torch.device("cpu"))
-        part = ImagePart(type="image", max_pixels=56 * 56)
+        assert [is_steep((n, 9), (56, 9)) for n in (56 * 32, 56 * 32 + 1)] == [False, True]
+        preprocessor = Preprocessor(checkpoint, PreprocessConfig(resize="torch"))
         file = encode(picture(2000, 1900, 1))
-        pixels = resizer.submit(loader.open("media", file, "p", part, FOREVER)).result(timeout=0)
-        np.testing.assert_array_equal(pixels, load(loader, file, max_pixels=56 * 56))
+        wire = b'[{"role":"user","content":[{"type":"image","max_pixels":3136}]}]'
+        opened = preprocessor.open(wire, [b"a"], [file])
+        pixels = opened.pixels[0].result(timeout=0)
+        np.testing.assert_array_equal(pixels, load(loader, decoder, file, max_pixels=56 * 56))
 
     def test_a_failure_stands_alone(
-        self, loader: ImageLoader, monkeypatch: pytest.MonkeyPatch
+        self, loader: ImageLoader, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A batch that is too much is tried one by one; what still fails is an error."""
         resizer = TorchResizer(loader._processor, torch.device("cpu"))
@@ -215,10 +231,8 @@ class TestTorch:
             return resize(images, size)
 
         monkeypatch.setattr(resizer, "_resize", little_memory)
-        part = ImagePart(type="image")
         *small, large = (
-            resizer.submit(loader.open("media", encode(picture(n, n, n)), "p", part, FOREVER))
-            for n in (100, 100, 100, 200)
+            submit(resizer, loader, decoder, encode(picture(n, n, n))) for n in (100, 100, 100, 200)
         )
         resizer.flush()
         assert attempts == [3, 1, 1, 1, 1]
@@ -236,7 +250,7 @@ class TestTorch:
         opened = [preprocessor.open(wire, [b"a"], files[n : n + 2]) for n in (0, 2, 4)]
         with pytest.raises(InvalidRequest, match=r"media\[1\]"):
             preprocessor.open(wire, [b"a"], [files[0], files[1][:-200]])
-        preprocessor.resizer.flush()
+        preprocessor.flush()
         for n, request in zip((0, 2, 4), opened, strict=True):
             alone = preprocessor.features(wire, [b"a"], files[n : n + 2])
             for a, b in zip(preprocessor.finish(request).media, alone.media, strict=True):
@@ -287,36 +301,3 @@ def test_changed_pixel_limits_miss_the_cache(checkpoint: Path) -> None:
     assert score() == (1, 1)
     assert score(max_pixels=100 * 100) == (1, 2)
     assert score(max_pixels=100 * 100) == (2, 2)
-
-
-class TestTimeLimit:
-    """Decoding stops when a request's time is over."""
-
-    def test_between_two_reads(self, loader: ImageLoader, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A PNG of many blocks; the clock runs out while the decoder asks for more of it."""
-        data = encode(Image.effect_noise((900, 900), 80))
-        assert len(data) > 8 * 65536
-        clock = iter([0.0] * 8 + [9.0] * 1000)
-        monkeypatch.setattr(media, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-        limit = TimeLimit(5.0, end=5.0)
-        picture = loader.open("media[3]", data, "part", ImagePart(type="image"), limit)
-        with pytest.raises(InvalidRequest, match=r"^media\[3\]: .*longer than 5 s to decode"):
-            PillowResizer(loader._processor).submit(picture)
-        assert next(clock) == 9.0, "it was stopped on the way, not before"
-
-    def test_between_two_images(self, checkpoint: Path) -> None:
-        preprocessor = Preprocessor(checkpoint, PreprocessConfig(max_decode_seconds=1e-9))
-        wire = b'[{"role":"user","content":[{"type":"image"}]}]'
-        with pytest.raises(InvalidRequest, match=r"^media\[0\]: .*1e-09 s"):
-            preprocessor.open(wire, [b"a"], [encode(picture(60, 60, 1))])
-
-    def test_enough_time_changes_nothing(self, loader: ImageLoader) -> None:
-        data = encode(picture(300, 200, 1), "JPEG")
-        part = ImagePart(type="image")
-        resizer = PillowResizer(loader._processor)
-        ample = TimeLimit.starting_now(60)
-        one, other = (
-            resizer.submit(loader.open("media[0]", data, "part", part, limit)).result(timeout=0)
-            for limit in (ample, FOREVER)
-        )
-        assert (one == other).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.grpc as triton
+from transformers import AutoProcessor
 
 from tests.conftest import encode
 from tests.conversations import Messages, picture, says, user
@@ -23,14 +24,16 @@ from triward_server import packing, vision
 from triward_server import video as video_files
 from triward_server.config import ForwardConfig, PreprocessConfig
 from triward_server.conversation import VideoPart
+from triward_server.decoding import Decoder, Reading
 from triward_server.errors import InvalidRequest
 from triward_server.launch import TritonServer
-from triward_server.media import ImageLoader, TimeLimit
+from triward_server.media import ImageLoader
 from triward_server.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
 from triward_server.scoring import Pass, Scorer
 from triward_server.testing import Oracle, fp32_budget, read_video
 from triward_server.video import VideoLoader
+from triward_server.video_codec import VideoFile, open_video
 
 ASK = json.dumps([{"role": "user", "content": [{"type": "video"}]}]).encode()
 
@@ -53,6 +56,23 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def preprocessor(checkpoint: Path) -> Preprocessor:
     return Preprocessor(checkpoint, PreprocessConfig())
+
+
+@pytest.fixture(scope="module")
+def loader_of(checkpoint: Path) -> Callable[..., VideoLoader]:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+
+    def make(max_pixels: int = 64_000_000) -> VideoLoader:
+        images = ImageLoader(processor.image_processor, max_pixels)
+        return VideoLoader(processor.video_processor, images, 768)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reading() -> Iterator[Reading]:
+    with Decoder(PreprocessConfig(max_decode_seconds=600)).reading() as reading:
+        yield reading
 
 
 @pytest.fixture
@@ -245,15 +265,16 @@ class TestReader:
     """Frames are those that a reader finds who decodes the whole file and then chooses."""
 
     @pytest.fixture
-    def loader(self, preprocessor: Preprocessor) -> VideoLoader:
-        return preprocessor._media[1]
+    def loader(self, loader_of: Callable[..., VideoLoader]) -> VideoLoader:
+        return loader_of()
 
     @pytest.mark.parametrize("options", [{}, {"fps": 8}, {"nframes": 6, "video_start": 1.1}])
-    def test_pixels(self, options: dict[str, Any], loader: VideoLoader, tmp_path: Path) -> None:
+    def test_pixels(
+        self, options: dict[str, Any], loader: VideoLoader, reading: Reading, tmp_path: Path
+    ) -> None:
         path = film(tmp_path / "a.mp4", 33, bf="3", g="100")
         part = VideoPart(type="video", resized_height=56, resized_width=84, **options)
-        limit = TimeLimit.starting_now(60)
-        ours = loader.open("media[0]", Path(path).read_bytes(), "p", part, limit).read()
+        ours = loader.open(reading, "media[0]", Path(path).read_bytes(), "p", part).read()
         chosen, *_ = read_video({"video": path, **options})
         expected = video_files.resize(
             chosen, [56, 84], video_files.InterpolationMode.BICUBIC, antialias=True
@@ -261,19 +282,17 @@ class TestReader:
         np.testing.assert_array_equal(ours, expected.permute(0, 2, 3, 1).numpy())
 
     def test_nothing_is_decoded_behind_the_last_frame(
-        self, loader: VideoLoader, clip: str, monkeypatch: pytest.MonkeyPatch
+        self, clip: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        part = VideoPart(type="video", video_end=0.5, fps=8)
         shown: list[int] = []
-        rgb = video_files._File._rgb
+        rgb = VideoFile._rgb
 
         def watched(self: Any, number: int, frame: Any) -> Any:
             shown.append(number)
             return rgb(self, number, frame)
 
-        monkeypatch.setattr(video_files._File, "_rgb", watched)
-        data = Path(clip).read_bytes()
-        loader.open("media[0]", data, "p", part, TimeLimit.starting_now(60)).read()
+        monkeypatch.setattr(VideoFile, "_rgb", watched)
+        assert len(list(open_video(Path(clip).read_bytes()).decoded([0, 1, 3, 4]))) == 4
         assert shown == [0, 1, 3, 4]
 
     def test_time_is_bounded(self, preprocessor: Preprocessor, checkpoint: Path, clip: str) -> None:
@@ -328,7 +347,12 @@ HLS = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n%s\n#EXT-X-ENDLIST\n"
      ("film.avi", "huffyuv", "rgb24"), ("film.mov", "png", "rgb24")],
 )  # fmt: skip
 def test_only_listed_codecs_are_decoded(
-    name: str, codec: str, pixels: str, preprocessor: Preprocessor, tmp_path: Path
+    name: str,
+    codec: str,
+    pixels: str,
+    loader_of: Callable[..., VideoLoader],
+    reading: Reading,
+    tmp_path: Path,
 ) -> None:
     """In a container that is allowed; FFmpeg has hundreds of decoders."""
     with av.open(str(tmp_path / name), "w") as container:
@@ -337,10 +361,10 @@ def test_only_listed_codecs_are_decoded(
         for frame in frames(4):
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
-    loader = preprocessor._media[1]
+    loader = loader_of()
     data = (tmp_path / name).read_bytes()
     with pytest.raises(InvalidRequest, match=r"media\[0\]: codec \w+; only h264, hevc"):
-        loader.open("media[0]", data, "part", VideoPart(type="video"), TimeLimit.starting_now(60))
+        loader.open(reading, "media[0]", data, "part", VideoPart(type="video"))
 
 
 class TestBadInput:
@@ -435,7 +459,9 @@ class TestBadInput:
         assert results[0] == pytest.approx(results[2], rel=1e-5)
 
 
-def test_a_frame_larger_than_the_header_says(loader_of: Callable[..., VideoLoader]) -> None:
+def test_a_frame_larger_than_the_header_says(
+    loader_of: Callable[..., VideoLoader], reading: Reading
+) -> None:
     """A stream may change its size; what was checked is the header's."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="avi") as container:
@@ -448,24 +474,16 @@ def test_a_frame_larger_than_the_header_says(loader_of: Callable[..., VideoLoade
             packet.stream, packet.time_base = stream, stream.time_base
             container.mux(packet)
     part = VideoPart(type="video", nframes=8)
-    limit = TimeLimit.starting_now(60)
-    clip = loader_of(10**6).open("media[0]", buffer.getvalue(), "p", part, limit)
+    clip = loader_of(10**6).open(reading, "media[0]", buffer.getvalue(), "p", part)
     with pytest.raises(InvalidRequest, match=r"^media\[0\]: the video cannot be used"):
         clip.read()
 
 
-@pytest.fixture
-def loader_of(preprocessor: Preprocessor) -> Callable[..., VideoLoader]:
-    def make(max_pixels: int) -> VideoLoader:
-        images = ImageLoader(preprocessor._media[0]._processor, max_pixels)
-        return VideoLoader(preprocessor._media[1]._processor, images, 768)
-
-    return make
-
-
-def test_pixels_of_a_frame_are_bounded(loader_of: Callable[..., VideoLoader], clip: str) -> None:
-    part, limit = VideoPart(type="video"), TimeLimit.starting_now(60)
+def test_pixels_of_a_frame_are_bounded(
+    loader_of: Callable[..., VideoLoader], reading: Reading, clip: str
+) -> None:
+    part = VideoPart(type="video")
     data = Path(clip).read_bytes()
-    assert loader_of(64 * 48).open("media[0]", data, "p", part, limit).frames == 4
+    assert loader_of(64 * 48).open(reading, "media[0]", data, "p", part).frames == 4
     with pytest.raises(InvalidRequest, match="64 x 48 pixels are 3072, the limit is 3071"):
-        loader_of(64 * 48 - 1).open("media[0]", data, "p", part, limit)
+        loader_of(64 * 48 - 1).open(reading, "media[0]", data, "p", part)

@@ -38,6 +38,7 @@ class InvalidRequest(TriwardError):
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
         self.field = field
+        self.problem = problem
 
 
 class Unavailable(TriwardError):
@@ -74,3 +75,15 @@ class LaunchError(TriwardError):
 
 class Unhealthy(LaunchError):
     """The server runs but no longer scores, or scores something else; it must be restarted."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, numpy's, or torch's on a device or on the CPU.
+
+    For the CPU torch raises a plain RuntimeError. Torch is not imported here: commands need errors.
+    """
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )

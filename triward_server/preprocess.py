@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,10 +16,12 @@ from transformers.video_utils import VideoMetadata
 
 from .config import PreprocessConfig, token_limit
 from .conversation import Conversation, MediaPart, VideoPart, parse_conversation
+from .decoding import Decoder, Reading
 from .errors import CheckpointError, InvalidRequest
-from .media import ImageLoader, Picture, PillowResizer, TimeLimit, TorchResizer
+from .media import ImageLoader, Picture
+from .resizing import TorchResizer, is_steep, limited
 from .schema import FRAMES_PER_GRID, Features, UInt8Array
-from .tokenization import ConversationTokenizer
+from .tokenization import ConversationTokenizer, TokenizedConversation
 from .video import Clip, VideoLoader
 
 
@@ -28,14 +30,12 @@ class Opened:
     """A request whose media are decoded and whose images wait to be resized.
 
     Attributes:
-        conversation: the validated request.
-        placeholders: for each media item, how many tokens it takes.
+        tokens: of all its conversations.
         pixels: uint8 [H, W, 3] or [T, H, W, 3] each, once the resizer has been flushed.
         videos: how many of the items are videos.
     """
 
-    conversation: Conversation
-    placeholders: Sequence[int]
+    tokens: TokenizedConversation
     pixels: Sequence[Future[UInt8Array]]
     videos: int
 
@@ -47,26 +47,32 @@ class Preprocessor:
         checkpoint: folder with the checkpoint's configuration and processor files; weights are
             not needed.
         config: limits on one request.
+        progress: called while media are decoded, each second.
     """
 
-    def __init__(self, checkpoint: Path, config: PreprocessConfig) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        config: PreprocessConfig,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
         processor, model = _load(checkpoint)
         self._config = config
-        self._media = None
+        self._decoder = Decoder(config, progress)
+        self._media: tuple[ImageLoader, VideoLoader] | None = None
+        self._resizer: TorchResizer | None = None
         self.patch_size = self._merged_patch = 1
         images = getattr(processor, "image_processor", None)
         if images is not None:
             loader = ImageLoader(images, config.max_image_pixels)
             videos = VideoLoader(processor.video_processor, loader, config.max_video_frames)
             self._media = (loader, videos)
+            self._image_processor = images
             self.patch_size = int(images.patch_size)
             self._merged_patch = self.patch_size * int(images.merge_size)
+            if config.resize == "torch":
+                self._resizer = TorchResizer(images, torch.device(config.device))
         self._seconds_per_grid = _seconds_per_grid()
-        self.resizer = (
-            PillowResizer(images)
-            if config.resize == "pillow"
-            else TorchResizer(images, torch.device(config.device))
-        )
         positions = int(model.get_text_config().max_position_embeddings)
         self._max_tokens = token_limit(config.max_tokens, positions)
         self._tokenizer = ConversationTokenizer(
@@ -92,16 +98,21 @@ class Preprocessor:
             InvalidRequest: naming the field, the value and the limit.
         """
         opened = self.open(messages, responses, media)
-        self.resizer.flush()
+        self.flush()
         return self.finish(opened)
 
     def open(self, messages: bytes, responses: Sequence[bytes], media: Sequence[bytes]) -> Opened:
-        """The first half of `features`, up to `resizer.flush`, which serves many requests."""
+        """The first half of `features`, up to `flush`, which serves many requests."""
         return self._open(parse_conversation(messages, responses, media, self._config))
+
+    def flush(self) -> None:
+        """Resize what waits for it."""
+        if self._resizer:
+            self._resizer.flush()
 
     def finish(self, opened: Opened) -> Features:
         """The second half, after the flush."""
-        tokens = self._tokenizer.tokenize(opened.conversation, opened.placeholders)
+        tokens = opened.tokens
         media = tuple(pixels.result(timeout=0) for pixels in opened.pixels)
         seconds = (self._seconds_per_grid,) * opened.videos
         return Features(tokens.prompt_ids, tokens.response_ids, media, seconds)
@@ -119,35 +130,40 @@ class Preprocessor:
             media = [picture.getvalue()]
         # One pixel is within every limit of the loader; the request's own limits do not apply.
         opened = self._open(parse_conversation(messages, [b"yes"], media, PreprocessConfig()))
-        self.resizer.flush()
+        self.flush()
         self.finish(opened)
 
     def _open(self, conversation: Conversation) -> Opened:
-        limit = TimeLimit.starting_now(self._config.max_decode_seconds)
+        """Headers, then tokens: what is refused for its length is not decoded."""
+        with self._decoder.reading() as reading:
+            items = self._read_headers(reading, conversation)
+            placeholders = [self._tokens(item) for item in items]
+            tokens = self._tokenizer.tokenize(conversation, placeholders)
+            pixels = [self._read(reading, item) for item in items]
+        return Opened(tokens, pixels, sum(isinstance(item, Clip) for item in items))
+
+    def _read_headers(self, reading: Reading, conversation: Conversation) -> list[Picture | Clip]:
         items: list[Picture | Clip] = []
-        placeholders: list[int] = []
-        shown = 0
+        taken = shown = 0
         parts = zip(conversation.media_parts(), conversation.media_entries(), strict=True)
         for (path, part), entries in parts:
-            item = self._open_item(conversation, path, part, entries, limit)
+            item = self._open_item(reading, conversation, path, part, entries)
             items.append(item)
-            placeholders.append(self._tokens(item))
             # Many small files can be very many pixels.
-            self._at_most(item.field, "tokens", sum(placeholders), self._max_tokens)
+            taken += self._tokens(item)
+            self._at_most(item.field, "tokens", taken, self._max_tokens)
             if isinstance(item, Clip):
                 shown += item.frames * item.size[0] * item.size[1]
                 self._at_most(item.field, "pixels of video", shown, self._config.max_video_pixels)
-        pixels = [self._submit(item) for item in items]
-        videos = sum(isinstance(item, Clip) for item in items)
-        return Opened(conversation, placeholders, pixels, videos)
+        return items
 
     def _open_item(
         self,
+        reading: Reading,
         conversation: Conversation,
         path: str,
         part: MediaPart,
         entries: range,
-        limit: TimeLimit,
     ) -> Picture | Clip:
         fields = [f"media[{i}]" for i in entries]
         data = [conversation.media[i] for i in entries]
@@ -155,14 +171,14 @@ class Preprocessor:
             raise InvalidRequest(path, "this checkpoint's model reads text only")
         images, videos = self._media
         if not isinstance(part, VideoPart):
-            return images.open(fields[0], data[0], path, part, limit)
+            return images.open(reading, fields[0], data[0], path, part)
         if part.frames:
-            return videos.open_frames(fields, data, path, part, limit)
-        return videos.open(fields[0], data[0], path, part, limit)
+            return videos.open_frames(reading, fields, data, path, part)
+        return videos.open(reading, fields[0], data[0], path, part)
 
     def _tokens(self, item: Picture | Clip) -> int:
-        pairs = item.frames // FRAMES_PER_GRID if isinstance(item, Clip) else 1
-        return pairs * item.final_size[0] * item.final_size[1] // self._merged_patch**2
+        grids = item.frames // FRAMES_PER_GRID if isinstance(item, Clip) else 1
+        return grids * item.final_size[0] * item.final_size[1] // self._merged_patch**2
 
     def _at_most(self, field: str, unit: str, value: int, limit: int) -> None:
         if value > limit:
@@ -170,12 +186,23 @@ class Preprocessor:
                 field, f"the media take {value} {unit} up to here, the limit is {limit}"
             )
 
-    def _submit(self, item: Picture | Clip) -> Future[UInt8Array]:
+    def _read(self, reading: Reading, item: Picture | Clip) -> Future[UInt8Array]:
         if isinstance(item, Picture):
-            return self.resizer.submit(item)
-        result: Future[UInt8Array] = Future()
-        result.set_result(item.read())
-        return result
+            return self._read_picture(reading, item)
+        return _done(item.read())
+
+    def _read_picture(self, reading: Reading, picture: Picture) -> Future[UInt8Array]:
+        header, size = picture.header, picture.first_size
+        if self._resizer and not is_steep(header.size, size):
+            return self._resizer.submit(reading.image(picture.field, header, None), size)
+        pixels = reading.image(picture.field, header, size)
+        return _done(limited(self._image_processor, pixels))
+
+
+def _done(pixels: UInt8Array) -> Future[UInt8Array]:
+    result: Future[UInt8Array] = Future()
+    result.set_result(pixels)
+    return result
 
 
 def _seconds_per_grid() -> float:

@@ -33,6 +33,7 @@ from .packing import Geometry
 from .preprocess import Opened, Preprocessor
 from .schema import Array, Features, Grid, Scores, TensorSpec, UInt8Array
 from .scoring import Pass, Scorer
+from .workers import close_all
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,9 @@ class PreprocessBackend:
         # Several instances share the machine, one thread each; images are resized in it.
         torch.set_num_threads(1)
         self._pb = pb_utils
-        self._preprocessor = Preprocessor(_checkpoint(args), _config(PreprocessConfig, args))
+        self._preprocessor = Preprocessor(
+            _checkpoint(args), _config(PreprocessConfig, args), self._metrics.progress
+        )
         self._preprocessor.warm_up()
         self._heap = Heap()
         gc.freeze()
@@ -69,7 +72,7 @@ class PreprocessBackend:
         self._heap.tidy()
         with self._metrics.working(), self._metrics.timed("preprocess_seconds"):
             opened = [_capture(partial(self._open, request)) for request in requests]
-            self._preprocessor.resizer.flush()
+            self._preprocessor.flush()
             return [
                 _answer(self._pb, self._metrics, partial(self._respond, result))
                 for result in opened
@@ -77,6 +80,7 @@ class PreprocessBackend:
 
     def finalize(self) -> None:
         """Leave nothing that outlives Triton."""
+        close_all()
         self._metrics.close()
 
     def _open(self, request: Any) -> Opened:
