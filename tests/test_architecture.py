@@ -20,8 +20,8 @@ ORDER = (
     "errors", "schema", "config", "conversation", "media", "video", "tokenization", "preprocess",
     "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs", "onnx_runner",
     "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics", "heap",
-    "draining", "triton_io", "canary", "repository", "triton_http", "installation", "launch",
-    "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
+    "draining", "triton_io", "canary", "repository", "integrity", "triton_http", "installation",
+    "launch", "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
 )  # fmt: skip
 PACKAGE = ROOT / "triward_server"
 MODELS = ROOT / "model_repository"
