@@ -16,7 +16,6 @@ stays as it is until `triward-server switch`.
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -25,12 +24,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import torch
@@ -44,7 +43,8 @@ from tritonclient.grpc import model_config_pb2
 from triward_server import __version__, checkpoint, schema
 from triward_server.canary import TOLERANCE, Canary
 from triward_server.config import ForwardConfig, PreprocessConfig, VisionConfig, from_strings
-from triward_server.errors import ConfigError, TriwardError
+from triward_server.errors import ConfigError, LaunchError, TriwardError
+from triward_server.integrity import MANIFEST, describe, read_manifest
 from triward_server.onnx_export import export_vision
 from triward_server.onnx_runner import VISION_FILE
 from triward_server.preprocess import Preprocessor
@@ -54,7 +54,6 @@ from triward_server.scoring import Scorer
 from triward_server.triton_io import CHECKPOINT_DIRECTORY
 
 SOURCE = Path(__file__).resolve().parent.parent / "model_repository"
-MANIFEST = "manifest.json"
 SOURCE_VERSION = "1"  # of the adapters in SOURCE
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -140,7 +139,15 @@ def build(
         target = draft / names.forward / version / CHECKPOINT_DIRECTORY
         _place([*files, *index], target, Weights.COPY)
         _place(weights, target, options.weights)
-        manifest = _manifest(source, commit, [*files, *index, *weights, *graph], options)
+        contents = [
+            *((f"preprocess/{CHECKPOINT_DIRECTORY}/{file.name}", file) for file in files),
+            *(
+                (f"forward/{CHECKPOINT_DIRECTORY}/{file.name}", file)
+                for file in (*files, *index, *weights)
+            ),
+            *((f"vision/{file.name}", file) for file in graph),
+        ]
+        manifest = _manifest(source, commit, contents, options)
         public = draft / names.ensemble / version
         (public / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         canary.write(public)
@@ -184,12 +191,9 @@ def _check_output(output: Path, names: ModelNames, version: str, force: bool) ->
 def _is_ours(repository: Path, names: ModelNames) -> bool:
     """Whether an export wrote a model."""
     for version in versions(repository, names):
-        try:
-            manifest = json.loads((repository / names.ensemble / version / MANIFEST).read_text())
-            if "triward_server" in manifest:
-                return True
-        except (OSError, ValueError, TypeError):
-            pass  # somebody else's
+        with suppress(LaunchError):  # somebody else's
+            read_manifest(repository, names, version)
+            return True
     return False
 
 
@@ -225,6 +229,7 @@ def _canary(folder: Path, preprocessor: Preprocessor, options: Options) -> Canar
             err=True,
         )
     if preprocessor.knows_the_date or not options.canary:
+        checkpoint.check_finite(folder)  # as the scorer does when it loads
         return canary
     device = options.forward.device if torch.cuda.is_available() else "cpu"
     scorer = Scorer(folder, replace(options.forward, device=device, compile=False))
@@ -295,10 +300,10 @@ def _add_version(draft: Path, output: Path, names: ModelNames, version: str) -> 
     """Move a version's folders to a model that is there."""
     *steps, _ = _folders(names, draft)
     for model in steps:
-        # A model's configuration is all its versions': Triton would load them all again.
+        # A model's configuration is all its versions': Triton would load them all again. Which one
+        # is loaded stays as it is.
         file = f"{model}/config.pbtxt"
-        there = (output / file).is_file()
-        if not there or _read_config(draft / file) != _read_config(output / file):
+        if not (output / file).is_file() or _options(draft / file) != _options(output / file):
             raise ConfigError(
                 f"{file} would change with this version's options, for the running versions too; "
                 "use the same options, or another repository"
@@ -403,6 +408,13 @@ def _read_config(path: Path) -> Any:
     return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
 
 
+def _options(path: Path) -> Any:
+    """A configuration without what differs from version to version."""
+    model = _read_config(path)
+    model.ClearField("version_policy")
+    return model
+
+
 def _write_config(path: Path, model: Any) -> None:
     path.write_text(text_format.MessageToString(model))
 
@@ -433,8 +445,9 @@ def _hard_link(source: Path, target: Path) -> bool:
 
 
 def _manifest(
-    source: str, commit: str | None, files: Iterable[Path], options: Options
+    source: str, commit: str | None, contents: Iterable[tuple[str, Path]], options: Options
 ) -> dict[str, Any]:
+    files = describe(contents)
     return {
         "source": source,
         "revision": commit,
@@ -452,16 +465,10 @@ def _manifest(
             "max_queue_size": options.max_queue_size,
             "queue_timeout_ms": options.queue_timeout_ms,
         },
-        "sha256": {file.name: _sha256(file) for file in files},
+        "files": files,
+        # By name alone, for who compares checkpoints.
+        "sha256": {PurePosixPath(name).name: entry["sha256"] for name, entry in files.items()},
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 _PREPROCESS = PreprocessConfig()

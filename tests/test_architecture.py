@@ -21,8 +21,8 @@ ORDER = (
     "conversation", "decoding", "media", "video", "resizing", "tokenization", "preprocess",
     "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs", "onnx_runner",
     "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics",
-    "draining", "triton_io", "canary", "repository", "triton_http", "installation", "launch",
-    "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
+    "draining", "triton_io", "canary", "repository", "integrity", "triton_http", "installation",
+    "launch", "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
 )  # fmt: skip
 PACKAGE = ROOT / "triward_server"
 MODELS = ROOT / "model_repository"

@@ -26,6 +26,7 @@ from triward_server.cli import _WATCH_INTERVAL
 from triward_server.errors import LaunchError, Unhealthy
 from triward_server.launch import TritonServer
 from triward_server.metrics import WORKING
+from triward_server.repository import Canaries
 from triward_server.triton_http import HttpError, Loaded, Series, TritonHttp
 from triward_server.watchdog import Watchdog
 
@@ -425,7 +426,7 @@ def test_only_a_failure_of_the_server_ends_it_at_once(
 
     monkeypatch.setattr(TritonHttp, "infer", infer)
     with pytest.raises(kind):
-        watchdog.ask_canary(TritonHttp("h", 1), repository, 1)
+        watchdog.ask_canary(TritonHttp("h", 1), Canaries(repository), 1)
 
 
 def test_a_missing_process_is_noticed_twice_before_it_counts(

@@ -174,6 +174,12 @@ def test_a_model_that_fails_to_load(
     (broken / "reward_forward/1/checkpoint/value_head.safetensors").unlink()
     failed = serve(repository=broken)
     assert failed.wait() == 1
+    assert failed.output.splitlines() == [
+        "triward-server: reward: version 1, which is served, is broken: "
+        "reward_forward/1/checkpoint/value_head.safetensors: missing"
+    ]
+    failed = serve("--verify=off", repository=broken)
+    assert failed.wait() == 1
     last = failed.output.splitlines()[-1]
     # Triton names the model, unless it crashes while it gives the others up.
     assert re.match("triward-server: (reward_forward: )?CheckpointError: .*/reward_forward/", last)

@@ -99,7 +99,7 @@ class TestExport:
     @pytest.mark.parametrize(
         "name",
         ["", "-x", ".x", "_x", "a b", "a/b", "ä", "x" * 65, "a\n", "x_forward", "y_preprocess",
-         "z_draining", "reward_vision"],
+         "z_draining", "reward_vision", "reward_candidate"],
     )  # fmt: skip
     def test_names_that_cannot_be(
         self, name: str, checkpoint: Path, export: Export, tmp_path: Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.conftest import LOCAL, Exit
@@ -19,6 +21,7 @@ from triward import RewardClient, ServerUnavailable
 from triward_server.canary import Canary
 from triward_server.cli import app
 from triward_server.errors import LaunchError
+from triward_server.integrity import Verify
 from triward_server.launch import TritonServer
 from triward_server.random_checkpoint import make_checkpoint
 from triward_server.repository import pin, pinned, versions
@@ -140,36 +143,81 @@ def _model_processes(server: TritonServer) -> list[int]:
     return [p.pid for p in children if p.name().startswith("triton_python_b")]
 
 
-def test_a_version_with_other_weights_is_rolled_back(running: TritonServer, upgraded: Path) -> None:
-    """What the canary does not know is not served."""
+def test_a_version_with_other_weights_is_never_served(
+    running: TritonServer, upgraded: Path
+) -> None:
+    """Its canary is asked before any caller gets it, and it is unloaded again."""
     honest = Canary.of(upgraded, "2")
     assert honest.scores
     replace(honest, scores=tuple(s + 1 for s in honest.scores)).write(upgraded / "reward" / "2")
-    try:
-        with pytest.raises(LaunchError, match=r"reward: the canary .* version 1 is served again"):
-            switch_version(running.http, upgraded, "2", 120)
-    finally:
-        honest.write(upgraded / "reward" / "2")
+    before = {path: path.read_bytes() for path in upgraded.glob("*/config.pbtxt")}
+    dog = Watchdog(
+        running.http, running.endpoints.metrics_port, upgraded, running.pid, hang_timeout=60
+    )
+    done = threading.Event()
+    answers: list[float] = []
+
+    def ask() -> None:
+        with RewardClient(running.endpoints.grpc, timeout=60, max_attempts=1) as asking:
+            while not done.is_set():
+                answers.append(asking.score(ASK))  # raises, and fails the test, if it fails
+
+    with ThreadPoolExecutor(4) as pool:
+        callers = [pool.submit(ask) for _ in range(4)]
+        try:
+            with pytest.raises(LaunchError, match=r"reward: .*canary .* version 1 is served"):
+                switch_version(running.http, upgraded, "2", 120)
+            dog.check()
+        finally:
+            done.set()
+            honest.write(upgraded / "reward" / "2")
+        for caller in callers:
+            caller.result()
+    assert len(answers) > 30 and answers == pytest.approx([answers[0]] * len(answers), rel=1e-5)
+    assert {path: path.read_bytes() for path in upgraded.glob("*/config.pbtxt")} == before
     assert pinned(upgraded) == "1"
+    for model in ("reward_preprocess", "reward_forward"):
+        _until(lambda model=model: loaded(running, model) == {"1"})
+    assert not running.http.is_ready("reward_candidate")
     version, scores = running.http.infer(Canary.of(upgraded, "1"), 20)
     assert version == "1" and Canary.of(upgraded, "1").problem(scores) is None
 
 
 def test_a_version_that_cannot_be_loaded(running: TritonServer, upgraded: Path) -> None:
-    for model in ("reward", "reward_preprocess", "reward_forward"):
+    """It is broken, or its weights are no numbers, which no sample has to show."""
+    models = ("reward", "reward_preprocess", "reward_forward")
+    for model in models:
         shutil.copytree(upgraded / model / "2", upgraded / model / "3")
-    (upgraded / "reward_forward/3/checkpoint/value_head.safetensors").unlink()
+    weights = upgraded / "reward_forward/3/checkpoint/value_head.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
     try:
-        with pytest.raises(Exception, match=r"reward_forward|load"):
+        with pytest.raises(LaunchError, match=r"3 is broken and was not loaded: .*head.*: missing"):
             switch_version(running.http, upgraded, "3", 120)
+        assert loaded(running, "reward_forward") == {"1"}
+        tensors["v_head.summary.weight"][0, :5] = float("nan")
+        save_file(tensors, weights)
+        with pytest.raises(LaunchError, match=r"v_head.summary.weight': 5 of 128 weights are NaN"):
+            switch_version(running.http, upgraded, "3", 120, verify=Verify.OFF)
         assert pinned(upgraded) == "1"
+        _until(lambda: loaded(running, "reward_forward") == {"1"})
         with RewardClient(running.endpoints.grpc, timeout=60, max_attempts=1) as client:
             client.score(ASK)
     finally:
-        for model in ("reward", "reward_preprocess", "reward_forward"):
+        for model in models:
             shutil.rmtree(upgraded / model / "3")
-        for model in ("reward_preprocess", "reward_forward"):
-            running.http.load(model, 120)
+
+
+def loaded(server: TritonServer, model: str) -> set[str]:
+    """Versions of a model that are there, or on their way."""
+    return {m.version for m in server.http.index() if m.name == model and m.state != "UNAVAILABLE"}
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
 
 
 class TestCommands:
@@ -189,8 +237,11 @@ class TestCommands:
 
     def test_switch_and_back(self, run: Callable[..., tuple[int, str]], upgraded: Path) -> None:
         flag = f"--repository={upgraded}"
-        assert run("switch", 2, flag) == (0, "reward: version 2 is served, was 1\n")
-        assert run("switch", 1, flag) == (0, "reward: version 1 is served, was 2\n")
+        for there, back, verify in ((2, 1, "sampled"), (1, 2, "full")):
+            code, output = run("switch", there, flag, f"--verify={verify}")
+            first, last = output.splitlines()
+            assert code == 0 and last == f"reward: version {there} is served, was {back}"
+            assert f"reward: version {there}: " in first and f"verified ({verify}): read" in first
         code, output = run("switch", 9, flag)
         assert code == 1 and "has no version 9, only 1, 2" in output
 
@@ -212,10 +263,11 @@ class TestCommands:
     def test_an_old_version_is_retired(
         self, run: Callable[..., tuple[int, str]], running: TritonServer, upgraded: Path
     ) -> None:
-        """Its folder goes, and with it, when the model is loaded again, its memory."""
+        """When the steps are loaded again its memory goes; then its folders may."""
         for model in ("reward_preprocess", "reward_forward"):
             (upgraded / model / "2").rename(upgraded.parent / f"{model}-2")
             assert run("load", model)[0] == 0
+            _until(lambda model=model: loaded(running, model) == {"1"})
         assert "reward_forward" in run("models")[1]
         ready = {(m.name, m.version) for m in running.http.index() if m.state == "READY"}
         assert ("reward_forward", "1") in ready and ("reward_forward", "2") not in ready
@@ -223,6 +275,10 @@ class TestCommands:
 
 def test_pinning_is_one_change(upgraded: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(upgraded, tmp_path / "copy"))
+    pin(copy, "2", beside=["1"])
+    assert pinned(copy) == "2"
+    assert "versions: 1\n" in (copy / "reward_forward/config.pbtxt").read_text()
     pin(copy, "2")
     assert pinned(copy) == "2"
+    assert "versions: 1\n" not in (copy / "reward_forward/config.pbtxt").read_text()
     assert sorted(p.name for p in (copy / "reward").iterdir()) == ["1", "2", "config.pbtxt"]

@@ -5,13 +5,15 @@ Which architecture and which head a checkpoint has is read from its files.
 The card's own `load_state_dict(strict=False)` hides a missing value head and scores with a random
 one. Here the expected names and shapes come from transformers' own model built from the same
 config, on the meta device; a tensor that is missing, unexpected or of another shape is an error
-that names it.
+that names it. So is a weight that is NaN or infinite.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,8 @@ from .errors import CheckpointError
 from .packing import Geometry
 from .schema import FRAMES_PER_GRID
 from .vision import Cut, VisionTower, cut_of
+
+logger = logging.getLogger(__name__)
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -176,7 +180,7 @@ def load_model(
         encoder: likewise; with one the vision tower's weights are not read.
 
     Raises:
-        CheckpointError: see `verify`.
+        CheckpointError: see `verify`; or a weight is not finite.
     """
     verify(checkpoint)
     config = load_config(checkpoint)
@@ -199,6 +203,12 @@ def load_model(
     state = _state(checkpoint, dtype, device, lambda name: not (encoder and _is(_VISION, name)))
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def check_finite(checkpoint: Path) -> None:
+    """Read all weights; raises `CheckpointError` naming the first tensor that is not finite."""
+    for _ in _tensors(weight_files(checkpoint), torch.device("cpu"), lambda name: True):
+        pass
 
 
 def _video_limits(checkpoint: Path) -> tuple[int, int] | None:
@@ -334,12 +344,33 @@ def _is_head(name: str) -> bool:
 def _tensors(
     files: Iterable[Path], device: torch.device, wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that are read, each finite, by our names."""
+    checked, seconds = 0, 0.0
     for file in files:
         with _open(file, str(device)) as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 name = canonical_name(key)
                 if not _UNREAD.match(key) and wanted(name):
-                    yield name, tensors.get_tensor(key)
+                    tensor = tensors.get_tensor(key)
+                    begun = time.monotonic()
+                    _check_finite(file, key, tensor)
+                    seconds += time.monotonic() - begun
+                    checked += tensor.nbytes
+                    yield name, tensor
+    logger.info("%s bytes of weights are finite; looking took %.2f s", f"{checked:,}", seconds)
+
+
+def _check_finite(file: Path, key: str, tensor: Tensor) -> None:
+    """In one pass without a copy: a NaN is both extremes, an infinity one of them."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    if tensor.itemsize == 1:  # float8, of which torch knows no extremes
+        tensor = tensor.to(torch.bfloat16)
+    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        count = tensor.numel() - int(tensor.isfinite().sum())
+        raise CheckpointError(
+            f"{file}: tensor {key!r}: {count:,} of {tensor.numel():,} weights are NaN or infinite"
+        )
 
 
 def _join(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

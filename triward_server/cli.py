@@ -21,6 +21,7 @@ from rich.table import Table
 from . import __version__, schema
 from . import repository as repositories
 from .errors import LaunchError
+from .integrity import Verify, check_served
 from .launch import Endpoints, Tls, TritonServer
 from .memory import half_of_the_machine
 from .switch import switch_version
@@ -35,6 +36,10 @@ _WATCH_INTERVAL = 2.0
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Repository = Annotated[Path, typer.Option(help="What export/build_repository.py wrote.")]
+Verified = Annotated[
+    Verify,
+    typer.Option(help="Compare files with the manifest: whole contents, sizes and samples, not."),
+]
 Host = Annotated[str, typer.Option(help="Where the server is.")]
 HttpPort = Annotated[int, typer.Option(help="The server's, for HTTP.")]
 AdminKeyFile = Annotated[
@@ -95,6 +100,7 @@ def serve(
         float | None,
         typer.Option(min=1, help="Seconds without progress that end the server; 10 on a GPU."),
     ] = None,
+    verify: Verified = Verify.SAMPLED,
 ) -> None:
     """Run tritonserver on a repository until SIGTERM or Ctrl-C.
 
@@ -103,6 +109,7 @@ def serve(
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)
     with _errors():
+        check_served(repository, verify, _say)
         server = TritonServer(
             repository,
             Endpoints(host, grpc_port, http_port, metrics_port, http_host),
@@ -200,16 +207,17 @@ def switch(
     http_port: HttpPort = Endpoints.http_port,
     admin_key_file: AdminKeyFile = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for loading it.")] = 900.0,
+    verify: Verified = Verify.SAMPLED,
 ) -> None:
     """Serve another version, without a failed request; going back works the same way.
 
-    Loads it beside the one that is served, changes over, and asks the canary; if that does not
-    score what it did at export, changes back and exits with 1.
+    Loads it beside the one that is served and asks its canary; changes over if that scores what it
+    did at export. If not, unloads it again and exits with 1.
     """
     with _errors():
         triton = _triton(host, http_port, admin_key_file)
         names = schema.ModelNames(name)
-        before = switch_version(triton, repository, str(version), timeout, names)
+        before = switch_version(triton, repository, str(version), timeout, names, verify, _say)
     typer.echo(f"{name}: version {version} is served, was {before}")
 
 
@@ -238,6 +246,10 @@ def _errors() -> Iterator[None]:
     except (LaunchError, HttpError) as error:
         typer.echo(f"triward-server: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+def _say(line: str) -> None:
+    typer.echo(f"triward-server: {line}", err=True)
 
 
 def _triton(host: str, port: int, admin_key_file: Path | None) -> TritonHttp:

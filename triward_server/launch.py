@@ -23,15 +23,18 @@ from .errors import LaunchError, Unhealthy
 from .gpu import check_gpus
 from .installation import Installation, find_triton
 from .log import LineWriter, LogPump
-from .repository import draining, gpu_models, models
+from .metrics import WORKING
+from .repository import DRAINING_VERSION, draining, gpu_models, models
 from .schema import ModelNames
 from .signals import STOP_SIGNALS
-from .triton_http import ADMIN_HEADER, HttpError, TritonHttp
+from .triton_http import ADMIN_HEADER, HttpError, TritonHttp, read_metrics
 
 __all__ = ["STOP_SIGNALS", "Endpoints", "Tls", "TritonServer"]
 
 _SHARED_MEMORY = Path("/dev/shm")  # Triton's Python backend keeps its regions there
 _EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
+_PENDING = "nv_inference_pending_request_count"
+_QUIET_LOOKS = 5  # a tenth of a second apart: longer than a request is between two steps
 # glibc raises its threshold for memory maps with what is freed, up to 32 MB; then tensors of all
 # sizes come from one heap, which they leave full of holes. A fixed threshold keeps them apart.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
@@ -74,6 +77,10 @@ class TritonServer:
 
     # Names this server's regions in /dev/shm, so that it can remove its own and no other's.
     _shm_prefix: str = field(init=False, default="")
+    # What answers while it stops: the folder may be gone by then.
+    _stand_ins: dict[ModelNames, tuple[str, dict[str, bytes]]] = field(
+        init=False, default_factory=dict
+    )
     _ready: bool = field(init=False, default=False)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
     _process: subprocess.Popen[str] | None = field(init=False, default=None)
@@ -86,7 +93,7 @@ class TritonServer:
         Raises:
             LaunchError: one sentence that says why it did not start.
         """
-        served = models(self.repository)
+        self._read_stand_ins()
         if self.tls and not self.endpoints.http_is_local:
             host = self.endpoints.http_host
             raise LaunchError(f"HTTP cannot be encrypted: with TLS it cannot listen on {host}")
@@ -97,7 +104,7 @@ class TritonServer:
         self._shm_prefix = f"triward-{os.getpid()}-{secrets.token_hex(4)}-"
         try:
             self._cleanup.callback(self._remove_shared_memory)
-            self._wait_until_ready(self._spawn(find_triton(self._cleanup)), served)
+            self._wait_until_ready(self._spawn(find_triton(self._cleanup)), list(self._stand_ins))
             self._ready = True
             self._warn_of_chunks()
         except BaseException:
@@ -196,26 +203,48 @@ class TritonServer:
         Triton, told to stop, drops requests that are between an ensemble's steps.
         """
         deadline = time.monotonic() + self.drain_timeout
+        with suppress(LaunchError):  # what the folder no longer says was read at the start
+            self._read_stand_ins()
         try:
-            served = models(self.repository)
-            for names in served:
+            for names in self._stand_ins:
                 self._refuse(names, deadline)
-            public = {names.ensemble for names in served}
+            quiet = 0
             while time.monotonic() < deadline:
-                if "UNLOADING" not in {m.state for m in self.http.index() if m.name in public}:
+                quiet = 0 if self._works() else quiet + 1
+                if quiet and (self._is_listed() or quiet == _QUIET_LOOKS):
                     return
                 time.sleep(0.1)
             self._say(f"requests are still in flight after {self.drain_timeout:g} s")
-        except (HttpError, LaunchError) as error:
+        except HttpError as error:
             self._say(f"cannot drain: {error}")
+
+    def _read_stand_ins(self) -> None:
+        """Of every model that is there now; raises `LaunchError` if none is."""
+        for names in models(self.repository):
+            self._stand_ins[names] = draining(self.repository, names)
 
     def _refuse(self, names: ModelNames, deadline: float) -> None:
         """One model; that it cannot be drained must not keep the others from it."""
+        config, files = self._stand_ins[names]
         try:
-            config, files = draining(self.repository, names)
             self.http.load(names.ensemble, max(deadline - time.monotonic(), 0.1), config, files)
-        except (HttpError, LaunchError) as error:
-            self._say(f"cannot drain {names.ensemble}: {error}")
+        except HttpError as error:
+            # Triton 24.10 loads it and complains if another model's folder is gone.
+            if not self.http.is_ready(names.ensemble, version=DRAINING_VERSION):
+                self._say(f"cannot drain {names.ensemble}: {error}")
+
+    def _works(self) -> bool:
+        """Whether a public model that was replaced has requests, as far as can be seen."""
+        if self._is_listed():
+            public = {names.ensemble for names in self._stand_ins}
+            return "UNLOADING" in {m.state for m in self.http.index() if m.name in public}
+        host, port = self.endpoints.client_host, self.endpoints.metrics_port
+        metrics = read_metrics(host, port, timeout=5.0)
+        return any(each.name in (_PENDING, WORKING) and each.value for each in metrics)
+
+    def _is_listed(self) -> bool:
+        """Whether Triton says what becomes of the public models: of those with a folder alone."""
+        return all((self.repository / names.ensemble).is_dir() for names in self._stand_ins)
 
     def _kill(self) -> None:
         if self._process:

@@ -50,6 +50,11 @@ class ModelNames:
         return f"{self.ensemble}_vision"
 
     @property
+    def candidate(self) -> str:
+        """A version that `switch` tries before callers get it."""
+        return f"{self.ensemble}_candidate"
+
+    @property
     def steps(self) -> tuple[str, ...]:
         """What stands behind the public name, in the order in which data flows."""
         return self.preprocess, self.forward
@@ -60,7 +65,7 @@ ENSEMBLE, PREPROCESS, FORWARD = REWARD.ensemble, REWARD.preprocess, REWARD.forwa
 VISION = REWARD.vision
 DRAINING = "reward_draining"  # stands in for every ensemble while the server shuts down
 # How no public name may end, so that the names of several models never meet.
-SUFFIXES = ("_preprocess", "_forward", "_draining", "_vision")
+SUFFIXES = ("_preprocess", "_forward", "_draining", "_vision", "_candidate")
 
 MAX_BATCH_SIZE = 64
 FRAMES_PER_GRID = 2  # of a video, which the vision tower takes together

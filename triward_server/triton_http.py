@@ -64,10 +64,13 @@ class TritonHttp:
     port: int
     admin_key: str = ""
 
-    def is_ready(self, model: str = schema.ENSEMBLE, timeout: float = 5.0) -> bool:
-        """Whether a model can be asked."""
+    def is_ready(
+        self, model: str = schema.ENSEMBLE, timeout: float = 5.0, version: int | None = None
+    ) -> bool:
+        """Whether a model, or this version of it, can be asked."""
+        which = model if version is None else f"{model}/versions/{version}"
         try:
-            self._call(f"v2/models/{model}/ready", timeout)
+            self._call(f"v2/models/{which}/ready", timeout)
         except HttpError:
             return False
         return True

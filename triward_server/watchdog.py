@@ -19,10 +19,9 @@ from pathlib import Path
 
 import psutil
 
-from .canary import Canary
 from .errors import LaunchError, Unhealthy
 from .metrics import WORKING
-from .repository import models, pinned
+from .repository import Canaries, models
 from .schema import REWARD, ModelNames
 from .triton_http import HttpError, TritonHttp, read_metrics
 
@@ -32,7 +31,7 @@ _STUB = "triton_python_b"  # the kernel keeps 15 characters
 
 
 def ask_canary(
-    triton: TritonHttp, repository: Path, timeout: float, names: ModelNames = REWARD
+    triton: TritonHttp, canaries: Canaries, timeout: float, names: ModelNames = REWARD
 ) -> None:
     """Score a model's canary, that of the version that answers.
 
@@ -41,22 +40,21 @@ def ask_canary(
         Unhealthy: a wrong answer, or a failure that is not overload.
     """
     # Any version's will do to ask; what it should score depends on who answered.
-    canary = Canary.of(repository, pinned(repository, names), names)
     try:
-        version, scores = triton.infer(canary, timeout, names.ensemble)
+        version, scores = triton.infer(canaries.served(names), timeout, names.ensemble)
     except HttpError as error:
         # Not for 400: a malformed request in the same batch may be to blame. One that stays is
         # noticed as any answer that stays away.
         if error.status == 500:
             raise Unhealthy(f"{names.ensemble}: the canary failed: {error}") from None
         raise
-    problem = Canary.of(repository, version, names).problem(scores)
+    problem = canaries.of(names, version).problem(scores)
     if problem:
         raise Unhealthy(f"{names.ensemble}: {problem} (version {version})")
 
 
 def ask_canaries(
-    triton: TritonHttp, repository: Path, timeout: float
+    triton: TritonHttp, canaries: Canaries, timeout: float
 ) -> dict[ModelNames, HttpError | None]:
     """Score every model's canary, all at once: no model waits for a busy one.
 
@@ -69,24 +67,24 @@ def ask_canaries(
 
     def ask(names: ModelNames) -> HttpError | None:
         try:
-            ask_canary(triton, repository, timeout, names)
+            ask_canary(triton, canaries, timeout, names)
         except HttpError as error:
             return error
         return None
 
-    served = models(repository)
+    served = canaries.models()
     with ThreadPoolExecutor(len(served)) as pool:
         return dict(zip(served, pool.map(ask, served), strict=True))
 
 
 @dataclass
 class Watchdog:
-    """Watches one server.
+    """Watches one server. It outlives the repository's folder: what it needs of it is kept.
 
     Args:
         triton: its HTTP endpoint, with the admin key.
         metrics_port: of its metrics endpoint.
-        repository: what it serves.
+        repository: what it serves; versions and models that come are read there.
         pid: of tritonserver.
         hang_timeout: seconds without progress of an instance that works, or of a whole model
             whose canary gets no answer.
@@ -98,13 +96,15 @@ class Watchdog:
     pid: int
     hang_timeout: float
 
+    _canaries: Canaries = field(init=False)
     _names: dict[int, str] = field(init=False)
     _missing: int = field(init=False, default=0)
     _alive: dict[ModelNames, float] = field(init=False)
 
     def __post_init__(self) -> None:
         """Look around."""
-        self._alive = dict.fromkeys(models(self.repository), time.monotonic())
+        self._canaries = Canaries(self.repository)
+        self._alive = dict.fromkeys(self._canaries.models(), time.monotonic())
         # While they live: a dead process no longer knows its name.
         self._names = {process.pid: _name(process) for process in self._processes()}
 
@@ -115,7 +115,7 @@ class Watchdog:
             Unhealthy: why the server must be restarted.
         """
         self._check_processes()
-        self._check_progress(ask_canaries(self.triton, self.repository, CANARY_TIMEOUT))
+        self._check_progress(ask_canaries(self.triton, self._canaries, CANARY_TIMEOUT))
 
     def _check_processes(self) -> None:
         try:
@@ -211,6 +211,6 @@ def check_once(
             raise LaunchError(f"{names.ensemble} at {where} is not ready")
     if not (deep and repository):
         return
-    for names, error in ask_canaries(triton, repository, timeout).items():
+    for names, error in ask_canaries(triton, Canaries(repository), timeout).items():
         if error and error.status != 503:
             raise LaunchError(f"{names.ensemble}: the canary: {error}")
