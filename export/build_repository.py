@@ -41,7 +41,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
-from triward_server import __version__, checkpoint, schema
+from triward_server import __version__, checkpoint, contract, schema
 from triward_server.canary import TOLERANCE, Canary
 from triward_server.config import ForwardConfig, PreprocessConfig, VisionConfig, from_strings
 from triward_server.errors import ConfigError, TriwardError
@@ -298,7 +298,7 @@ def _add_version(draft: Path, output: Path, names: ModelNames, version: str) -> 
         # A model's configuration is all its versions': Triton would load them all again.
         file = f"{model}/config.pbtxt"
         there = (output / file).is_file()
-        if not there or _read_config(draft / file) != _read_config(output / file):
+        if not there or _read_config(draft / file) != _read_served(output / file):
             raise ConfigError(
                 f"{file} would change with this version's options, for the running versions too; "
                 "use the same options, or another repository"
@@ -334,6 +334,7 @@ def _configure(draft: Path, names: ModelNames, options: Options) -> None:
     model = _read_config(path)
     model.name = names.preprocess
     _set_parameters(model, asdict(options.preprocess))
+    _set_parameters(model, {contract.PARAMETER: schema.CONTRACT_VERSION})
     model.instance_group[0].count = options.preprocess_instances
     model.max_batch_size = options.preprocess_batch_size
     _place_on(model, options.preprocess.device)
@@ -352,6 +353,7 @@ def _configure(draft: Path, names: ModelNames, options: Options) -> None:
     model = _read_config(path)
     model.name = names.forward
     _set_parameters(model, asdict(options.forward))
+    _set_parameters(model, {contract.PARAMETER: schema.CONTRACT_VERSION})
     _place_on(model, options.forward.device)
     model.dynamic_batching.max_queue_delay_microseconds = options.queue_delay_us
     _bound_queue(model, options)
@@ -401,6 +403,14 @@ def _place_on(model: Any, device: str) -> None:
 
 def _read_config(path: Path) -> Any:
     return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+
+
+def _read_served(path: Path) -> Any:
+    """The configuration of a model that is there, as an export of today would have written it."""
+    model = _read_config(path)
+    if contract.PARAMETER not in model.parameters and "device" in model.parameters:
+        _set_parameters(model, {contract.PARAMETER: contract.UNNAMED})
+    return model
 
 
 def _write_config(path: Path, model: Any) -> None:

@@ -17,11 +17,12 @@ from triward_server import schema
 
 # In the order in which data flows; a module imports only what stands above it.
 ORDER = (
-    "errors", "schema", "config", "conversation", "media", "video", "tokenization", "preprocess",
-    "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs", "onnx_runner",
-    "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics", "heap",
-    "draining", "triton_io", "canary", "repository", "triton_http", "installation", "launch",
-    "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
+    "errors", "schema", "contract", "config", "conversation", "media", "video", "tokenization",
+    "preprocess", "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs",
+    "onnx_runner", "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics",
+    "heap", "draining", "triton_io", "canary", "repository", "triton_http", "installation",
+    "launch", "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing",
+    "cli",
 )  # fmt: skip
 PACKAGE = ROOT / "triward_server"
 MODELS = ROOT / "model_repository"
@@ -120,6 +121,7 @@ def test_client_and_server_agree_on_the_wire() -> None:
     assert specs(protocol.FORWARD_INPUTS) == specs(schema.FORWARD_INPUTS)
     assert specs(protocol.OUTPUTS) == specs(schema.REWARD_OUTPUTS)
     assert protocol.MODEL == schema.ENSEMBLE
+    assert protocol.CONTRACT_VERSION == schema.CONTRACT_VERSION
     assert protocol.forward_model(protocol.MODEL) == schema.FORWARD
 
 

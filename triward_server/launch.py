@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from . import schema
 from .errors import LaunchError, Unhealthy
 from .installation import Installation, find_triton
 from .repository import draining, models
@@ -279,6 +280,8 @@ class TritonServer:
         command = [
             installation.executable,
             f"--model-repository={self.repository.resolve()}",
+            # What a client asks when Triton itself refuses its tensors.
+            f"--id=triward-contract-{schema.CONTRACT_VERSION}",
             *installation.flags,
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             "--disable-auto-complete-config",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from triward import protocol
 from triward.errors import ServerError, TriwardError
-from triward.protocol import CONTRACT_VERSION
 
 # Triton's words for tensors that a model does not have, or has otherwise.
 _REFUSED = re.compile(
@@ -30,15 +30,16 @@ def refusal(message: str, *, url: str, model: str, server: str) -> TriwardError:
         model: who was asked.
         server: the name that the server gives itself.
     """
+    ours = protocol.CONTRACT_VERSION
     found = _SERVER.fullmatch(server)
-    mine = f"the client speaks version {CONTRACT_VERSION} of the wire contract"
+    mine = f"the client speaks version {ours} of the wire contract"
     if found is None:
         why = "the server tells none: it is older, or no Triward server"
         return ServerError(f"{url}: {mine}, {why}; Triton says: {message}")
     theirs = int(found[1])
-    if theirs == CONTRACT_VERSION:
+    if theirs == ours:
         why = f"as the server does, but its model {model!r} has other tensors and is not Triward's"
         return ServerError(f"{url}: {mine}, {why}; Triton says: {message}")
-    older = "client" if theirs > CONTRACT_VERSION else "server"
+    older = "client" if theirs > ours else "server"
     why = f"the server version {theirs}; upgrade the {older}"
     return ServerError(f"{url}: {mine}, {why}. Triton says: {message}")
