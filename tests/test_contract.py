@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from tests.conftest import LOCAL, ROOT
+from tests.conftest import LOCAL, ROOT, Exit
 from tests.test_security import ask
 from triward import RewardClient, ServerError, contract, protocol
 from triward_server import schema
@@ -55,7 +55,7 @@ def test_repositories() -> None:
         check_repository({"contract_version": {"string_value": "2"}})
 
 
-def configure(path: Path, change: Callable[[model_config_pb2.ModelConfig], None]) -> None:
+def configure(path: Path, change: Callable[[model_config_pb2.ModelConfig], object]) -> None:
     config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
     change(config)
     path.unlink()  # it may be a link to another test's
@@ -67,6 +67,19 @@ def test_an_export_says_its_version(repository: Path) -> None:
         text = (repository / model / "config.pbtxt").read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
         assert config.parameters["contract_version"].string_value == str(schema.CONTRACT_VERSION)
+
+
+def test_a_repository_of_before_takes_another_version(
+    export: Callable[..., Exit], checkpoint: Path, tmp_path: Path
+) -> None:
+    """What does not say its contract's version is of the first one."""
+    flags = ("--checkpoint", checkpoint, "--output", tmp_path / "models", "--device=cpu")
+    assert export(*flags, "--dtype=float32", "--threads=1").code == 0
+    for model in schema.REWARD.steps:
+        path = tmp_path / "models" / model / "config.pbtxt"
+        configure(path, lambda config: config.parameters.pop("contract_version"))
+    added = export(*flags, "--dtype=float32", "--threads=1", "--version=2")
+    assert added.code == 0, added.stderr
 
 
 def code_of_version(folder: Path, version: int) -> Path:
