@@ -40,7 +40,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
-from triward_server import __version__, checkpoint, schema
+from triward_server import __version__, checkpoint, contract, schema
 from triward_server.canary import TOLERANCE, Canary
 from triward_server.config import ForwardConfig, PreprocessConfig, VisionConfig, from_strings
 from triward_server.errors import ConfigError, LaunchError, TriwardError
@@ -339,6 +339,7 @@ def _configure(draft: Path, names: ModelNames, options: Options) -> None:
     model = _read_config(path)
     model.name = names.preprocess
     _set_parameters(model, asdict(options.preprocess))
+    _set_parameters(model, {contract.PARAMETER: schema.CONTRACT_VERSION})
     model.instance_group[0].count = options.preprocess_instances
     model.max_batch_size = options.preprocess_batch_size
     _place_on(model, options.preprocess.device)
@@ -357,6 +358,7 @@ def _configure(draft: Path, names: ModelNames, options: Options) -> None:
     model = _read_config(path)
     model.name = names.forward
     _set_parameters(model, asdict(options.forward))
+    _set_parameters(model, {contract.PARAMETER: schema.CONTRACT_VERSION})
     _place_on(model, options.forward.device)
     model.dynamic_batching.max_queue_delay_microseconds = options.queue_delay_us
     _bound_queue(model, options)
@@ -409,9 +411,11 @@ def _read_config(path: Path) -> Any:
 
 
 def _options(path: Path) -> Any:
-    """A configuration without what differs from version to version."""
+    """A configuration without what differs from version to version, as today's export writes it."""
     model = _read_config(path)
     model.ClearField("version_policy")
+    if contract.PARAMETER not in model.parameters and "device" in model.parameters:
+        _set_parameters(model, {contract.PARAMETER: contract.UNNAMED})
     return model
 
 

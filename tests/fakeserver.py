@@ -72,6 +72,8 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     credentials: grpc.ServerCredentials | None = None
     log: TextIO | None = None
     ready: bool = True
+    model: bool = True  # whether it is there, if it is not ready
+    name: str = "triward-contract-1"
     delay: float = 0.0
     capacity: float = float("inf")
     fault: Callable[[Call], Fault | None] = lambda call: None
@@ -99,6 +101,18 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     @property
     def url(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    def ServerLive(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return service_pb2.ServerLiveResponse(live=True)
+
+    def ServerMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return service_pb2.ServerMetadataResponse(name=self.name)
+
+    def ModelMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:
+        if not self.model:
+            text = f"Request for unknown model: '{request.name}' is not found"
+            context.abort(grpc.StatusCode.NOT_FOUND, text)
+        return service_pb2.ModelMetadataResponse(name=request.name)
 
     def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:
         return service_pb2.ModelReadyResponse(ready=self.ready)

@@ -17,10 +17,10 @@ from triward_server import schema
 
 # In the order in which data flows; a module imports only what stands above it.
 ORDER = (
-    "errors", "schema", "config", "heap", "workers", "image_codec", "video_codec", "codec_worker",
-    "conversation", "decoding", "media", "video", "resizing", "tokenization", "preprocess",
-    "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs", "onnx_runner",
-    "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics",
+    "errors", "schema", "contract", "config", "heap", "workers", "image_codec", "video_codec",
+    "codec_worker", "conversation", "decoding", "media", "video", "resizing", "tokenization",
+    "preprocess", "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs",
+    "onnx_runner", "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics",
     "draining", "triton_io", "canary", "repository", "integrity", "triton_http", "installation",
     "launch", "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
 )  # fmt: skip
@@ -127,6 +127,7 @@ def test_client_and_server_agree_on_the_wire() -> None:
     assert specs(protocol.FORWARD_INPUTS) == specs(schema.FORWARD_INPUTS)
     assert specs(protocol.OUTPUTS) == specs(schema.REWARD_OUTPUTS)
     assert protocol.MODEL == schema.ENSEMBLE
+    assert protocol.CONTRACT_VERSION == schema.CONTRACT_VERSION
     assert protocol.forward_model(protocol.MODEL) == schema.FORWARD
 
 

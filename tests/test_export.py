@@ -55,6 +55,7 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         "embedding_cache_bytes": "12345", "deterministic": "True",
         "max_batch_bytes": "777777", "compile": "True", "max_responses": "8",
         "max_tokens": "900", "max_request_tokens": "901", "vision": "torch",
+        "contract_version": "1",
     }  # fmt: skip
     assert parameters(output, "reward_preprocess") == {
         "device": "cpu", "resize": "pillow",
@@ -62,6 +63,7 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         "max_media_bytes": "2000", "max_image_pixels": "3000", "max_parts": "7",
         "max_request_bytes": "4000", "max_decode_seconds": "1.5", "max_tokens": "900",
         "max_request_tokens": "901", "max_video_frames": "44", "max_video_pixels": "5000",
+        "contract_version": "1",
     }  # fmt: skip
     for model in ("reward_preprocess", "reward_forward"):
         policy = config(output, model).dynamic_batching.default_queue_policy

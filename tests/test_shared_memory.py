@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tritonclient.grpc import InferenceServerClient
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
+from tritonclient.utils import InferenceServerException
 
 from tests.conftest import encode
 from triward import InvalidRequest, RewardClient, ServerUnavailable
@@ -51,7 +53,9 @@ def admin(server: TritonServer) -> Iterator[InferenceServerClient]:
 
 
 def registered(admin: InferenceServerClient, headers: dict[str, str]) -> set[str]:
-    return set(admin.get_system_shared_memory_status(headers=headers).regions)
+    """Files of the regions that the server knows, under whatever name."""
+    known = admin.get_system_shared_memory_status(headers=headers).regions
+    return {region.key.lstrip("/") for region in known.values()}
 
 
 def regions() -> set[str]:
@@ -105,6 +109,63 @@ def test_a_server_that_has_forgotten_the_region(
         admin.unregister_system_shared_memory(headers=headers)
         assert sharing.score_many(conversations) == pytest.approx(first, rel=1e-5, abs=1e-5)
     assert registered(admin, headers) == regions()
+
+
+def test_nobody_without_the_key_reads_or_writes_a_region(
+    server: TritonServer, sharing: RewardClient
+) -> None:
+    """Triton asks for no key when a request names a region, so its name must not be found out.
+
+    Who is on the machine can list /dev/shm, whatever the files' modes are.
+    """
+    red = encode(Image.new("RGB", (64, 64), "red"), "BMP")
+    message = [{"role": "user", "content": [{"type": "image", "image": red}]}]
+    sharing.score_responses(message, ["r"])
+    [name] = regions()
+    before = (FOLDER / name).read_bytes()
+    listed = [path.name for path in FOLDER.iterdir()]
+    assert name in listed
+    with InferenceServerClient(server.endpoints.grpc) as stranger:
+        for guess in (guess for file in listed for guess in (file, f"/{file}")):
+            region = {"region": guess, "size": 4 + len(red)}
+            for where in ("media", "scores"):
+                with pytest.raises(InferenceServerException, match="Unable to find shared memory"):
+                    infer(stranger, **{where: region})
+        assert infer(stranger) is not None, "with tensors of its own it may ask"
+    assert (FOLDER / name).read_bytes() == before
+
+
+def infer(
+    client: InferenceServerClient,
+    media: dict[str, Any] | None = None,
+    scores: dict[str, Any] | None = None,
+) -> Any:
+    """A raw request, with its media from, or its scores to, a region."""
+    content = [{"type": "image"}] if media else "?"
+    inputs = []
+    for name, text in (
+        ("messages", json.dumps([{"role": "user", "content": content}])),
+        ("responses", "yes"),
+    ):
+        tensor = InferInput(name, [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[text.encode()]], dtype=np.object_))
+        inputs.append(tensor)
+    tensor = InferInput("media", [1, int(media is not None)], "BYTES")
+    if media:
+        tensor.set_shared_memory(media["region"], media["size"])
+    else:
+        tensor.set_data_from_numpy(np.empty((1, 0), dtype=np.object_))
+    output = InferRequestedOutput("scores")
+    if scores:
+        output.set_shared_memory(scores["region"], 64)
+    done = client.infer("reward", [*inputs, tensor], outputs=[output], client_timeout=120)
+    return done.as_numpy("scores")
+
+
+def test_the_files_are_their_owners(sharing: RewardClient) -> None:
+    sharing.score(conversation(1))
+    [name] = regions()
+    assert (FOLDER / name).stat().st_mode & 0o777 == 0o600
 
 
 def test_without_the_key(server: TritonServer) -> None:

@@ -6,12 +6,13 @@
     ├── NonFiniteScore      the model answered NaN or infinity         INTERNAL
     ├── Cancelled           the caller is gone                         CANCELLED
     ├── ForwardError        the forward pass itself failed             INTERNAL
+    ├── ContractMismatch    the caller speaks another wire contract    UNIMPLEMENTED
     ├── ConfigError         a model parameter or flag is wrong         at load or export
     ├── CheckpointError     the weights are not the model's            at load or export
     └── LaunchError         tritonserver cannot be started or died     at launch
         └── Unhealthy       it runs, but does not score                while serving
 
-The first five answer single requests; the code beside each is the gRPC status its caller sees.
+The first six answer single requests; the code beside each is the gRPC status its caller sees.
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ class Cancelled(TriwardError):
 
 class ForwardError(TriwardError):
     """The forward pass raised; the request may be fine, the server is not."""
+
+
+class ContractMismatch(TriwardError):
+    """The caller's tensors mean something else than this server's."""
+
+    code = "UNIMPLEMENTED"
 
 
 class ConfigError(TriwardError):

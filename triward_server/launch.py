@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NoReturn
 
+from . import schema
 from .child import prepare
 from .endpoints import ANY, CHUNKS_FIXED, Endpoints, Tls
 from .errors import LaunchError, Unhealthy
@@ -260,6 +261,8 @@ class TritonServer:
         command = [
             installation.executable,
             f"--model-repository={self.repository.resolve()}",
+            # What a client asks when Triton itself refuses its tensors.
+            f"--id=triward-contract-{schema.CONTRACT_VERSION}",
             *installation.flags,
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             "--disable-auto-complete-config",

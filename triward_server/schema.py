@@ -67,6 +67,10 @@ DRAINING = "reward_draining"  # stands in for every ensemble while the server sh
 # How no public name may end, so that the names of several models never meet.
 SUFFIXES = ("_preprocess", "_forward", "_draining", "_vision", "_candidate")
 
+# Of the tensors below and what they mean. It is raised with every change that an older client or
+# server would misunderstand; `contract.py` compares it.
+CONTRACT_VERSION = 1
+
 MAX_BATCH_SIZE = 64
 FRAMES_PER_GRID = 2  # of a video, which the vision tower takes together
 

@@ -25,6 +25,7 @@ import torch
 from . import schema
 from .child import lift_memory_limit
 from .config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
+from .contract import check_caller, check_repository
 from .errors import InvalidRequest, TriwardError
 from .heap import Heap
 from .metrics import PREPROCESS_COUNTERS, ForwardMetrics, Metrics
@@ -85,6 +86,7 @@ class PreprocessBackend:
 
     def _open(self, request: Any) -> Opened:
         self._metrics.progress()
+        check_caller(request.parameters())
         messages, responses, media = (
             _row(self._pb, request, spec) for spec in schema.REWARD_INPUTS
         )
@@ -148,6 +150,7 @@ class ForwardBackend:
         ]
 
     def _parse(self, request: Any) -> Features:
+        check_caller(request.parameters())
         arrays = [_row(self._pb, request, spec) for spec in schema.FORWARD_INPUTS]
         return arrays_to_features(*arrays, geometry=self._scorer.geometry)
 
@@ -323,11 +326,13 @@ def _codes(pb_utils: Any) -> dict[str, Any]:
         "UNAVAILABLE": error.UNAVAILABLE,
         "INTERNAL": error.INTERNAL,
         "CANCELLED": error.CANCELLED,
+        "UNIMPLEMENTED": error.UNSUPPORTED,
     }
 
 
 def _config(config_type: type[ConfigT], args: dict[str, str]) -> ConfigT:
-    config = from_parameters(config_type, json.loads(args["model_config"])["parameters"])
+    parameters = check_repository(json.loads(args["model_config"])["parameters"])
+    config = from_parameters(config_type, parameters)
     return replace(config, device=on_instance(config.device, args["model_instance_device_id"]))
 
 

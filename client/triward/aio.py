@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 from triward import protocol
 from triward.base import (
     AHEAD,
+    POLL,
     BaseClient,
     OnError,
     Outcome,
@@ -28,13 +30,17 @@ from triward.base import (
     checked,
     ends_singles,
     failed,
+    lacks_connection,
+    lacks_tensors,
     ranked,
     stands_for_all,
 )
 from triward.channel import MAX_ATTEMPTS, Tls, Url
+from triward.connection import diagnose
+from triward.contract import refusal
 from triward.conversation import Messages, RewardRequest, build_request, split_conversation
 from triward.deadline import Deadline
-from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError
+from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError, code_of
 from triward.grouping import Group, grouped
 from triward.patience import AsyncPatient
 from triward.shelf import Shelf
@@ -43,6 +49,7 @@ from triward.wire import read_scores
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+    from tritonclient.utils import InferenceServerException
 
 T = TypeVar("T")
 
@@ -52,9 +59,13 @@ class _Transport(Protocol):
 
     def infer(self, *, client_timeout: float, **arguments: Any) -> Awaitable[Any]: ...
 
-    def is_model_ready(
-        self, model_name: str, *, headers: Mapping[str, str], client_timeout: float
-    ) -> Awaitable[bool]: ...
+    def is_server_live(self, **options: Any) -> Awaitable[bool]: ...
+
+    def is_model_ready(self, model_name: str, **options: Any) -> Awaitable[bool]: ...
+
+    def get_model_metadata(self, model_name: str, **options: Any) -> Awaitable[Any]: ...
+
+    def get_server_metadata(self, **options: Any) -> Awaitable[Any]: ...
 
     def close(self) -> Awaitable[None]: ...
 
@@ -75,10 +86,16 @@ class AsyncRewardClient(BaseClient):
         tls: Tls | None = None,
         headers: Mapping[str, str] | None = None,
         max_attempts: int = MAX_ATTEMPTS,
+        wait_ready: float = 0.0,
         _transport: _Transport | None = None,
     ) -> None:
-        super().__init__(url, timeout, model, tls, headers, max_attempts)
+        super().__init__(
+            url, timeout, model, tls, headers, max_attempts, wait_ready, transport=_transport
+        )
         self._given = _transport
+        self._starting: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[None]] = (
+            WeakKeyDictionary()
+        )
         self._transports: PerProcess[WeakKeyDictionary[asyncio.AbstractEventLoop, _Transport]] = (
             PerProcess(WeakKeyDictionary)
         )
@@ -92,7 +109,7 @@ class AsyncRewardClient(BaseClient):
         self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
     ) -> list[float]:
         """The rewards of N >= 1 candidate responses to one prompt, in their order."""
-        deadline = self._deadline(timeout)
+        deadline = await self._begin(timeout)
         request = await _in_thread(partial(build_request, messages, responses, deadline), deadline)
         return await self._infer(request, deadline)
 
@@ -164,15 +181,20 @@ class AsyncRewardClient(BaseClient):
         Raises:
             ServerError: the server fails, or does not serve this model at all.
         """
-        remaining = self._deadline(timeout).remaining()
         try:
-            with self._translated():
-                ready = await self._transport().is_model_ready(
-                    self._model, headers=self._headers, client_timeout=remaining
-                )
+            return await self._ready(self._deadline(timeout))
         except (ServerUnavailable, DeadlineExceeded):
             return False
-        return bool(ready)
+
+    async def check_ready(self, timeout: float | None = None) -> None:
+        """Raise an error that says why the model cannot be asked; see `RewardClient`."""
+        deadline = await self._begin(timeout)
+        if not await self._ready(deadline):
+            transport = self._transport()  # which says so where there is no such model
+            await self._ask(
+                transport.get_model_metadata(self._model, **self._short(deadline)), deadline
+            )
+            raise self._not_ready()
 
     async def close(self) -> None:
         """Close this event loop's channel; calls in flight fail. Closing twice is fine."""
@@ -211,22 +233,111 @@ class AsyncRewardClient(BaseClient):
         transport: _Transport = AsyncPatient(self._address.connect(InferenceServerClient))
         return transport
 
-    async def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:
-        result = await self._call(self._arguments(request, deadline))
-        return read_scores(result, len(request.responses))
+    async def _begin(self, timeout: float | None) -> Deadline:
+        """The deadline of a call. It begins when the server has started, if that is waited for."""
+        if self._wait_ready and not self._closed and not self._contact.get().waited:
+            loop = asyncio.get_running_loop()
+            if loop not in self._starting:
+                self._starting[loop] = asyncio.ensure_future(self._await_ready())
+            await asyncio.shield(self._starting[loop])
+        return self._deadline(timeout)
 
-    async def _infer_tokens(self, request: TokenRequest, deadline: Deadline) -> list[float]:
-        result = await self._call(self._token_arguments(request, deadline))
-        return read_scores(result, request.responses)
-
-    async def _call(self, arguments: dict[str, Any]) -> Any:
+    async def _await_ready(self) -> None:
+        """Ask until the model is ready; each time anew, since gRPC pauses between connections."""
+        patience = Deadline(self._wait_ready)
+        settings = {**self._settings(), "wait_ready": 0.0}
         try:
-            with self._translated(arguments["model_name"]):
-                return await self._transport().infer(**arguments)
+            while True:
+                looking = type(self)(self._address.url, **settings, _transport=self._given)
+                try:
+                    async with looking:
+                        return await looking.check_ready(min(patience.remaining(), self._timeout))
+                except TriwardError as error:
+                    if patience.left <= POLL:
+                        raise self._waited(error) from error
+                await asyncio.sleep(POLL)
+        finally:
+            self._contact.get().waited = True  # a server that did not start is not waited for again
+            self._starting.pop(asyncio.get_running_loop(), None)
+
+    async def _ready(self, deadline: Deadline) -> bool:
+        self._wait(deadline)
+        transport = self._transport()
+        ready = await self._ask(
+            transport.is_model_ready(self._model, **self._short(deadline)), deadline
+        )
+        self._contact.get().made = True
+        return bool(ready)
+
+    async def _meet(self, deadline: Deadline) -> None:
+        """See that a server is there; see `RewardClient`."""
+        from tritonclient.utils import InferenceServerException
+
+        contact = self._contact.get()
+        if contact.made:
+            return
+        deadline.begin(f"connecting to {self._address}")
+        try:
+            await self._unless_closed(self._transport().is_server_live(**self._short(deadline)))
+        except InferenceServerException as error:
+            if code_of(error) == "DEADLINE_EXCEEDED":
+                raise deadline.exceeded() from error
+            if lacks_connection(error):
+                reason = await self._diagnose(error, deadline)
+                if reason:
+                    raise ServerUnavailable(reason) from error
+                return  # the call's own attempts may find one
+        contact.made = True
+
+    async def _diagnose(self, error: InferenceServerException, deadline: Deadline) -> str | None:
+        look = partial(diagnose, self._address, error.message(), deadline.left)
+        return await asyncio.get_running_loop().run_in_executor(None, look)
+
+    async def _ask(self, call: Awaitable[T], deadline: Deadline, model: str | None = None) -> T:
+        """The call's result; this package's errors in place of tritonclient's."""
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            return await self._unless_closed(call)
+        except InferenceServerException as error:
+            raise await self._explained(error, deadline, model or self._model) from error
+
+    async def _unless_closed(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
         except asyncio.CancelledError:
             if self._closed:  # gRPC's word for a channel that was closed meanwhile
                 raise ServerUnavailable(f"{self._address}: the client was closed") from None
             raise
+
+    async def _explained(
+        self, error: InferenceServerException, deadline: Deadline, model: str
+    ) -> TriwardError:
+        """What callers see; what tritonclient's error leaves open is found out."""
+        if lacks_connection(error):
+            reason = await self._diagnose(error, deadline)
+            if reason:
+                return ServerUnavailable(reason)
+        if lacks_tensors(error):
+            with suppress(TriwardError):
+                asked = self._transport().get_server_metadata(**self._short(deadline))
+                about = await self._ask(asked, deadline, model)
+                url = str(self._address)
+                return refusal(error.message(), url=url, model=model, server=about.name)
+        return self._translation(error, deadline, model)
+
+    async def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:
+        await self._meet(deadline)
+        arguments = self._arguments(request, deadline)
+        result = await self._ask(self._transport().infer(**arguments), deadline)
+        return read_scores(result, len(request.responses))
+
+    async def _infer_tokens(self, request: TokenRequest, deadline: Deadline) -> list[float]:
+        await self._meet(deadline)
+        arguments = self._token_arguments(request, deadline)
+        asked = self._transport().infer(**arguments)
+        result = await self._ask(asked, deadline, arguments["model_name"])
+        return read_scores(result, request.responses)
 
     async def _outcomes(
         self,
@@ -282,7 +393,7 @@ class AsyncRewardClient(BaseClient):
         try:
             if group.error:
                 raise group.error
-            deadline = self._deadline(timeout)
+            deadline = await self._begin(timeout)
             read = partial(group.request, partial(reading.shelf.read, deadline=deadline))
             if group.refs:
                 request = await _in_thread(read, deadline, reading.threads)

@@ -1,8 +1,18 @@
-"""Types of the commands' arguments."""
+"""What the commands' parsers share: types of arguments, and suggestions for mistyped words."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from triward.errors import InvalidRequest
+
+# What brings the packages that some commands need. Not on an index yet, so from a checkout.
+INSTALL_TOOLS = "pip install './client[tools]' in a checkout of Triward"
 
 
 def whole_number(text: str, least: int = 1) -> int:
@@ -15,3 +25,54 @@ def whole_number(text: str, least: int = 1) -> int:
 def seed(text: str) -> int:
     """A whole number from 0 on."""
     return whole_number(text, 0)
+
+
+def check_free(path: Path) -> None:
+    """See that nothing would be lost if a file were written.
+
+    Raises:
+        InvalidRequest: it is there, and holds something.
+    """
+    if path.is_file() and path.stat().st_size:
+        raise InvalidRequest(
+            f"{path}: is there already; --force (force=True) replaces it, or name another output"
+        )
+
+
+class Parser(argparse.ArgumentParser):
+    """Suggests what a word that it does not know may have been meant to be."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; keeps what was given, for `error`."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; what is left over is told by the command that it was given to."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            error = getattr(options, "error", self.error)
+            error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """Show usage, the mistake, and what was meant."""
+        super().error("; ".join([message, *self._suggestions()]))
+
+    def _suggestions(self) -> Iterable[str]:
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        for word in self._given:
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(each.startswith(name) for each in options):
+                yield from _meant(name, options)
+        commands = [name for action in self._actions for name in action.choices or ()
+                    if isinstance(action, argparse._SubParsersAction)]  # fmt: skip
+        if commands and self._given and self._given[0] not in commands:
+            yield from _meant(self._given[0], commands)
+
+
+def _meant(word: str, known: Sequence[str]) -> Iterable[str]:
+    found = get_close_matches(word, known, n=1)
+    return (f"did you mean {found[0]}?",) if found else ()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence, Sized
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Generic, Literal, TypeVar, Union
 from weakref import WeakSet
 
 from triward.channel import Address, Tls, Url
+from triward.connection import failed_to_connect
+from triward.contract import is_refusal
 from triward.conversation import RewardRequest
 from triward.deadline import Deadline
 from triward.errors import (
@@ -20,19 +21,24 @@ from triward.errors import (
     ServerError,
     ServerUnavailable,
     TriwardError,
+    code_of,
+    from_triton,
     located,
-    triton_errors,
 )
 from triward.grouping import Group, place
 from triward.tokens import TokenRequest
 from triward.wire import infer_arguments, token_arguments
 
 if TYPE_CHECKING:
+    from tritonclient.utils import InferenceServerException
+
     from triward.sharedmemory import Place
 
 OnError = Literal["raise", "return"]
 Outcome = Union[float, TriwardError]
 T = TypeVar("T")
+
+POLL = 0.5  # seconds between two looks at a server that starts
 
 # Requests that are finished but not handed out, since an earlier one is not, for each in flight.
 AHEAD = 2
@@ -83,6 +89,22 @@ if hasattr(os, "register_at_fork"):  # where there is a fork
     os.register_at_fork(after_in_child=_after_fork)
 
 
+class Contact:
+    """What this process knows of the servers.
+
+    Attributes:
+        made: whether one has answered; or several are named, of which one may be away. Then a call
+            that finds none is worth trying again.
+        waited: whether the time for servers that start is over.
+        lock: of those who wait.
+    """
+
+    def __init__(self, made: bool) -> None:  # noqa: D107 - the class says it
+        self.made = made
+        self.waited = False
+        self.lock = threading.Lock()
+
+
 class BaseClient:
     """Settings of a client. Pickled or copied, they make a client that connects for itself."""
 
@@ -94,13 +116,20 @@ class BaseClient:
         tls: Tls | None,
         headers: Mapping[str, str] | None,
         max_attempts: int,
+        wait_ready: float,
+        transport: object,
     ) -> None:
         Deadline(timeout)  # raises for a timeout that no call could use
+        if not 0 <= wait_ready <= threading.TIMEOUT_MAX:
+            raise ValueError(f"wait_ready must be 0 or more seconds and finite, got {wait_ready!r}")
         self._address = Address(url, tls, max_attempts)
         self._timeout = timeout
         self._model = model
         self._headers = dict(headers or {})
+        self._wait_ready = wait_ready
         self._closed = False
+        known = transport is not None or self._address.single is None
+        self._contact = PerProcess(lambda: Contact(known))
 
     @property
     def model(self) -> str:
@@ -119,6 +148,7 @@ class BaseClient:
             "tls": self._address.tls,
             "headers": self._headers,
             "max_attempts": self._address.max_attempts,
+            "wait_ready": self._wait_ready,
         }
 
     def __repr__(self) -> str:
@@ -134,19 +164,51 @@ class BaseClient:
         self, request: RewardRequest, deadline: Deadline, media: Place | None = None
     ) -> dict[str, Any]:
         """Of `infer`, for what is left of the deadline."""
+        self._wait(deadline)
         remaining = deadline.remaining()
         arguments = infer_arguments(request, model=self._model, remaining=remaining, media=media)
         return {**arguments, "headers": self._headers}
 
     def _token_arguments(self, request: TokenRequest, deadline: Deadline) -> dict[str, Any]:
         """The same for the forward model."""
+        self._wait(deadline)
         remaining = deadline.remaining()
         arguments = token_arguments(request, model=self._model, remaining=remaining)
         return {**arguments, "headers": self._headers}
 
-    def _translated(self, model: str | None = None) -> AbstractContextManager[None]:
-        """Raises this package's errors in place of tritonclient's; `model` is None for the own."""
-        return triton_errors(model=model or self._model, url=str(self._address))
+    def _wait(self, deadline: Deadline) -> None:
+        """Say that from here on the server has the time."""
+        deadline.begin(f"waiting for {self._address} (its queue and its work)")
+
+    def _short(self, deadline: Deadline) -> dict[str, Any]:
+        """Of calls other than `infer`."""
+        return {"headers": self._headers, "client_timeout": deadline.remaining()}
+
+    def _translation(
+        self, error: InferenceServerException, deadline: Deadline, model: str
+    ) -> TriwardError:
+        """What callers see in place of tritonclient's error, if nothing more is to be found out."""
+        if code_of(error) == "DEADLINE_EXCEEDED":
+            return deadline.exceeded()
+        return from_triton(error, model=model, url=str(self._address))
+
+    def _not_ready(self) -> ServerUnavailable:
+        return ServerUnavailable(f"{self._address}: the model {self._model!r} is not ready")
+
+    def _waited(self, last: TriwardError) -> ServerUnavailable:
+        """For servers that did not start in time."""
+        waited = f"waited {self._wait_ready:g} s for the model {self._model!r}"
+        return ServerUnavailable(f"{waited}; at last: {last}")
+
+
+def lacks_connection(error: InferenceServerException) -> bool:
+    """Whether no server has answered."""
+    return code_of(error) == "UNAVAILABLE" and failed_to_connect(error.message() or "")
+
+
+def lacks_tensors(error: InferenceServerException) -> bool:
+    """Whether Triton has found that the model has other tensors."""
+    return code_of(error) == "INVALID_ARGUMENT" and is_refusal(error.message() or "")
 
 
 def check_many(concurrency: int, on_error: OnError) -> None:

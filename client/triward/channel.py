@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
 from triward.errors import ServerUnavailable
+from triward.protocol import GRPC_PORT
 
 if TYPE_CHECKING:
     import grpc
@@ -30,6 +31,9 @@ _MAX_MESSAGE_BYTES = 2**31 - 1
 # Pauses of 0.2, 0.6, 1.8 and 5.4 s, each 20 % more or less: gRPC sends a call five times at most.
 MAX_ATTEMPTS = 5
 _FIRST_PAUSE, _LONGEST_PAUSE, _GROWTH = 0.2, 10.0, 3.0
+
+# How gRPC's targets begin that need no //.
+_SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds")
 
 # A server that is gone without a word is noticed after 30 s, if a call waits for it.
 _KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 20_000, 10_000
@@ -81,7 +85,7 @@ class Address:
 
     Attributes:
         url: host:port of one server, a gRPC target such as dns:///rewards:8001 that names many, or
-            a list of host:port.
+            a list of host:port. Port 8001 where none is named.
         tls: encryption; None is plain text.
         max_attempts: how often a call is sent at most.
     """
@@ -96,15 +100,10 @@ class Address:
         Raises:
             ValueError: no channel can be made of it.
         """
-        urls = [self.url] if isinstance(self.url, str) else list(self.url)
-        if not urls:
+        if not self.urls:
             raise ValueError("url: needs at least one address")
-        for url in urls:
-            scheme = url.partition("://")[0].lower() if "://" in url else ""
-            if scheme in ("http", "https", "grpc", "grpcs"):
-                raise ValueError(f"url: must be host:port without {scheme}://, got {url!r}")
-        if len(urls) > 1:
-            for url in urls:
+        if len(self.urls) > 1:
+            for url in self.urls:
                 _split(url)
         if not 1 <= self.max_attempts <= MAX_ATTEMPTS:
             raise ValueError(
@@ -113,7 +112,19 @@ class Address:
 
     def __str__(self) -> str:
         """For messages."""
-        return self.url if isinstance(self.url, str) else ", ".join(self.url)
+        return ", ".join(self.urls)
+
+    @property
+    def urls(self) -> list[str]:
+        """All of them, each with its port."""
+        given = [self.url] if isinstance(self.url, str) else self.url
+        return [_with_port(url) for url in given]
+
+    @property
+    def single(self) -> tuple[str, int] | None:
+        """Host and port of the one server; None for several, and for gRPC's other targets."""
+        [url, *more] = self.urls
+        return None if more or _scheme(url) else _split(url)
 
     def connect(self, client: Any) -> Any:
         """A client of tritonclient's, blocking or asyncio.
@@ -129,7 +140,7 @@ class Address:
         return client(self._target(), creds=credentials, channel_args=self._options())
 
     def _target(self) -> str:
-        urls = [self.url] if isinstance(self.url, str) else list(self.url)
+        urls = self.urls
         if len(urls) == 1:
             return urls[0]
         # gRPC takes a list of numbers, but no list of names.
@@ -165,8 +176,8 @@ class Address:
         ]
         if self.tls and self.tls.server_name:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
-        elif not isinstance(self.url, str) and len(self.url) > 1:
-            options.append(("grpc.default_authority", _split(self.url[0])[0]))
+        elif len(self.urls) > 1:
+            options.append(("grpc.default_authority", _split(self.urls[0])[0]))
         return options
 
     def _service_config(self) -> dict[str, Any]:
@@ -185,6 +196,41 @@ class Address:
                 }
             ]
         return config
+
+
+def _scheme(url: str) -> str:
+    """Of a gRPC target; "" for host:port, also of a host that is called like a scheme."""
+    if "://" in url:
+        return url.partition("://")[0].lower()
+    scheme, colon, rest = url.partition(":")
+    return scheme if colon and scheme in _SCHEMES and not rest.isdecimal() else ""
+
+
+def _with_port(url: str) -> str:
+    """An address with Triward's port if it names none.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    scheme = _scheme(url)
+    if scheme in ("http", "https", "grpc", "grpcs"):
+        raise ValueError(f"url: must be host:port without {scheme}://, got {url!r}")
+    if scheme not in ("", "dns"):
+        return url
+    start = len(scheme) + 1 if scheme else 0
+    if url.startswith("//", start):  # dns://server/name, where the server is mostly left out
+        start = max(url.find("/", start + 2) + 1, start + 2)
+    target, place = url[:start], url[start:]
+    try:
+        return f"{target}[{ipaddress.IPv6Address(place)}]:{GRPC_PORT}"
+    except ValueError:
+        pass  # which most are not
+    if place.endswith("]") or (place and not set(place) & set(":/")):
+        return f"{target}{place}:{GRPC_PORT}"
+    host, _, port = place.rpartition(":")
+    if not (host and port.isdecimal() and "/" not in place):
+        raise ValueError(f"url: must be host:port, got {url!r}")
+    return url
 
 
 def _split(url: str) -> tuple[str, int]:

@@ -24,13 +24,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from triward import cli_eval, cli_tools, jsonl
-from triward.arguments import whole_number
+from triward import __version__ as version
+from triward import cli_eval, cli_tools, jsonl, protocol
+from triward.arguments import Parser, check_free, whole_number
 from triward.base import ranked
 from triward.channel import Tls
 from triward.client import RewardClient
 from triward.deadline import Deadline
-from triward.errors import DeadlineExceeded, InvalidRequest, ServerUnavailable, TriwardError
+from triward.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ServerError,
+    ServerUnavailable,
+    TriwardError,
+)
 
 _CODES = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
 
@@ -80,18 +87,27 @@ def _compare(client: RewardClient, options: argparse.Namespace) -> int:
 
 
 def _health(client: RewardClient, options: argparse.Namespace) -> int:
-    ready = client.is_ready()
+    reason: TriwardError | None = None
+    try:
+        client.check_ready()
+    except (ServerUnavailable, DeadlineExceeded, ServerError) as error:
+        reason = error
     if options.json:
-        print(json.dumps({"ready": ready}))
+        print(json.dumps({"ready": reason is None}))
     else:
-        print(f"{', '.join(options.url)}: {'ready' if ready else 'not ready'}")
-    return 0 if ready else 3
+        print(f"{', '.join(options.url)}: {'not ready' if reason else 'ready'}")
+    if reason is None:
+        return 0
+    _report(reason)
+    return 3
 
 
 def _score_lines(client: RewardClient, options: argparse.Namespace) -> int:
     """Every line comes back, in order, with its scores or its error."""
     if options.output != "-" and options.input != "-" and _same(options.input, options.output):
         raise InvalidRequest(f"{options.output}: is the input, too")
+    if options.output != "-" and not options.force:
+        check_free(Path(options.output))
     with ExitStack() as stack:
         lines = _open(stack, options.input, "r", sys.stdin)
         output = _open(stack, options.output, "w", sys.stdout)
@@ -142,12 +158,17 @@ def _open(stack: ExitStack, name: str, mode: str, standard: Any) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="triward",
         description="Rewards from a Triward server.",
         epilog="Exit codes: 0 done or yes, 1 no, 2 wrong input, 3 unavailable, 4 too late, 5 else.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"triward {version}, version {protocol.CONTRACT_VERSION} of the wire contract",
+    )
+    commands: Any = parser.add_subparsers(dest="command", required=True)
     server, prompt, lines = _server_options(), _prompt_options(), _lines_options()
     for name, run, parents, text in (
         ("score", _score, [server, prompt, lines], "score responses, or a JSONL file"),
@@ -173,10 +194,17 @@ def _server_options() -> argparse.ArgumentParser:
         "--url",
         action="append",
         default=None,
-        help="host:port of gRPC (localhost:8001), or dns:///NAME:PORT; may repeat",
+        help="host of gRPC (localhost), or host:port (8001), or dns:///NAME:PORT; may repeat",
     )
     group.add_argument("--model", default="reward", help="name of the ensemble (%(default)s)")
     group.add_argument("--timeout", type=_seconds, default=60.0, help="seconds (%(default)s)")
+    group.add_argument(
+        "--wait-ready",
+        type=_waiting,
+        default=0.0,
+        metavar="SECONDS",
+        help="for a server that is starting",
+    )
     group.add_argument("--tls", action="store_true", help="encrypt, with gRPC's own authorities")
     group.add_argument("--tls-ca", metavar="FILE", help="encrypt, with this authority")
     group.add_argument("--tls-certificate", metavar="FILE", help="the client's own, with --tls-key")
@@ -203,6 +231,7 @@ def _lines_options() -> argparse.ArgumentParser:
         '{"messages": […]} with the response as its last message',
     )
     group.add_argument("--output", metavar="FILE", default="-", help="JSONL (standard output)")
+    group.add_argument("--force", action="store_true", help="replace an output that is there")
     group.add_argument(
         "--concurrency", type=whole_number, default=32, help="requests at once (%(default)s)"
     )
@@ -236,6 +265,7 @@ def _client(options: argparse.Namespace) -> RewardClient:
             model=options.model,
             tls=tls,
             headers=dict(options.header),
+            wait_ready=options.wait_ready,
         )
     except ValueError as error:
         options.error(str(error))
@@ -249,6 +279,10 @@ def _seconds(text: str) -> float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return seconds
+
+
+def _waiting(text: str) -> float:
+    return _seconds(text) if text.strip("0.") else 0.0
 
 
 def _header(text: str) -> tuple[str, str]:

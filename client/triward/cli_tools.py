@@ -39,6 +39,7 @@ def _file_options() -> argparse.ArgumentParser:
         "--input", metavar="FILE", required=True, help="JSONL, Parquet, or a folder of Parquet"
     )
     group.add_argument("--output", metavar="FILE", required=True, help=".jsonl or .parquet")
+    group.add_argument("--force", action="store_true", help="replace outputs that are there")
     for name, text in _COLUMNS.items():
         group.add_argument(f"--{name}", metavar="COLUMN", help=f"column {text}")
     pictures = group.add_mutually_exclusive_group()
@@ -164,6 +165,7 @@ def _settings(selection: Any, options: argparse.Namespace) -> dict[str, Any]:
         "concurrency": options.concurrency,
         "chunk_rows": options.chunk_rows,
         "progress": options.progress,
+        "force": options.force,
     }
 
 

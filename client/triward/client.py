@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
+from time import sleep
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from triward import protocol
 from triward.base import (
     AHEAD,
+    POLL,
     BaseClient,
     OnError,
     Outcome,
@@ -25,13 +27,23 @@ from triward.base import (
     checked,
     ends_singles,
     failed,
+    lacks_connection,
+    lacks_tensors,
     ranked,
     stands_for_all,
 )
 from triward.channel import MAX_ATTEMPTS, Tls, Url
+from triward.connection import diagnose
+from triward.contract import refusal
 from triward.conversation import Messages, RewardRequest, build_request, split_conversation
 from triward.deadline import Deadline
-from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError, is_unknown_region
+from triward.errors import (
+    DeadlineExceeded,
+    ServerUnavailable,
+    TriwardError,
+    code_of,
+    is_unknown_region,
+)
 from triward.grouping import Group, grouped
 from triward.patience import Patient
 from triward.shelf import Shelf
@@ -40,6 +52,7 @@ from triward.wire import read_scores
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+    from tritonclient.utils import InferenceServerException
 
     from triward.sharedmemory import Place, Region
 
@@ -51,9 +64,13 @@ class _Transport(Protocol):
 
     def infer(self, *, client_timeout: float, **arguments: Any) -> Any: ...
 
-    def is_model_ready(
-        self, model_name: str, *, headers: Mapping[str, str], client_timeout: float
-    ) -> bool: ...
+    def is_server_live(self, **options: Any) -> bool: ...
+
+    def is_model_ready(self, model_name: str, **options: Any) -> bool: ...
+
+    def get_model_metadata(self, model_name: str, **options: Any) -> Any: ...
+
+    def get_server_metadata(self, **options: Any) -> Any: ...
 
     def register_system_shared_memory(
         self, name: str, key: str, byte_size: int, **options: Any
@@ -83,14 +100,18 @@ class RewardClient(BaseClient):
 
     Args:
         url: host:port of Triton's gRPC endpoint; a gRPC target that names many servers, as
-            dns:///rewards:8001; or a list of host:port. Calls go to all that answer, in turn.
+            dns:///rewards:8001; or a list of host:port. Calls go to all that answer, in turn. Port
+            8001 where none is named.
         timeout: seconds for each conversation, from reading its media to its scores. The methods
             take another one for one call. A timeout that is not above 0 is a ValueError.
         model: name of the ensemble.
         tls: encrypts the channel.
         headers: sent with every call.
         max_attempts: how often a request is sent while it is UNAVAILABLE and its timeout lasts, 1
-            to 5, with pauses that grow from 0.2 to 5.4 s.
+            to 5, with pauses that grow from 0.2 to 5.4 s. Not where nothing listens and nothing
+            has before: that is an error at once, unless several servers are named.
+        wait_ready: seconds for which the first call waits for a server that is starting, before
+            its own timeout begins.
         shared_memory_bytes: size of a region of /dev/shm through which media reach a server on this
             machine; 0 sends them over gRPC, as does a region that is full. Linux only. The server
             must see the same /dev/shm, be another process of the same user, and be the only one;
@@ -106,10 +127,14 @@ class RewardClient(BaseClient):
         tls: Tls | None = None,
         headers: Mapping[str, str] | None = None,
         max_attempts: int = MAX_ATTEMPTS,
+        wait_ready: float = 0.0,
         shared_memory_bytes: int = 0,
         _transport: _Transport | None = None,
     ) -> None:
-        super().__init__(url, timeout, model, tls, headers, max_attempts)
+        super().__init__(
+            url, timeout, model, tls, headers, max_attempts, wait_ready, transport=_transport
+        )
+        self._given = _transport
         self._transport: PerProcess[_Transport] = PerProcess(lambda: _transport or self._connect())
         if shared_memory_bytes < 0:
             raise ValueError(f"shared_memory_bytes must be at least 0, got {shared_memory_bytes}")
@@ -120,7 +145,7 @@ class RewardClient(BaseClient):
 
     def score(self, messages: Messages, *, timeout: float | None = None) -> float:
         """The reward of a conversation whose last message is the assistant's."""
-        deadline = self._deadline(timeout)
+        deadline = self._begin(timeout)
         prompt, response = split_conversation(messages)
         return self._infer(build_request(prompt, [response], deadline), deadline)[0]
 
@@ -131,7 +156,7 @@ class RewardClient(BaseClient):
 
         One request: the prompt and its media are sent once.
         """
-        deadline = self._deadline(timeout)
+        deadline = self._begin(timeout)
         return self._infer(build_request(messages, responses, deadline), deadline)
 
     def score_tokens(
@@ -162,7 +187,7 @@ class RewardClient(BaseClient):
             patch_size: pixels of a patch's side.
             timeout: seconds; the client's own by default.
         """
-        deadline = self._deadline(timeout)
+        deadline = self._begin(timeout)
         request = token_request(prompt_ids, response_ids, media, seconds_per_grid, patch_size)
         return self._infer_tokens(request, deadline)
 
@@ -236,15 +261,24 @@ class RewardClient(BaseClient):
         Raises:
             ServerError: the server fails, or does not serve this model at all.
         """
-        remaining = self._deadline(timeout).remaining()
         try:
-            with self._translated():
-                ready = self._transport.get().is_model_ready(
-                    self._model, headers=self._headers, client_timeout=remaining
-                )
+            return self._ready(self._deadline(timeout))
         except (ServerUnavailable, DeadlineExceeded):
             return False
-        return bool(ready)
+
+    def check_ready(self, timeout: float | None = None) -> None:
+        """Raise an error that says why the model cannot be asked, if it cannot.
+
+        Raises:
+            ServerUnavailable: nobody listens there, or the model is not ready.
+            DeadlineExceeded: there was no answer in time.
+            ServerError: the server fails, or does not serve this model.
+        """
+        deadline = self._begin(timeout)
+        if not self._ready(deadline):
+            with self._asking(deadline):  # which says so where there is no such model
+                self._transport.get().get_model_metadata(self._model, **self._short(deadline))
+            raise self._not_ready()
 
     def close(self) -> None:
         """Close the channel; calls in flight fail. Closing twice is fine."""
@@ -252,10 +286,9 @@ class RewardClient(BaseClient):
         transport, region = self._transport.take(), self._region.take()
         if transport is not None:
             if region is not None:
-                with suppress(TriwardError), self._translated():  # a server that is gone forgot it
-                    transport.unregister_system_shared_memory(
-                        region.name, headers=self._headers, client_timeout=_CLOSING
-                    )
+                closing = Deadline(_CLOSING)
+                with suppress(TriwardError), self._asking(closing):  # one that is gone forgot it
+                    transport.unregister_system_shared_memory(region.name, **self._short(closing))
             transport.close()
         if region is not None:
             region.close()
@@ -276,7 +309,91 @@ class RewardClient(BaseClient):
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "shared_memory_bytes": self._shared_memory_bytes}
 
+    def _begin(self, timeout: float | None) -> Deadline:
+        """The deadline of a call. It begins when the server has started, if that is waited for."""
+        if self._wait_ready and not self._closed:
+            contact = self._contact.get()
+            with contact.lock:
+                if not contact.waited:
+                    try:
+                        self._await_ready()
+                    finally:
+                        contact.waited = True  # a server that did not start is not waited for again
+        return self._deadline(timeout)
+
+    def _await_ready(self) -> None:
+        """Ask until the model is ready; each time anew, since gRPC pauses between connections."""
+        patience = Deadline(self._wait_ready)
+        settings = {**self._settings(), "wait_ready": 0.0}
+        while True:
+            try:
+                with type(self)(self._address.url, **settings, _transport=self._given) as looking:
+                    return looking.check_ready(min(patience.remaining(), self._timeout))
+            except TriwardError as error:
+                if patience.left <= POLL:
+                    raise self._waited(error) from error
+            sleep(POLL)
+
+    def _ready(self, deadline: Deadline) -> bool:
+        self._wait(deadline)
+        with self._asking(deadline):
+            ready = self._transport.get().is_model_ready(self._model, **self._short(deadline))
+        self._contact.get().made = True
+        return bool(ready)
+
+    def _meet(self, deadline: Deadline) -> None:
+        """See that a server is there, before gRPC tries for seconds to find one.
+
+        Raises:
+            ServerUnavailable: there is none, and there was none before.
+        """
+        from tritonclient.utils import InferenceServerException
+
+        contact = self._contact.get()
+        if contact.made:
+            return
+        deadline.begin(f"connecting to {self._address}")
+        try:
+            self._transport.get().is_server_live(**self._short(deadline))
+        except InferenceServerException as error:
+            if code_of(error) == "DEADLINE_EXCEEDED":
+                raise deadline.exceeded() from error
+            if lacks_connection(error):
+                reason = diagnose(self._address, error.message(), deadline.left)
+                if reason:
+                    raise ServerUnavailable(reason) from error
+                return  # the call's own attempts may find one
+        contact.made = True
+
+    @contextmanager
+    def _asking(self, deadline: Deadline, model: str | None = None) -> Iterator[None]:
+        """Raises this package's errors in place of tritonclient's; `model` is None for the own."""
+        # Imported when something is asked, here and elsewhere: numpy and gRPC take longer to load
+        # than all the rest.
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            yield
+        except InferenceServerException as error:
+            raise self._explained(error, deadline, model or self._model) from error
+
+    def _explained(
+        self, error: InferenceServerException, deadline: Deadline, model: str
+    ) -> TriwardError:
+        """What callers see; what tritonclient's error leaves open is found out."""
+        if lacks_connection(error):
+            reason = diagnose(self._address, error.message(), deadline.left)
+            if reason:
+                return ServerUnavailable(reason)
+        if lacks_tensors(error):
+            with suppress(TriwardError), self._asking(deadline, model):
+                about = self._transport.get().get_server_metadata(**self._short(deadline))
+                url = str(self._address)
+                return refusal(error.message(), url=url, model=model, server=about.name)
+        return self._translation(error, deadline, model)
+
     def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:
+        self._meet(deadline)
         if not (self._shared_memory_bytes and request.media):
             return self._ask(request, deadline, None)
         region = self._region.get()
@@ -296,13 +413,14 @@ class RewardClient(BaseClient):
 
     def _ask(self, request: RewardRequest, deadline: Deadline, media: Place | None) -> list[float]:
         arguments = self._arguments(request, deadline, media)
-        with self._translated():
+        with self._asking(deadline):
             result = self._transport.get().infer(**arguments)
         return read_scores(result, len(request.responses))
 
     def _infer_tokens(self, request: TokenRequest, deadline: Deadline) -> list[float]:
+        self._meet(deadline)
         arguments = self._token_arguments(request, deadline)
-        with self._translated(arguments["model_name"]):
+        with self._asking(deadline, arguments["model_name"]):
             result = self._transport.get().infer(**arguments)
         return read_scores(result, request.responses)
 
@@ -323,30 +441,25 @@ class RewardClient(BaseClient):
 
     def _register(self, region: Region, deadline: Deadline) -> None:
         """Tell the server about a region, and make it forget those that are gone."""
-        from triward.sharedmemory import PREFIX, exists
+        from triward.sharedmemory import is_gone
 
+        deadline.begin(f"registering shared memory with {self._address}")
         if not region.registering.acquire(timeout=deadline.remaining()):
             raise deadline.exceeded()
         try:
             if region.registered:
                 return
-            transport, headers = self._transport.get(), self._headers
-            with self._translated():
-                known = transport.get_system_shared_memory_status(
-                    headers=headers, client_timeout=deadline.remaining()
-                ).regions
-                for name in known:
-                    if name.startswith(PREFIX) and not exists(name):
+            transport = self._transport.get()
+            with self._asking(deadline):
+                known = transport.get_system_shared_memory_status(**self._short(deadline)).regions
+                for other in known.values():
+                    if is_gone(other.key):
                         transport.unregister_system_shared_memory(
-                            name, headers=headers, client_timeout=deadline.remaining()
+                            other.name, **self._short(deadline)
                         )
                 if region.name not in known:
                     transport.register_system_shared_memory(
-                        region.name,
-                        f"/{region.name}",
-                        region.size,
-                        headers=headers,
-                        client_timeout=deadline.remaining(),
+                        region.name, region.key, region.size, **self._short(deadline)
                     )
             region.registered = True
         finally:
@@ -394,7 +507,7 @@ class RewardClient(BaseClient):
         try:
             if group.error:
                 raise group.error
-            deadline = self._deadline(timeout)
+            deadline = self._begin(timeout)
             request = group.request(partial(shelf.read, deadline=deadline))
             return list(self._infer(request, deadline))
         except TriwardError as error:

@@ -13,9 +13,9 @@ What tritonclient raised is never seen by the caller, except as the cause of one
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from triward.connection import failed_to_connect, last_error, missing_model
 
 if TYPE_CHECKING:
     from tritonclient.utils import InferenceServerException
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 _UNLOADED = "has no available versions"
 
 _UNKNOWN_REGION = "Unable to find shared memory region"
+
+# Triton's words for a request that stood in a queue for longer than that, or the caller, allows.
+_QUEUED_TOO_LONG = "Request timeout expired"
+
+# How the server begins when it refuses another version of the wire contract.
+_CONTRACT = "contract_version: "
 
 _ENSEMBLE_PREFIX = re.compile(r"^(?:in ensemble '[^']*', )+")
 
@@ -61,7 +67,7 @@ def located(error: TriwardError, place: str) -> TriwardError:
 
 def from_triton(error: InferenceServerException, *, model: str, url: str) -> TriwardError:
     """Translate what tritonclient raised for a call of `model` at `url`."""
-    code = str(error.status()).rpartition(".")[2]
+    code = code_of(error)
     message = _ENSEMBLE_PREFIX.sub("", error.message() or f"no details, status {code}")
     if code == "INVALID_ARGUMENT":
         return InvalidRequest(message)
@@ -71,25 +77,26 @@ def from_triton(error: InferenceServerException, *, model: str, url: str) -> Tri
     # have said so first.
     # And for a call that the server cancels, as gRPC does when it shuts down.
     if code in ("UNAVAILABLE", "CANCELLED") or (code == "NOT_FOUND" and _UNLOADED in message):
-        return ServerUnavailable(f"{url}: {message}")
+        return ServerUnavailable(f"{url}: {_unavailable(message)}")
     if code == "NOT_FOUND":
-        return ServerError(f"{url} does not serve the model {model!r}: {message}")
-    return ServerError(f"{code}: {message}")
+        what = url if _UNKNOWN_REGION in message else missing_model(url, model)
+        return ServerError(f"{what}: {message}")
+    return ServerError(message if message.startswith(_CONTRACT) else f"{code}: {message}")
+
+
+def code_of(error: InferenceServerException) -> str:
+    """The name of the gRPC status, as "UNAVAILABLE"."""
+    return str(error.status()).rpartition(".")[2]
+
+
+def _unavailable(message: str) -> str:
+    if failed_to_connect(message):
+        return f"no connection: {last_error(message)}"
+    if _QUEUED_TOO_LONG in message:
+        return f"the request waited in the server's queue for as long as it may ({message})"
+    return message
 
 
 def is_unknown_region(error: TriwardError) -> bool:
     """Whether the server says that it does not know a region of shared memory."""
     return _UNKNOWN_REGION in str(error)
-
-
-@contextmanager
-def triton_errors(*, model: str, url: str) -> Iterator[None]:
-    """Raise this package's errors in place of tritonclient's, chained to them."""
-    # Imported when something is asked, here and elsewhere: numpy and gRPC take longer to load than
-    # all the rest.
-    from tritonclient.utils import InferenceServerException
-
-    try:
-        yield
-    except InferenceServerException as error:
-        raise from_triton(error, model=model, url=url) from error

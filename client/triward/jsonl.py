@@ -13,8 +13,8 @@ from triward.client import RewardClient
 from triward.conversation import Message
 from triward.errors import InvalidRequest, TriwardError, located
 
-# A conversation's own, and what an earlier run may have said; the other keys are handed on.
-_KEYS = ("messages", "responses", "score", "scores", "ranking", "error")
+# What an earlier run may have said; all other keys are handed on.
+_SAID = ("score", "scores", "ranking", "error")
 
 
 @dataclass
@@ -55,7 +55,7 @@ def score_lines(
         progress: likewise; it counts responses.
 
     Yields:
-        For each line its other keys with `score`, or `scores` where it has `responses`, or `error`
+        For each line its keys with `score`, or `scores` where it has `responses`, or `error`
         with a `type` and a `message`; and that error.
     """
     taken: deque[_Line] = deque()
@@ -88,7 +88,9 @@ def _read(text: str, number: int) -> tuple[_Line, list[list[Message]]]:
     line = _Line(number)
     try:
         row = _object(text)
-        line.row = {key: value for key, value in row.items() if key not in _KEYS}
+        line.row = {key: value for key, value in row.items() if key not in _SAID}
+        if not isinstance(row.get("messages"), list):
+            raise InvalidRequest("must be an object with 'messages', a list")
         if "responses" not in row:
             line.count = 1
             return line, [row["messages"]]
@@ -108,7 +110,7 @@ def _object(text: str) -> dict[str, Any]:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+    if not isinstance(row, dict):
         raise InvalidRequest("must be an object with 'messages', a list")
     return row
 

@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MODEL = "reward"
+GRPC_PORT = 8001  # where a server listens that is not told otherwise
+
+# Of everything in this module and what it means. Each call says it; a server that speaks another
+# one refuses the call, so that no score comes from a misunderstanding.
+CONTRACT_VERSION = 1
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,10 @@ caller gave up or the connection broke, it rests: another request's bytes there 
 server a tensor that contradicts itself.
 
 A region's owner holds a lock on its file, so that others can tell what a killed process left.
+
+A server reads and writes a region for everyone who knows the name that it was registered under, and
+asks for no key. Anyone on the machine can list the files of /dev/shm, so that name is another one,
+which nobody can guess, and only the server is told.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import secrets
 import struct
 import threading
 import weakref
@@ -21,7 +26,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from uuid import uuid4
 
 from triward.errors import InvalidRequest, TriwardError, is_unknown_region
 
@@ -54,6 +58,10 @@ class Region:
     Args:
         size: bytes.
 
+    Attributes:
+        name: under which a server knows it; a secret.
+        key: of its file, for a server.
+
     Raises:
         OSError: this machine has no /dev/shm, or too little of it.
     """
@@ -61,14 +69,16 @@ class Region:
     def __init__(self, size: int) -> None:  # noqa: D107 - the class says it
         sweep()
         self.size = size
-        self.name, descriptor = _create()
+        self.name = secrets.token_hex(16)
+        self.path, descriptor = _create()
+        self.key = f"/{self.path.name}"
         try:
             os.posix_fallocate(descriptor, 0, size)  # else a full /dev/shm would be a SIGBUS later
             self._memory = mmap.mmap(descriptor, size)
         except BaseException:
-            _remove(self.name, descriptor, os.getpid())
+            _remove(self.path, descriptor, os.getpid())
             raise
-        self.close = weakref.finalize(self, _remove, self.name, descriptor, os.getpid())
+        self.close = weakref.finalize(self, _remove, self.path, descriptor, os.getpid())
         self.registered = False  # as far as this process knows
         self.registering = threading.Lock()
         self._lock = threading.Lock()
@@ -132,26 +142,27 @@ def sweep() -> None:
                 os.close(descriptor)
 
 
-def exists(name: str) -> bool:
-    """Whether a region's file is there."""
-    return (FOLDER / name).exists()
+def is_gone(key: str) -> bool:
+    """Whether a region that a server knows was a client's, and its file is not there any more."""
+    name = key.lstrip("/")
+    return name.startswith(PREFIX) and not (FOLDER / name).exists()
 
 
-def _create() -> tuple[str, int]:
-    """A new file's name and descriptor, with the lock that says that its owner lives."""
+def _create() -> tuple[Path, int]:
+    """A new file and its descriptor, with the lock that says that its owner lives."""
     while True:
-        name = f"{PREFIX}{os.getpid()}-{uuid4().hex[:12]}"
-        descriptor = os.open(FOLDER / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        path = FOLDER / f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         with suppress(OSError):  # someone who sweeps was quicker than this lock
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_nlink:
-                return name, descriptor
+                return path, descriptor
         os.close(descriptor)
 
 
-def _remove(name: str, descriptor: int, owner: int) -> None:
+def _remove(path: Path, descriptor: int, owner: int) -> None:
     # A fork's copy goes without a word: the region is its parent's.
     if os.getpid() == owner:
         with suppress(FileNotFoundError):
-            (FOLDER / name).unlink()
+            path.unlink()
     os.close(descriptor)

@@ -63,6 +63,7 @@ def _arguments(model: str, inputs: list[Any], remaining: float) -> dict[str, Any
         "model_name": model,
         "inputs": inputs,
         "outputs": [InferRequestedOutput(protocol.SCORES.name)],
+        "parameters": {"contract_version": protocol.CONTRACT_VERSION},
         "client_timeout": remaining,
         "timeout": max(1, int(remaining * 1e6)),
     }

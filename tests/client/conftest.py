@@ -50,6 +50,9 @@ class FakeTransport:
             raise self.ready
         return self.ready
 
+    def get_model_metadata(self, model_name, **arguments):
+        self.calls.append({"model_name": model_name, **arguments})
+
     def close(self):
         self.closed += 1
 

@@ -41,7 +41,14 @@ def responses(*texts):
 
 
 def defaults(**settings):
-    return {"timeout": 60.0, "model": "reward", "tls": None, "headers": {}, **settings}
+    return {
+        "timeout": 60.0,
+        "model": "reward",
+        "tls": None,
+        "headers": {},
+        "wait_ready": 0.0,
+        **settings,
+    }
 
 
 def test_table_is_best_first(made, capsys):
@@ -132,6 +139,7 @@ def test_a_missing_image(made, transport, capsys):
         ["compare", "--a", "x", "--b", "y"],
         ["score", "--input", "f.jsonl", "--prompt", "q"],
         ["health", "--url", "http://host:1"],
+        ["health", "--wait-ready", "-1"],
         ["health", "--tls-key", "only.key"],
         ["health", "--header", "no colon"],
         ["score", "--input", "f.jsonl", "--concurrency", "0"],
@@ -187,7 +195,9 @@ def test_compare(made, capsys, a, b, code):
 def test_health(made, transport, capsys, ready, code, text):
     transport.ready = ready
     assert triward.cli.main(["health", "--url", "a:1", "--url", "b:2"]) == code
-    assert capsys.readouterr().out == f"a:1, b:2: {text}\n"
+    out, err = capsys.readouterr()
+    assert out == f"a:1, b:2: {text}\n"
+    assert err == ("" if ready else "triward: a:1, b:2: the model 'reward' is not ready\n")
     assert triward.cli.main(["health", "--json"]) == code
     assert json.loads(capsys.readouterr().out) == {"ready": ready}
 
@@ -200,6 +210,48 @@ def test_how_servers_are_reached(made, tmp_path):
     assert made == [(["a:1", "b:2"], settings)]
     assert triward.cli.main(["health", "--tls"]) == 0
     assert made[-1][1]["tls"] == Tls()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["scroe", "--prompt", "q", "--response", "r"], "score"),
+        ([*ARGUMENTS, "--respone", "r"], "--response"),
+        ([*ARGUMENTS, "--response", "r", "--time-out=5"], "--timeout"),
+        (["compare", "--promt", "q", "--a", "x", "--b", "y"], "--prompt"),
+        (["health", "--ulr", "host:1"], "--url"),
+        (["best-of-n", "--inptu", "a.jsonl", "--output", "b.jsonl"], "--input"),
+    ],
+)
+def test_a_word_that_is_mistyped(made, transport, arguments, meant, capsys):
+    with pytest.raises(SystemExit) as caught:
+        triward.cli.main(arguments)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.endswith(f"; did you mean {meant}?\n")
+    assert f"usage: triward {'' if meant == 'score' else arguments[0]}" in err
+    assert transport.calls == []
+
+
+def test_a_word_that_is_like_none(made, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["triward", *ARGUMENTS, "--response", "r", "--xyz"])
+    with pytest.raises(SystemExit):
+        triward.cli.main()
+    assert capsys.readouterr().err.endswith("error: unrecognized arguments: --xyz\n")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        triward.cli.main(["--version"])
+    assert caught.value.code == 0
+    expected = f"triward {triward.__version__}, version 1 of the wire contract\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_waiting_for_a_server(made):
+    assert triward.cli.main(["health", "--wait-ready", "2.5"]) == 0
+    assert made[-1][1]["wait_ready"] == 2.5
+    assert triward.cli.main(["health", "--wait-ready", "0"]) == 0
 
 
 PROMPT = [{"role": "user", "content": "q"}]
@@ -221,13 +273,37 @@ def test_lines(made, tmp_path):
     assert run_lines(tmp_path, [*LINES, "", LINES[1]]) == (
         0,
         [
-            {"id": 1, "scores": [2.0, 7.0]},
-            {"id": "x", "score": 4.0},
-            {"id": "x", "score": 4.0},
+            {**LINES[0], "scores": [2.0, 7.0]},
+            {**LINES[1], "score": 4.0},
+            {**LINES[1], "score": 4.0},
         ],
     )
-    _, rows = run_lines(tmp_path, LINES, command="rank")
-    assert rows[0] == {"id": 1, "scores": [2.0, 7.0], "ranking": [1, 0]}
+    _, rows = run_lines(tmp_path, LINES, "--force", command="rank")
+    assert rows[0] == {**LINES[0], "scores": [2.0, 7.0], "ranking": [1, 0]}
+
+
+def test_scored_lines_can_be_filtered(made, tmp_path):
+    """What comes back is the input, with scores: a tool that takes that takes this."""
+    run_lines(tmp_path, [LINES[0]] * 4)
+    kept = tmp_path / "kept.jsonl"
+    arguments = ["--input", tmp_path / "out.jsonl", "--output", kept, "--scores", "scores"]
+    options = ["--min", "5", "--no-picture", "--prompt", "messages", "--responses", "responses"]
+    assert triward.cli.main(["filter", *map(str, arguments), *options]) == 0
+    rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    assert rows == [{**LINES[0], "responses": ["longest"], "scores": [7.0]}] * 4
+
+
+def test_an_output_that_is_there_is_not_replaced(made, transport, tmp_path, capsys):
+    assert run_lines(tmp_path, LINES)[0] == 0
+    calls = len(transport.calls)
+    code, rows = run_lines(tmp_path, LINES[1:])
+    assert code == 2 and len(rows) == 2 and len(transport.calls) == calls
+    there = f"triward: {tmp_path / 'out.jsonl'}: is there already; --force (force=True) replaces it"
+    assert capsys.readouterr().err == f"{there}, or name another output\n"
+    code, rows = run_lines(tmp_path, LINES[1:], "--force")
+    assert code == 0 and len(rows) == 1
+    (tmp_path / "out.jsonl").write_text("")  # as mktemp makes it
+    assert run_lines(tmp_path, LINES)[0] == 0
 
 
 def test_lines_that_cannot_be_scored_come_back_with_their_error(made, transport, tmp_path, capsys):
@@ -255,7 +331,7 @@ def test_lines_that_cannot_be_scored_come_back_with_their_error(made, transport,
 def test_lines_through_pipes(made, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(LINES[1])))
     assert triward.cli.main(["score", "--input", "-"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"id": "x", "score": 4.0}
+    assert json.loads(capsys.readouterr().out) == {**LINES[1], "score": 4.0}
 
 
 def test_a_missing_input_file(made, capsys):
@@ -274,8 +350,8 @@ def test_what_an_earlier_run_said_is_not_handed_on(made, tmp_path):
     stale = {"score": 17, "scores": [17], "ranking": [0], "error": {}}
     lines = [{**LINES[0], **stale}, {"id": 2, "messages": PROMPT, "responses": [5], **stale}]
     _, rows = run_lines(tmp_path, lines)
-    assert rows[0] == {"id": 1, "scores": [2.0, 7.0]}
-    assert rows[1].keys() == {"id", "error"}
+    assert rows[0] == {**LINES[0], "scores": [2.0, 7.0]}
+    assert rows[1].keys() == {"id", "messages", "responses", "error"}
 
 
 def test_lines_that_are_no_text(made, tmp_path):

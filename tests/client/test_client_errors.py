@@ -8,6 +8,15 @@ from tritonclient.utils import InferenceServerException
 import triward
 from triward import errors
 
+CONVERSATION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+
+
+def raising(error):
+    def reply(arguments):
+        raise error
+
+    return reply
+
 
 def from_triton(message, status):
     error = InferenceServerException(message, status=status)
@@ -90,19 +99,18 @@ def test_a_missing_model_is_named_with_the_server():
     assert "host:1" in str(error)
 
 
-def test_the_original_is_chained():
+def test_the_original_is_chained(client, transport):
     original = InferenceServerException("no", status="StatusCode.INTERNAL")
-    with (
-        pytest.raises(triward.ServerError) as caught,
-        errors.triton_errors(model="reward", url="host:1"),
-    ):
-        raise original
+    transport.reply = raising(original)
+    with pytest.raises(triward.ServerError) as caught:
+        client.score(CONVERSATION)
     assert caught.value.__cause__ is original
 
 
-def test_other_exceptions_pass_through():
-    with pytest.raises(KeyError), errors.triton_errors(model="reward", url="host:1"):
-        raise KeyError("x")
+def test_other_exceptions_pass_through(client, transport):
+    transport.reply = raising(KeyError("x"))
+    with pytest.raises(KeyError):
+        client.score(CONVERSATION)
 
 
 def test_the_hierarchy():

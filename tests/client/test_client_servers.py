@@ -106,7 +106,10 @@ def test_names_without_an_address(server):
         ([], "at least one"),
         ("http://host:8001", "without http://"),
         (["host:8001", "https://host:8001"], "without https://"),
-        (["host:8001", "host"], "host:port"),
+        (["host:8001", "host:http"], "host:port"),
+        ("host:http", "must be host:port"),
+        ("host:8001/v2", "must be host:port"),
+        ("", "must be host:port"),
         (["host:8001", "dns:///host:8001"], "host:port"),
     ],
 )

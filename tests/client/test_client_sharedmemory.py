@@ -33,17 +33,27 @@ def ours():
     return {path.name for path in FOLDER.glob(PREFIX + "*")}
 
 
-def content(place):
-    with (FOLDER / place.region).open("rb") as file:
+def content(region, place):
+    assert place.region == region.name
+    with region.path.open("rb") as file:
         file.seek(place.offset)
         return file.read(place.size)
 
 
 def test_a_place_holds_a_tensor(region):
     with region.lend([b"one", b"", b"three"]) as place:
-        assert content(place) == b"".join(
+        assert content(region, place) == b"".join(
             struct.pack("<I", len(value)) + value for value in (b"one", b"", b"three")
         )
+
+
+def test_the_name_is_not_in_the_folder(region):
+    """Whoever knows it can have a server read and write the region, without a key."""
+    assert region.path.stat().st_mode & 0o777 == 0o600
+    assert len(region.name) == 32
+    for path in FOLDER.iterdir():
+        assert region.name not in path.name and path.name not in region.name
+    assert Region(1).name != Region(1).name
 
 
 def test_places_do_not_overlap_and_are_used_again(region):
@@ -53,7 +63,7 @@ def test_places_do_not_overlap_and_are_used_again(region):
             assert third is None, "there is no room"
         with region.lend([b"c" * 196]) as third:
             assert third.offset == 800
-        assert content(first)[4:] == b"a" * 396
+        assert content(region, first)[4:] == b"a" * 396
     with region.lend([b"d" * 996]) as whole:
         assert (whole.offset, whole.size) == (0, 1000)
 
@@ -83,9 +93,9 @@ def test_a_place_rests_unless_the_server_has_answered(region, error, rests, monk
 def test_a_region_is_gone_when_it_is_closed():
     before = ours()
     region = Region(1000)
-    assert ours() - before == {region.name}
+    assert ours() - before == {region.path.name}
     sweep()
-    assert ours() - before == {region.name}, "its owner lives"
+    assert ours() - before == {region.path.name}, "its owner lives"
     region.close()
     region.close()
     assert ours() == before
@@ -109,7 +119,7 @@ def test_a_fork_leaves_its_parents_region_alone(region):
         region.close()
         os._exit(0)
     os.waitpid(child, 0)
-    assert region.name in ours()
+    assert region.path.name in ours()
 
 
 def test_wrong_settings():

@@ -55,13 +55,13 @@ def test_the_whole_message_survives_protobuf():
         sequence_start=False,
         sequence_end=False,
         priority=0,
-        parameters=None,
     )
     message = service_pb2.ModelInferRequest.FromString(message.SerializeToString())
     assert message.model_name == "reward"
     assert list(message.raw_input_contents) == [b"\2\0\0\0[]", b"\1\0\0\0r", b""]
     assert [list(tensor.shape) for tensor in message.inputs] == [[1, 1], [1, 1], [1, 0]]
     assert message.parameters["timeout"].int64_param == 1_500_000
+    assert message.parameters["contract_version"].int64_param == 1
     assert [output.name for output in message.outputs] == ["scores"]
 
 

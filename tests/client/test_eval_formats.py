@@ -334,7 +334,7 @@ def test_a_folder_of_nothing_or_of_several_formats(tmp_path):
 def test_without_pyarrow(monkeypatch, tmp_path):
     path = write_rows(tmp_path / "a.parquet", [REWARDBENCH])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InvalidRequest, match=r"needs pyarrow: pip install 'triward\[tools\]'"):
+    with pytest.raises(InvalidRequest, match=r"needs pyarrow: pip install './client\[tools\]'"):
         list(read_pairs("rewardbench", path))
     other = write_rows(tmp_path / "a.jsonl", [REWARDBENCH])
     assert len(list(read_pairs("rewardbench", other))) == 1

@@ -13,6 +13,7 @@ from tests import benchmarkdata
 from tests.evaluations import pair, results_of, write
 from tests.fakeserver import FakeServer
 from triward import RewardClient
+from triward.arguments import INSTALL_TOOLS
 from triward.errors import InvalidRequest
 from triward.evaluation.report import check_packages, write_report
 from triward.evaluation.results import Problem, Result
@@ -323,6 +324,5 @@ class TestArguments:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(InvalidRequest) as caught:
             check_packages()
-        assert str(caught.value) == (
-            "a report needs jinja2, matplotlib: pip install 'triward[tools]'"
-        )
+        assert str(caught.value) == f"a report needs jinja2, matplotlib: {INSTALL_TOOLS}"
+        assert INSTALL_TOOLS == "pip install './client[tools]' in a checkout of Triward"

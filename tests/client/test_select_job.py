@@ -170,10 +170,10 @@ def test_scores_that_are_there_are_used_and_nobody_is_asked(server, tmp_path, ca
     assert run("best-of-n", *options) == 0
     assert {row["index"] for row in read(output)} == {0}
     # Other thresholds, with the same output.
-    assert run("filter", *options, "--min", 0) == 0
+    assert run("filter", *options, "--min", 0, "--force") == 0
     assert [row["reward"] for row in read(output)] == [[1.0, 0.5]] * 30
     assert [len(row["responses"]) for row in read(output)] == [2] * 30
-    assert run("pairs", *options) == 0
+    assert run("pairs", *options, "--force") == 0
     assert [row["margin"] for row in read(output)] == [2.0] * 30
     assert "reward" not in read(output)[0]
     assert server.calls == 0
@@ -220,7 +220,7 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reason(server, tmp_path, c
     assert err.startswith("triward: 6 of 8 rows have no score; the first:\ntriward: line 2: not JS")
     # A later run that rejects nothing leaves no old file behind.
     write(source, made())
-    assert run("best-of-n", *options) == 0
+    assert run("best-of-n", *options, "--force") == 0
     assert not (tmp_path / "out.jsonl.rejected.jsonl").exists()
 
 
@@ -479,8 +479,8 @@ def test_a_penalty_that_is_no_number_is_a_sentence(capsys):
 @pytest.mark.parametrize(
     ("module", "path", "error"),
     [
-        ("matplotlib", "out.jsonl", "a picture needs matplotlib: pip install 'triward[tools]'"),
-        ("pyarrow", "out.parquet", "Parquet needs pyarrow: pip install 'triward[tools]'"),
+        ("matplotlib", "out.jsonl", "a picture needs matplotlib: pip install './client[tools]'"),
+        ("pyarrow", "out.parquet", "Parquet needs pyarrow: pip install './client[tools]'"),
     ],
 )
 def test_a_missing_package_is_one_sentence(
@@ -500,7 +500,7 @@ def test_an_empty_table(client, tmp_path):
     for name, job in JOBS.items():
         done = job(
             tmp_path / "in.parquet", tmp_path / f"{name}.parquet", client, columns=TABLE,
-            picture=tmp_path / "p.svg",
+            picture=tmp_path / f"{name}.svg",
         )  # fmt: skip
         assert (done.rows, done.written, done.failed) == (0, 0, 0)
         assert read(tmp_path / f"{name}.parquet") == []
@@ -568,7 +568,7 @@ def test_no_server_at_all_is_said_at_once(tmp_path):
     client = RewardClient("127.0.0.1:1", timeout=20, max_attempts=1)
     with (
         client,
-        pytest.raises(ServerUnavailable, match="no server is ready for the model 'reward'"),
+        pytest.raises(ServerUnavailable, match=r"nothing listens on 127\.0\.0\.1:1; "),
     ):
         best_of_n_file(source, tmp_path / "out.jsonl", client)
     assert time.monotonic() - start < 15
@@ -713,3 +713,38 @@ def test_a_server_that_is_away(tmp_path, capsys):
     code = run("best-of-n", *options, "--input", source, "--output", tmp_path / "out.jsonl")
     assert code in (3, 4)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_an_output_that_is_there_is_not_replaced(server, client, tmp_path, name):
+    source, output = write(tmp_path / "in.jsonl", made()), tmp_path / "out.jsonl"
+    options = {"picture": tmp_path / "out.svg"}
+    JOBS[name](source, output, client, **options)
+    calls, there = server.calls, {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for gone in (None, output):  # what else is there counts, too
+        if gone is not None:
+            gone.unlink()
+            there.pop(gone)
+        with pytest.raises(InvalidRequest, match=r"is there already; --force \(force=True\) "):
+            JOBS[name](source, output, client, **options)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == there
+    assert server.calls == calls
+    JOBS[name](source, output, client, **options, force=True)
+    assert output.exists()
+
+
+def test_a_job_that_may_replace_goes_on_without_being_told_again(server, client, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", made()), tmp_path / "out.jsonl"
+    best_of_n_file(source, output, client)
+    server.fault = lambda call: Fault.INTERNAL
+    with pytest.raises(ServerError):
+        best_of_n_file(source, output, client, force=True)
+    server.fault = lambda call: None
+    assert best_of_n_file(source, output, client).rows == 30
+
+
+def test_the_flag(server, tmp_path, capsys):
+    source, output = write(tmp_path / "in.jsonl", made(2)), tmp_path / "out.jsonl"
+    command = ["best-of-n", "--url", server.url, "--input", source, "--output", output]
+    assert [run(*command), run(*command), run(*command, "--force")] == [0, 2, 0]
+    assert "--force" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from triward.arguments import INSTALL_TOOLS
 from triward.errors import InvalidRequest
 from triward.evaluation.comparison import compare
 from triward.evaluation.facts import Facts, gather
@@ -49,7 +50,7 @@ def check_packages() -> None:
     names = {"jinja2": "jinja2", "matplotlib": "matplotlib", "PIL": "pillow"}
     absent = [package for module, package in names.items() if find_spec(module) is None]
     if absent:
-        raise InvalidRequest(f"a report needs {', '.join(absent)}: pip install 'triward[tools]'")
+        raise InvalidRequest(f"a report needs {', '.join(absent)}: {INSTALL_TOOLS}")
 
 
 def write_report(

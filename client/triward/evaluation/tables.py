@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Union
 
+from triward.arguments import INSTALL_TOOLS
 from triward.errors import InvalidRequest
 from triward.jobs import is_hidden
 
@@ -96,8 +97,8 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[tuple[int, Values]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        need = "needs pyarrow: pip install 'triward[tools]'"
-        raise InvalidRequest(f"{path}: a Parquet file {need}") from error
+        need = f"a Parquet file needs pyarrow: {INSTALL_TOOLS}"
+        raise InvalidRequest(f"{path}: {need}") from error
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names

@@ -31,6 +31,7 @@ def best_of_n_file(
     concurrency: int = 32,
     chunk_rows: int = 1000,
     progress: bool = False,
+    force: bool = False,
 ) -> Summary:
     """Write each row with its best response. Goes on with a job that was killed.
 
@@ -45,15 +46,16 @@ def best_of_n_file(
         concurrency: how many requests are in flight at once.
         chunk_rows: how much a killed job repeats. A chunk is held in memory.
         progress: show a bar on standard error.
+        force: replace outputs that are there. A job that was killed goes on without it.
 
     Raises:
-        InvalidRequest: the input or the arguments cannot be used.
+        InvalidRequest: the input or the arguments cannot be used, or an output is there already.
         JobMismatch: `OUTPUT.parts` was begun with other input or other settings.
         TriwardError: a server failed. What is finished is kept, in `OUTPUT.parts`.
     """
     found, columns = _open(source, columns, several=True)
     task = BestOfN(columns.scores or "scores")
-    files = Files(Path(output), None, _path(picture))
+    files = Files(Path(output), None, _path(picture), force)
     return _job(found, columns, task, files, client, concurrency, chunk_rows).run(progress)
 
 
@@ -69,6 +71,7 @@ def filter_file(
     concurrency: int = 32,
     chunk_rows: int = 1000,
     progress: bool = False,
+    force: bool = False,
 ) -> Summary:
     """Write the rows whose scores a rule keeps. Goes on with a job that was killed.
 
@@ -86,13 +89,14 @@ def filter_file(
         concurrency: likewise.
         chunk_rows: likewise.
         progress: likewise.
+        force: likewise.
 
     Raises:
         TriwardError: see `best_of_n_file`.
     """
     found, columns = _open(source, columns)
     task = filtering(rule, columns, reasons=dropped is not None)
-    files = Files(Path(output), _path(dropped), _path(picture))
+    files = Files(Path(output), _path(dropped), _path(picture), force)
     return _job(found, columns, task, files, client, concurrency, chunk_rows).run(progress)
 
 
@@ -107,6 +111,7 @@ def pairs_file(
     concurrency: int = 32,
     chunk_rows: int = 1000,
     progress: bool = False,
+    force: bool = False,
 ) -> Summary:
     """Write preference pairs for TRL's DPO trainer. Goes on with a job that was killed.
 
@@ -123,12 +128,13 @@ def pairs_file(
         concurrency: likewise.
         chunk_rows: likewise.
         progress: likewise.
+        force: likewise.
 
     Raises:
         TriwardError: see `best_of_n_file`.
     """
     found, columns = _open(source, columns, several=True)
-    files = Files(Path(output), None, _path(picture))
+    files = Files(Path(output), None, _path(picture), force)
     task = pairing_of(pairing, columns)
     return _job(found, columns, task, files, client, concurrency, chunk_rows).run(progress)
 

@@ -15,6 +15,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from triward.arguments import check_free
 from triward.errors import InvalidRequest
 from triward.jobs import check_apart
 from triward.selection.parts import Parts
@@ -37,11 +38,13 @@ class Files:
             could not be used.
         dropped: what is left out for its score; None for nowhere.
         picture: .svg or .png; None for none.
+        force: whether those that are there may be replaced.
     """
 
     output: Path
     dropped: Path | None = None
     picture: Path | None = None
+    force: bool = False
     parts: Path = field(init=False)
     rejected: Path = field(init=False)
 
@@ -70,6 +73,13 @@ class Files:
         """All of them."""
         named = (self.output, self.rejected, self.dropped, self.picture)
         return [path for path in named if path is not None]
+
+    def check_free(self) -> None:
+        """Raise InvalidRequest for a file of an earlier job; one that was begun may go on."""
+        if not self.force and not self.parts.is_dir():
+            for path in (self.output, self.dropped, self.picture):
+                if path is not None:
+                    check_free(path)
 
     def check_apart(self, source: Source) -> None:
         """Raise InvalidRequest for a file that would be written over another one."""
@@ -110,6 +120,7 @@ class Job:
         if self.chunk_rows < 1:
             raise InvalidRequest(f"chunk_rows must be at least 1, got {self.chunk_rows}")
         self.files.check_apart(self.source)
+        self.files.check_free()
         self._check_formats()
         parts = Parts(self.files.parts, self.source, self.judge, self.chunk_rows)
         parts.pin()

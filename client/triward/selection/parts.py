@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from triward.errors import ServerUnavailable
 from triward.jobs import fingerprint, pin, whole_file
 from triward.selection.source import Source
 from triward.selection.verdicts import Judge, Verdict
@@ -73,18 +72,16 @@ class Parts:
         for number, chunk in enumerate(self.source.chunks(self.chunk_rows)):
             path = self._path(number)
             if not path.exists():
-                ready = ready or self._is_ready()
+                ready = ready or self._check_ready()
                 verdicts = self.judge.verdicts(chunk.rows())
                 with whole_file(path) as file:
                     lines = (json.dumps(asdict(each)) + "\n" for each in verdicts)
                     file.writelines(line.encode() for line in lines)
             yield len(chunk)
 
-    def _is_ready(self) -> bool:
+    def _check_ready(self) -> bool:
         # `patience` is for servers that start again, not for an address that is wrong.
-        client = self.judge.scorer.client
-        if not client.is_ready():
-            raise ServerUnavailable(f"no server is ready for the model {client.model!r}")
+        self.judge.scorer.client.check_ready()
         return True
 
     def verdicts(self, number: int) -> list[Verdict]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from triward.arguments import INSTALL_TOOLS
 from triward.errors import InvalidRequest
 from triward.jobs import whole_file
 from triward.selection.preference import PairChooser
@@ -29,7 +30,7 @@ def check_picture(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        needed = "a picture needs matplotlib: pip install 'triward[tools]', or --no-picture"
+        needed = f"a picture needs matplotlib: {INSTALL_TOOLS}, or --no-picture"
         raise InvalidRequest(needed) from None
 
 

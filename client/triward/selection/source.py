@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from triward.arguments import INSTALL_TOOLS
 from triward.errors import InvalidRequest
 from triward.jobs import is_hidden
 from triward.selection.verdicts import Row
@@ -84,7 +85,7 @@ def check_pyarrow() -> None:
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        raise InvalidRequest("Parquet needs pyarrow: pip install 'triward[tools]'") from None
+        raise InvalidRequest(f"Parquet needs pyarrow: {INSTALL_TOOLS}") from None
 
 
 @dataclass(frozen=True)
