@@ -23,6 +23,7 @@ from . import repository as repositories
 from .errors import LaunchError
 from .integrity import Verify, check_served
 from .launch import Endpoints, Tls, TritonServer
+from .log import LineWriter
 from .memory import half_of_the_machine
 from .switch import switch_version
 from .triton_http import HttpError, TritonHttp
@@ -244,12 +245,12 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (LaunchError, HttpError) as error:
-        typer.echo(f"triward-server: {error}", err=True)
+        _say(str(error))
         raise typer.Exit(1) from None
 
 
 def _say(line: str) -> None:
-    typer.echo(f"triward-server: {line}", err=True)
+    LineWriter(None).write(f"triward-server: {line}\n")
 
 
 def _triton(host: str, port: int, admin_key_file: Path | None) -> TritonHttp:

@@ -8,7 +8,6 @@ alone, so that what is wrong with another one stops nobody; while versions chang
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +20,7 @@ from tritonclient.grpc import model_config_pb2
 from . import schema
 from .canary import Canary
 from .errors import LaunchError
+from .log import LineWriter
 from .schema import REWARD, ModelNames
 
 DRAINING_VERSION = 2**31 - 1  # no export's
@@ -192,7 +192,7 @@ class Canaries:
             except LaunchError as error:
                 if key not in self._unread:
                     line = f"{names.ensemble}: of version {version} only finite scores are asked"
-                    print(f"triward-server: {line}: {error}", file=sys.stderr, flush=True)
+                    LineWriter(None).write(f"triward-server: {line}: {error}\n")
                 self._unread.add(key)
                 return replace(self._served[names], scores=None)
         self._served[names] = self._known[key]
