@@ -212,8 +212,9 @@ class Caller:
             response_deserializer=service_pb2.ModelInferResponse.FromString,
         )
 
-    def scores(self, request: Any, deadline: float = DEADLINE) -> np.ndarray:
-        return loadgen.scores_of(self._infer(request, timeout=deadline))
+    def scores(self, request: Any, deadline: float = DEADLINE, patient: bool = False) -> np.ndarray:
+        """Of a request that must be scored; a patient caller waits for the server, too."""
+        return loadgen.scores_of(self._infer(request, timeout=deadline, wait_for_ready=patient))
 
     def judge(self, fuzzed: Fuzzed) -> tuple[str, str | None]:
         """The status, and what is wrong with the answer."""
