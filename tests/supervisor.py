@@ -92,6 +92,7 @@ class Supervised:
         """Kill a process, and wait until `serve` has ended over it and the next one scores."""
         lives = len(self.exits)
         self.member(name).kill()
+        self.ready.clear()  # else callers would spend their requests on a server that is gone
         end = time.monotonic() + 120
         while len(self.exits) == lives:
             assert time.monotonic() < end, f"{name} was killed and nobody noticed"
