@@ -35,7 +35,10 @@ _WATCH_INTERVAL = 2.0
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Repository = Annotated[Path, typer.Option(help="What export/build_repository.py wrote.")]
-Host = Annotated[str, typer.Option(help="Where the server is.")]
+Host = Annotated[
+    str,
+    typer.Option(help="Where its HTTP listens; by default only on its own machine."),
+]
 HttpPort = Annotated[int, typer.Option(help="The server's, for HTTP.")]
 AdminKeyFile = Annotated[
     Path | None,
