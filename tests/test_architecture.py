@@ -17,12 +17,13 @@ from triward_server import schema
 
 # In the order in which data flows; a module imports only what stands above it.
 ORDER = (
-    "errors", "schema", "contract", "config", "heap", "workers", "image_codec", "video_codec",
-    "codec_worker", "conversation", "decoding", "media", "video", "resizing", "tokenization",
-    "preprocess", "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs",
-    "onnx_runner", "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics",
-    "draining", "triton_io", "canary", "repository", "integrity", "triton_http", "installation",
-    "launch", "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
+    "errors", "schema", "contract", "config", "memory", "heap", "workers", "image_codec",
+    "video_codec", "codec_worker", "conversation", "decoding", "media", "video", "resizing",
+    "tokenization", "preprocess", "packing", "attention", "vision", "decoder", "architectures",
+    "onnx_inputs", "onnx_runner", "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring",
+    "metrics", "draining", "triton_io", "canary", "log", "repository", "integrity", "triton_http",
+    "installation", "signals", "child", "endpoints", "gpu", "launch", "watchdog", "switch",
+    "random_checkpoint", "random_text_checkpoint", "testing", "cli",
 )  # fmt: skip
 PACKAGE = ROOT / "triward_server"
 MODELS = ROOT / "model_repository"

@@ -6,6 +6,7 @@ PromQL parser, pip. What only holds between files (ports, names, timeouts, flags
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ MANIFESTS = sorted(p for f in (BASE, MONITORED) for p in f.glob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMAGE_PYTHON = "3.12"  # Triton 26.04's
 TRITON_EXIT = 40  # seconds that the launcher grants Triton after draining
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 CUSTOM_RESOURCES = {"Kustomization", "PodMonitor"}  # not Kubernetes' own, no schema to be had
 
 Yaml = dict[str, Any]
@@ -94,6 +96,12 @@ def flags_of(command: str) -> set[str]:
     return {option for parameter in parameters for option in parameter.opts}
 
 
+def default_of(command: str, parameter: str) -> Any:
+    parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    [default] = [each.default for each in parameters if each.name == parameter]
+    return default
+
+
 def flags_in(arguments: list[str]) -> set[str]:
     return {a.split("=")[0] for a in arguments if a.startswith("--") and a != "--"}
 
@@ -110,8 +118,20 @@ class TestDockerfile:
         for command in (entry, check):
             assert command[0] in PROJECT["scripts"]
             assert flags_in(command) <= flags_of(command[1])
-        ports = {Endpoints.http_port, Endpoints.grpc_port, Endpoints.metrics_port}
+        # HTTP is the container's own.
+        ports = {Endpoints.grpc_port, Endpoints.metrics_port}
         assert set(map(int, only("EXPOSE").split())) == ports
+
+    def test_signals_reach_the_server(self) -> None:
+        """No shell stands in between that would keep SIGTERM to itself."""
+        assert json.loads(only("ENTRYPOINT"))[:2] == ["triward-server", "serve"]
+        assert only("STOPSIGNAL") == "SIGTERM"
+
+    def test_the_health_check_asks_where_http_listens(self) -> None:
+        asked = default_of("health", "host"), default_of("health", "http_port")
+        assert asked == (Endpoints.http_host, Endpoints.http_port)
+        for command in (only("HEALTHCHECK"), only("ENTRYPOINT")):
+            assert "--http-" not in command and "--host" not in command
 
     def test_what_it_copies_is_there_and_not_ignored(self) -> None:
         ignored = (ROOT / ".dockerignore").read_text().split("\n")
@@ -259,7 +279,6 @@ class TestKubernetes:
         ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
         assert ports == {
             "grpc": Endpoints.grpc_port,
-            "http": Endpoints.http_port,
             "metrics": Endpoints.metrics_port,
         }
         (service,) = load(BASE / "service.yaml")["spec"]["ports"]
@@ -268,17 +287,21 @@ class TestKubernetes:
         assert [p["port"] for rule in ingress for p in rule["ports"]] == ["grpc", "metrics"]
         (endpoint,) = load(MONITORED / "podmonitor.yaml")["spec"]["podMetricsEndpoints"]
         assert endpoint["port"] == "metrics"
-        for probe in ("startupProbe", "readinessProbe"):
-            assert container()[probe]["httpGet"]["port"] == "http"
+        # The kubelet, outside the pod, cannot reach HTTP on its loopback.
+        for probe in PROBES:
+            assert "exec" in container()[probe]
+        assert "--http-host" not in flags_in(container()["args"])
 
     def test_flags_exist(self) -> None:
         split = container()["args"].index("--")
         ours, tritons = container()["args"][:split], container()["args"][split + 1 :]
         assert flags_in(ours) <= flags_of("serve")
         assert flags_in(tritons) <= triton_flags()
-        program, command, *health = container()["livenessProbe"]["exec"]["command"]
-        assert program in PROJECT["scripts"]
-        assert flags_in(health) <= flags_of(command)
+        for probe in PROBES:
+            program, command, *health = container()[probe]["exec"]["command"]
+            assert program in PROJECT["scripts"]
+            assert flags_in(health) <= flags_of(command)
+            assert "--http-port" not in flags_in(health)
 
     def test_volumes_are_mounted_where_they_are_looked_for(self) -> None:
         mounts = {mount["name"]: mount["mountPath"] for mount in container()["volumeMounts"]}
@@ -301,9 +324,17 @@ class TestKubernetes:
         startup, liveness = container()["startupProbe"], container()["livenessProbe"]
         # The launcher gives up after 900 s by itself, with a reason in its log.
         assert startup["periodSeconds"] * startup["failureThreshold"] >= 900
-        timeout = float(argument(liveness["exec"]["command"], "--timeout"))
-        assert timeout < liveness["timeoutSeconds"] < liveness["periodSeconds"]
+        for each in PROBES:
+            probe = container()[each]
+            timeout = float(argument(probe["exec"]["command"], "--timeout"))
+            assert timeout < probe["timeoutSeconds"] <= probe["periodSeconds"]
         assert liveness["failureThreshold"] * liveness["periodSeconds"] >= 300
+
+    def test_memory_is_bounded(self) -> None:
+        memory = container()["resources"]["limits"]["memory"]
+        volatile = [v["emptyDir"] for v in pod()["volumes"] if "emptyDir" in v]
+        assert all(each["medium"] == "Memory" for each in volatile)
+        assert enough(memory, [each["sizeLimit"] for each in volatile])
 
     def test_capacity_is_kept(self) -> None:
         update = load(BASE / "deployment.yaml")["spec"]["strategy"]
@@ -372,6 +403,13 @@ class TestCompose:
         drain = float(argument(server["command"], "--drain-timeout"))
         assert float(server["stop_grace_period"].removesuffix("s")) >= drain + TRITON_EXIT
 
+    def test_memory_is_bounded(self) -> None:
+        for name, service in services().items():
+            assert gibibytes(service["mem_limit"]) > 0, name
+        server = services()["triward"]
+        assert enough(server["mem_limit"], [server["shm_size"]])
+        assert server["memswap_limit"] == server["mem_limit"], "swap would only make it slow"
+
     def test_it_holds_no_secret(self) -> None:
         secrets = load(DOCKER / "compose.yaml")["secrets"]
         assert all(secret["file"].startswith("${") for secret in secrets.values())
@@ -379,6 +417,33 @@ class TestCompose:
             for key, value in service.get("environment", {}).items():
                 secret = re.search(r"KEY|TOKEN|PASSWORD|SECRET", key)
                 assert not secret or value.startswith("/run/secrets/"), f"{name}: {key}"
+
+
+class TestSystemd:
+    def unit(self) -> configparser.SectionProxy:
+        parser = configparser.ConfigParser(interpolation=None)
+        parser.optionxform = str  # type: ignore[assignment, method-assign]
+        text = (DOCKER / "systemd" / "triward.service").read_text()
+        parser.read_string(text.replace("\\\n", " "))
+        return parser["Service"]
+
+    def test_its_command_exists(self) -> None:
+        program, command, *flags = shlex.split(self.unit()["ExecStart"])
+        assert Path(program).name in PROJECT["scripts"]
+        assert flags_in(flags) <= flags_of(command)
+
+    def test_it_drains_and_comes_back(self) -> None:
+        unit = self.unit()
+        assert unit["KillMode"] == "mixed", "SIGTERM is not for tritonserver"
+        drain = float(argument(shlex.split(unit["ExecStart"]), "--drain-timeout"))
+        assert float(unit["TimeoutStopSec"]) >= drain + TRITON_EXIT
+        assert unit["Restart"] == "always"
+
+    def test_memory_is_bounded(self) -> None:
+        unit = self.unit()
+        most = argument(shlex.split(unit["ExecStart"]), "--max-memory")
+        assert gibibytes(unit["MemoryMax"]) >= 2 * float(most)
+        assert unit["MemoryMax"].rstrip("G") == services()["triward"]["mem_limit"].rstrip("gb")
 
 
 class TestMonitoring:
@@ -462,6 +527,18 @@ def container() -> Yaml:
 
 def services() -> dict[str, Yaml]:
     return load(DOCKER / "compose.yaml")["services"]
+
+
+def gibibytes(size: str) -> float:
+    found = re.fullmatch(r"(\d+)\s*(gb|g|gi)", size.lower())
+    assert found, f"{size} is not in GiB"
+    return float(found[1])
+
+
+def enough(limit: str, volatile: list[str]) -> bool:
+    """Whether the half that `serve` leaves over holds what lies in memory, and the models."""
+    models = 8  # GiB: tokenizers, torch and the files' pages of six processes
+    return gibibytes(limit) / 2 >= sum(map(gibibytes, volatile)) + models
 
 
 def argument(arguments: list[str], flag: str) -> str:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,6 +230,29 @@ def test_a_bomb_costs_a_restart_and_no_score(
     assert deaths == ["tritonserver stopped by itself (signal SIGABRT)", "enough"]
     for scores in rounds:
         assert scores == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.soak
+def test_sixteen_bombs_at_once(repository: Path, tmp_path: Path) -> None:
+    """10 MB in all, 10 GB unpacked; tritonserver stays within its limit, or ends."""
+    with (tmp_path / "triton.log").open("w") as log, ThreadPoolExecutor(16) as pool:
+        server = TritonServer(repository, LOCAL, log=log, max_memory=2 * LIMIT)
+        with server, suppress(LaunchError):
+            process, most = psutil.Process(server.pid), 0
+
+            def check() -> None:
+                nonlocal most
+                with suppress(psutil.NoSuchProcess):
+                    most = max(most, process.memory_info().rss)
+                if all(each.done() for each in bombs):
+                    raise LaunchError("enough")
+
+            bombs = [pool.submit(send_bomb, server.endpoints.grpc, 600_000_000) for _ in range(16)]
+            server.wait(check, 0.02)
+    print(f"tritonserver took {most / 2**30:.2f} GiB of {2 * LIMIT / 2**30:.0f}")
+    assert 0 < most < 2 * LIMIT
+    typed = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INVALID_ARGUMENT}
+    assert {each.result() for each in bombs} <= typed
 
 
 def check_limits(tritonserver: int) -> None:

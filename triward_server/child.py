@@ -34,7 +34,7 @@ def prepare(parent: int, ipv4_only: bool, max_memory: int | None) -> Callable[[]
         ipv4_only: it gets no IPv6 sockets. gRPC takes 0.0.0.0 for every address of both kinds
             where it can, past a firewall that was set up for IPv4.
         max_memory: bytes of its own memory, weights and shared memory not included; what goes
-            beyond fails. Processes that it starts can lift it with `lift_memory_limit`.
+            beyond fails. Its models' processes lift it with `memory.lift_limit`.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     code = _no_ipv6()
@@ -58,12 +58,6 @@ def prepare(parent: int, ipv4_only: bool, max_memory: int | None) -> Callable[[]
             libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)
 
     return run
-
-
-def lift_memory_limit() -> None:
-    """Undo `max_memory` in a process that tritonserver started."""
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def _no_ipv6() -> bytes:

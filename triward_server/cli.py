@@ -41,7 +41,10 @@ Verified = Annotated[
     Verify,
     typer.Option(help="Compare files with the manifest: whole contents, sizes and samples, not."),
 ]
-Host = Annotated[str, typer.Option(help="Where the server is.")]
+Host = Annotated[
+    str,
+    typer.Option(help="Where its HTTP listens; by default only on its own machine."),
+]
 HttpPort = Annotated[int, typer.Option(help="The server's, for HTTP.")]
 AdminKeyFile = Annotated[
     Path | None,

@@ -86,7 +86,7 @@ class TritonServer:
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
     _process: subprocess.Popen[str] | None = field(init=False, default=None)
     _pump: LogPump | None = field(init=False, default=None)
-    _writer: LineWriter = field(init=False)
+    _writer: LineWriter = field(init=False, repr=False)
 
     def __enter__(self) -> TritonServer:
         """Start and wait until every model is ready.

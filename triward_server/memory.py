@@ -1,7 +1,8 @@
-"""How much memory this machine, or this container, has."""
+"""What memory there is on this machine or in this container, and who may take how much."""
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import psutil
@@ -18,3 +19,9 @@ def half_of_the_machine() -> int:
     total = int(psutil.virtual_memory().total)
     limits = [path.read_text().strip() for path in _LIMITS if path.is_file()]
     return min([total, *(int(limit) for limit in limits if limit.isdecimal())]) // 2
+
+
+def lift_limit() -> None:
+    """Undo tritonserver's limit in a model's process, which it started and which holds weights."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from . import schema
-from .child import lift_memory_limit
 from .config import VisionConfig, from_parameters
 from .errors import CheckpointError, ConfigError
+from .memory import lift_limit
 
 VISION_FILE = "vision.onnx"
 
@@ -28,7 +28,7 @@ class VisionBackend:
     """
 
     def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
-        lift_memory_limit()
+        lift_limit()
         self._pb = pb_utils
         parameters = json.loads(args["model_config"])["parameters"]
         self._session = open_session(

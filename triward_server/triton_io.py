@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from . import schema
-from .child import lift_memory_limit
 from .config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
 from .contract import check_caller, check_repository
 from .errors import InvalidRequest, TriwardError
 from .heap import Heap
+from .memory import lift_limit
 from .metrics import PREPROCESS_COUNTERS, ForwardMetrics, Metrics
 from .onnx_vision import remote_tower
 from .packing import Geometry
@@ -53,7 +53,7 @@ class PreprocessBackend:
     """
 
     def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
-        lift_memory_limit()
+        lift_limit()
         _log_to_stderr(args["model_name"])
         self._metrics = Metrics(
             pb_utils, _labels(args), _instance(args), PREPROCESS_COUNTERS, {}, _codes(pb_utils)
@@ -109,7 +109,7 @@ class ForwardBackend:
     """
 
     def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
-        lift_memory_limit()
+        lift_limit()
         _log_to_stderr(args["model_name"])
         self._pb = pb_utils
         self._config = _config(ForwardConfig, args)
