@@ -17,7 +17,7 @@ from rich.table import Table
 from . import repository as repositories
 from . import schema
 from .errors import LaunchError
-from .integrity import Verify, check_served
+from .integrity import Verify
 from .launch import STOP_SIGNALS, Endpoints, Tls, TritonServer
 from .switch import switch_version
 from .triton_http import HttpError, TritonHttp
@@ -83,7 +83,6 @@ def serve(
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)
     with _errors():
-        check_served(repository, verify, _say)
         server = TritonServer(
             repository,
             Endpoints(host, grpc_port, http_port, metrics_port),
@@ -92,6 +91,7 @@ def serve(
             tls=_tls(tls_certificate, tls_key, tls_client_ca),
             trace_endpoint=trace_endpoint,
             admin_key=_admin_key(admin_key_file) or secrets.token_hex(16),
+            verify=verify,
         )
         with server:
             e = server.endpoints

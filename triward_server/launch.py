@@ -23,6 +23,7 @@ from typing import IO
 
 from .errors import LaunchError, Unhealthy
 from .installation import Installation, find_triton
+from .integrity import Verify, check_served
 from .metrics import WORKING
 from .repository import DRAINING_VERSION, draining, models
 from .schema import ModelNames
@@ -138,6 +139,7 @@ class TritonServer:
             can. Triton takes it on its command line, where other processes of the user see it.
         tls: encrypts gRPC. HTTP, which Triton cannot encrypt, then listens on 127.0.0.1 alone.
         trace_endpoint: an OpenTelemetry collector's URL for OTLP over HTTP.
+        verify: how files are compared with their manifests before they are loaded.
     """
 
     repository: Path
@@ -149,6 +151,7 @@ class TritonServer:
     admin_key: str = field(default_factory=partial(secrets.token_hex, 16), repr=False)
     tls: Tls | None = None
     trace_endpoint: str | None = None
+    verify: Verify = Verify.OFF
 
     # Names this server's regions in /dev/shm, so that it can remove its own and no other's.
     _shm_prefix: str = field(init=False, default="")
@@ -170,6 +173,7 @@ class TritonServer:
         """
         self._read_stand_ins()
         self.endpoints = self.endpoints.with_ports()
+        check_served(self.repository, self.verify, self._say)
         self._shm_prefix = f"triward-{os.getpid()}-{secrets.token_hex(4)}-"
         try:
             self._cleanup.callback(self._remove_shared_memory)
