@@ -245,6 +245,20 @@ class TestCommands:
         code, output = run("switch", 9, flag)
         assert code == 1 and "has no version 9, only 1, 2" in output
 
+    def test_an_old_version_is_retired(
+        self, run: Callable[..., tuple[int, str]], running: TritonServer, upgraded: Path
+    ) -> None:
+        """When the steps are loaded again its memory goes; then its folders may."""
+        for model in ("reward_preprocess", "reward_forward"):
+            assert loaded(running, model) == {"1", "2"}, "it was served a moment ago"
+            assert run("load", model)[0] == 0
+            _until(lambda model=model: loaded(running, model) == {"1"})
+            (upgraded / model / "2").rename(upgraded.parent / f"{model}-2")
+            assert run("load", model)[0] == 0
+        assert "reward_forward" in run("models")[1]
+        ready = {(m.name, m.version) for m in running.http.index() if m.state == "READY"}
+        assert ("reward_forward", "1") in ready and ("reward_forward", "2") not in ready
+
     def test_unload_and_load(
         self, run: Callable[..., tuple[int, str]], running: TritonServer
     ) -> None:
@@ -259,18 +273,6 @@ class TestCommands:
         assert running.http.is_ready()
         code, output = run("load", "no-such-model")
         assert code == 1 and "no-such-model" in output
-
-    def test_an_old_version_is_retired(
-        self, run: Callable[..., tuple[int, str]], running: TritonServer, upgraded: Path
-    ) -> None:
-        """When the steps are loaded again its memory goes; then its folders may."""
-        for model in ("reward_preprocess", "reward_forward"):
-            (upgraded / model / "2").rename(upgraded.parent / f"{model}-2")
-            assert run("load", model)[0] == 0
-            _until(lambda model=model: loaded(running, model) == {"1"})
-        assert "reward_forward" in run("models")[1]
-        ready = {(m.name, m.version) for m in running.http.index() if m.state == "READY"}
-        assert ("reward_forward", "1") in ready and ("reward_forward", "2") not in ready
 
 
 def test_pinning_is_one_change(upgraded: Path, tmp_path: Path) -> None:
