@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from google.protobuf import text_format
 from safetensors.torch import load_file, save_file
+from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import Exit
 from triward_server import integrity
@@ -38,8 +40,9 @@ def load_everything(repository: Path) -> None:
     """As an earlier release wrote the configuration of the steps."""
     for step in STEPS:
         path = repository / step / "config.pbtxt"
-        head, _ = path.read_text().split("version_policy")
-        path.write_text(head + "version_policy { all { } }\n")
+        config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        config.version_policy.all.SetInParent()
+        path.write_text(text_format.MessageToString(config))
 
 
 def forget_sizes(repository: Path, version: str) -> None:
@@ -230,11 +233,14 @@ class TestEarlierReleases:
             check(copy, REWARD, "1", Verify.SAMPLED)
 
     def test_steps_that_load_everything_are_brought_up_to_date(self, copy: Path) -> None:
+        configs = [copy / step / "config.pbtxt" for step in STEPS]
+        exported = [path.read_text() for path in configs]
         load_everything(copy)
         assert loads_all(copy, REWARD)
         truncate(copy, "3")
         check_served(copy, Verify.SAMPLED, print)
         assert not loads_all(copy, REWARD) and pinned(copy) == "1"
+        assert [path.read_text() for path in configs] == exported
 
     def test_where_they_cannot_be_written(
         self, copy: Path, monkeypatch: pytest.MonkeyPatch
