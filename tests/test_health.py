@@ -295,6 +295,7 @@ class TestCommand:
         assert "--deep needs --repository" in self.run(server, "--deep").stderr
         result = self.run(server, "--deep", "--repository", tmp_path)
         assert result.returncode == 1 and "config.pbtxt" in result.stderr
+        assert "a health check reads there what to ask" in result.stderr
 
 
 @pytest.fixture

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from google.protobuf import text_format
 from safetensors.torch import load_file, save_file
+from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import Exit
 from triward_server import integrity
-from triward_server.canary import FILE
+from triward_server.canary import FILE, Canary
 from triward_server.checkpoint import check_finite, load_model
 from triward_server.errors import CheckpointError, LaunchError
 from triward_server.integrity import MANIFEST, Verify, check, check_served, describe
-from triward_server.repository import loads_all, pin, pinned
-from triward_server.schema import REWARD
+from triward_server.repository import Canaries, loads_all, pin, pinned
+from triward_server.schema import REWARD, ModelNames
 
 STEPS = ("reward_preprocess", "reward_forward")
 SHARD = "checkpoint/model-00001-of-00004.safetensors"
@@ -37,8 +40,9 @@ def load_everything(repository: Path) -> None:
     """As an earlier release wrote the configuration of the steps."""
     for step in STEPS:
         path = repository / step / "config.pbtxt"
-        head, _ = path.read_text().split("version_policy")
-        path.write_text(head + "version_policy { all { } }\n")
+        config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        config.version_policy.all.SetInParent()
+        path.write_text(text_format.MessageToString(config))
 
 
 def forget_sizes(repository: Path, version: str) -> None:
@@ -229,11 +233,14 @@ class TestEarlierReleases:
             check(copy, REWARD, "1", Verify.SAMPLED)
 
     def test_steps_that_load_everything_are_brought_up_to_date(self, copy: Path) -> None:
+        configs = [copy / step / "config.pbtxt" for step in STEPS]
+        exported = [path.read_text() for path in configs]
         load_everything(copy)
         assert loads_all(copy, REWARD)
         truncate(copy, "3")
         check_served(copy, Verify.SAMPLED, print)
         assert not loads_all(copy, REWARD) and pinned(copy) == "1"
+        assert [path.read_text() for path in configs] == exported
 
     def test_where_they_cannot_be_written(
         self, copy: Path, monkeypatch: pytest.MonkeyPatch
@@ -253,6 +260,46 @@ class TestEarlierReleases:
         pin(copy, "1")
         monkeypatch.setattr(Path, "write_text", read_only)
         check_served(copy, Verify.SAMPLED, print)
+
+
+class TestCanaries:
+    """What the watchdog keeps of a repository."""
+
+    def test_they_outlive_the_folder(self, copy: Path) -> None:
+        canaries = Canaries(copy)
+        one = Canary.of(copy, "1")
+        replace(one, scores=(1.0, 2.0)).write(copy / "reward" / "3")
+        three = Canary.of(copy, "3")
+        assert canaries.served(REWARD) == one
+        assert canaries.of(REWARD, "3") == three == canaries.served(REWARD), "it was switched to"
+        shutil.rmtree(copy)
+        assert canaries.models() == [REWARD]
+        assert (canaries.of(REWARD, "1"), canaries.of(REWARD, "3")) == (one, three)
+
+    def test_one_that_could_not_be_read_in_time(
+        self, copy: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        canaries = Canaries(copy)
+        shutil.rmtree(copy)
+        for _ in range(2):
+            unknown = canaries.of(REWARD, "3")
+            assert unknown.problem([9.0, -9.0]) is None and unknown.problem([float("nan"), 0.0])
+        assert capsys.readouterr().err.count("of version 3 only finite scores are asked") == 1
+        assert canaries.served(REWARD).scores
+
+    def test_a_model_that_is_being_copied(self, copy: Path) -> None:
+        """The server it is copied beside goes on; it is asked when it is whole."""
+        canaries = Canaries(copy)
+        for part in ("_preprocess", "_forward", ""):
+            shutil.copytree(copy / f"reward{part}", copy / f"judge{part}")
+        canary = copy / "judge/1" / FILE
+        content = canary.read_text()
+        canary.unlink()
+        assert canaries.models() == [REWARD]
+        canary.write_text(content[:99])
+        assert canaries.models() == [REWARD]
+        canary.write_text(content)
+        assert canaries.models() == [REWARD, ModelNames("judge")]
 
 
 class TestFiniteWeights:

@@ -21,7 +21,7 @@ from rich.table import Table
 from . import __version__, schema
 from . import repository as repositories
 from .errors import LaunchError
-from .integrity import Verify, check_served
+from .integrity import Verify
 from .launch import Endpoints, Tls, TritonServer
 from .log import LineWriter
 from .memory import half_of_the_machine
@@ -113,7 +113,6 @@ def serve(
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)
     with _errors():
-        check_served(repository, verify, _say)
         server = TritonServer(
             repository,
             Endpoints(host, grpc_port, http_port, metrics_port, http_host),
@@ -123,6 +122,7 @@ def serve(
             trace_endpoint=trace_endpoint,
             admin_key=_admin_key(admin_key_file) or secrets.token_hex(16),
             max_memory=int(max_memory * 2**30) if max_memory else half_of_the_machine(),
+            verify=verify,
         )
         with server:
             e = server.endpoints

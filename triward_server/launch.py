@@ -23,6 +23,7 @@ from .endpoints import ANY, CHUNKS_FIXED, Endpoints, Tls
 from .errors import LaunchError, Unhealthy
 from .gpu import check_gpus
 from .installation import Installation, find_triton
+from .integrity import Verify, check_served
 from .log import LineWriter, LogPump
 from .metrics import WORKING
 from .repository import DRAINING_VERSION, draining, gpu_models, models
@@ -63,6 +64,7 @@ class TritonServer:
         trace_endpoint: an OpenTelemetry collector's URL for OTLP over HTTP.
         max_memory: bytes that tritonserver itself may take, its models' processes not included;
             beyond it ends. None: no limit but the machine's.
+        verify: how files are compared with their manifests before they are loaded.
     """
 
     repository: Path
@@ -75,6 +77,7 @@ class TritonServer:
     tls: Tls | None = None
     trace_endpoint: str | None = None
     max_memory: int | None = None
+    verify: Verify = Verify.OFF
 
     # Names this server's regions in /dev/shm, so that it can remove its own and no other's.
     _shm_prefix: str = field(init=False, default="")
@@ -102,6 +105,7 @@ class TritonServer:
         self._writer = LineWriter(self.log)
         if used := check_gpus(gpu_models(self.repository)):
             self._say(f"uses {', '.join(map(str, used))}")
+        check_served(self.repository, self.verify, self._say)
         self._shm_prefix = f"triward-{os.getpid()}-{secrets.token_hex(4)}-"
         try:
             self._cleanup.callback(self._remove_shared_memory)

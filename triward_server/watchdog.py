@@ -198,14 +198,15 @@ def check_once(
 
     Args:
         triton: whom to ask; no key is needed.
-        repository: whose models must be ready; None asks for `reward` alone.
+        repository: whose models must be ready; None asks for `reward` alone. Unlike the server's
+            own watchdog this needs the folder, for the models' names and the canaries.
         timeout: seconds.
         deep: whether to score the canaries, too.
 
     Raises:
         LaunchError: why it is not well. A server too busy for a canary but ready is well.
     """
-    for names in models(repository) if repository else [REWARD]:
+    for names in _listed(repository) if repository else [REWARD]:
         if not triton.is_ready(names.ensemble, timeout):
             where = f"{triton.host}:{triton.port}"
             raise LaunchError(f"{names.ensemble} at {where} is not ready")
@@ -214,3 +215,12 @@ def check_once(
     for names, error in ask_canaries(triton, Canaries(repository), timeout).items():
         if error and error.status != 503:
             raise LaunchError(f"{names.ensemble}: the canary: {error}")
+
+
+def _listed(repository: Path) -> list[ModelNames]:
+    try:
+        return models(repository)
+    except LaunchError as error:
+        raise LaunchError(
+            f"{error}; a health check reads there what to ask, whatever the server has loaded"
+        ) from None
