@@ -189,7 +189,7 @@ class BaseClient:
     ) -> TriwardError:
         """What callers see in place of tritonclient's error, if nothing more is to be found out."""
         if code_of(error) == "DEADLINE_EXCEEDED":
-            return deadline.exceeded()
+            return deadline.exceeded(error.message() or "")
         return from_triton(error, model=model, url=str(self._address))
 
     def _not_ready(self) -> ServerUnavailable:

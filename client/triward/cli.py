@@ -56,11 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         place, reason = error.filename or "output", error.strerror or error
         return _report(InvalidRequest(f"{place}: {reason}"))
     except KeyboardInterrupt:
-        print("triward: interrupted; a job goes on with the same command", file=sys.stderr)
+        print(f"triward: interrupted; {_again(options)}", file=sys.stderr)
         return 130  # as a shell has it for SIGINT
     except Exception as error:  # never 1, which is an answer
         traceback.print_exc()
         return _report(TriwardError(f"{type(error).__name__}: {error}"))
+
+
+def _again(options: argparse.Namespace) -> str:
+    if getattr(options, "input", None) and options.command in ("score", "rank"):
+        return "the same command with --force begins anew"
+    return "a job goes on with the same command"
 
 
 def _score(client: RewardClient, options: argparse.Namespace) -> int:

@@ -10,6 +10,9 @@ from triward.errors import DeadlineExceeded
 # Seconds that are not worth telling.
 _BRIEF = 0.05
 
+# What gRPC says when the time is over, and no server has said anything.
+_GRPCS = "deadline exceeded"
+
 
 class Deadline:
     """`timeout` seconds from now, on a clock that never steps back; and what they went into.
@@ -49,10 +52,15 @@ class Deadline:
             raise self.exceeded()
         return left
 
-    def exceeded(self) -> DeadlineExceeded:
-        """The error that says that this deadline passed, and over what."""
+    def exceeded(self, said: str = "") -> DeadlineExceeded:
+        """The error that says that this deadline passed, and over what.
+
+        Args:
+            said: a server's own words.
+        """
         ends = [*(start for _, start in self._steps[1:]), monotonic()]
         spent = [(step, end - start) for (step, start), end in zip(self._steps, ends)]
         told = [each for each in spent[:-1] if each[1] >= _BRIEF] + spent[-1:]
         parts = ", ".join(f"{seconds:.1f} s {step}" for step, seconds in told)
-        return DeadlineExceeded(f"not done within the timeout of {self._timeout:g} s: {parts}")
+        own = f"; {said}" if said and said.lower() != _GRPCS else ""
+        return DeadlineExceeded(f"not done within the timeout of {self._timeout:g} s: {parts}{own}")

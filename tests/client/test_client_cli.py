@@ -384,6 +384,8 @@ def test_ctrl_c_is_no_traceback(made, monkeypatch, capsys):
     monkeypatch.setattr(triward.cli, "_score", interrupted)
     assert triward.cli.main([*ARGUMENTS, *responses("a")]) == 130
     assert capsys.readouterr().err.startswith("triward: interrupted; ")
+    assert triward.cli.main(["score", "--input", "lines.jsonl"]) == 130
+    assert "--force begins anew" in capsys.readouterr().err
 
 
 def test_an_os_error_without_a_file_or_number_says_what_it_knows(made, monkeypatch, capsys):

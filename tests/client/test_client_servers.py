@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import os
 import pickle
 import signal
@@ -460,6 +461,7 @@ def test_a_forks_threads_share_one_new_object():
 
     each = PerProcess(make)
     parents = each.get()
+    gc.collect()  # or the child might collect other tests' servers, which gRPC does not survive
     child = os.fork()
     if child:
         assert os.waitpid(child, 0)[1] == 0
