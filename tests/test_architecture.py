@@ -19,8 +19,8 @@ from triward_server import schema
 ORDER = (
     "errors", "schema", "config", "heap", "workers", "image_codec", "video_codec", "codec_worker",
     "conversation", "decoding", "media", "video", "resizing", "token_bound", "tokenization",
-    "preprocess", "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs", "onnx_runner",
-    "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics",
+    "preprocess", "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs",
+    "onnx_runner", "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics",
     "draining", "triton_io", "canary", "repository", "triton_http", "installation", "launch",
     "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
 )  # fmt: skip

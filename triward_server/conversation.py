@@ -253,8 +253,9 @@ def _check_keys(text: str) -> None:
     if not found:
         return
     for i, message in enumerate(parsed):
-        content = [] if isinstance(message, _Twice) else message["content"]
-        places = [((i,), message), *(((i, "content", j), p) for j, p in enumerate(content))]
+        content = None if isinstance(message, _Twice) else message["content"]
+        parts = content if isinstance(content, list) else []
+        places = [((i,), message), *(((i, "content", j), p) for j, p in enumerate(parts))]
         for place, value in places:
             if isinstance(value, _Twice):
                 raise InvalidRequest(_path((*place, value.key)), "the key is there twice")

@@ -2,17 +2,24 @@
 
 Give each byte the weight 1 / n, where n is the length of the longest token that holds it. Then no
 token weighs more than 1, for each of its bytes weighs at most 1 / its length; so a text has at
-least as many tokens as it weighs. English weighs about a third of its tokens.
+least as many tokens as it weighs.
+
+The same for pairs of neighbours, with 1 / (n - 1), and 1 for a pair that no token holds: those
+inside a token weigh at most 1 together, and of those between tokens there are fewer than tokens.
+So a text has more than half as many tokens as its pairs weigh. The larger bound counts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Weights = NDArray[np.float64]
 
 _ROUNDING = 1e-9  # of a sum of a few million floats, with room to spare
 
@@ -26,20 +33,28 @@ class TokenBound:
 
     def __init__(self, backend: Any) -> None:
         self._normalizer = backend.normalizer
-        self._weights = np.zeros(256)
+        self._weights, self._pairs = np.zeros(256), np.zeros(256**2)
+        self._added: list[str] = []
         description = json.loads(backend.to_str())
         if _keeps_every_byte(description):
-            added = (t["content"] for t in description["added_tokens"] if not t["special"])
-            tokens = [_bytes_of(token) for token in description["model"]["vocab"]]
-            self._weights = _weights([*tokens, *(token.encode() for token in added)])
+            self._added = [t["content"] for t in description["added_tokens"] if not t["special"]]
+            self._weights, self._pairs = _weights(_vocabulary(description["model"]["vocab"]))
 
     def __call__(self, text: str) -> int:
         """How many tokens a text has at least."""
+        if not self._weights.any():
+            return 0
+        # Added tokens are cut out of a text before it is normalized.
+        parts = re.split("|".join(map(re.escape, self._added)), text) if self._added else [text]
         if self._normalizer is not None:
-            text = self._normalizer.normalize_str(text)
-        # As in a tokenizer, half a surrogate pair is no text; JSON's are refused at the door.
-        data = np.frombuffer(text.encode(), np.uint8)
-        weight = float(np.bincount(data, minlength=256) @ self._weights)
+            parts = [self._normalizer.normalize_str(part) for part in parts]
+        data = np.frombuffer("".join(parts).encode(), np.uint8)
+        pairs = data[:-1].astype(np.uint16) << 8 | data[1:]
+        weight = max(
+            float(np.bincount(data, minlength=256) @ self._weights),
+            float(np.bincount(pairs, minlength=256**2) @ self._pairs) / 2,
+        )
+        # What is between two parts is one token more, but also a pair of theirs that is none.
         return int(weight * (1 - _ROUNDING))
 
 
@@ -61,36 +76,42 @@ def _keeps_every_byte(description: Any) -> bool:
             model.get(name)
             for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token")
         )
-        # These swallow spaces beside them.
-        and not any(t["lstrip"] or t["rstrip"] for t in added if not t["special"])
+        # Such added tokens swallow spaces beside them, or are looked for in another text.
+        and not any(
+            t[flag]
+            for t in added
+            for flag in ("lstrip", "rstrip", "single_word", "normalized")
+            if not t["special"]
+        )
         and description["truncation"] is None
     )
 
 
-def _weights(tokens: Iterable[bytes]) -> NDArray[np.float64]:
-    """Of each byte; 0 for one that no token holds, which the tokenizer leaves out."""
-    weights = np.zeros(256)
-    for token in sorted(tokens, key=len, reverse=True):
-        held = np.unique(np.frombuffer(token, np.uint8))
-        held = held[weights[held] == 0]
-        weights[held] = 1 / max(1, len(token))
-        if weights.all():
-            break
-    return weights
+def _weights(tokens: Sequence[bytes]) -> tuple[Weights, Weights]:
+    """Of each byte, and of each two, the first one times 256.
+
+    A byte that no token holds weighs nothing, for the tokenizer leaves it out; then pairs do not
+    either, for others become neighbours.
+    """
+    data = np.frombuffer(b"".join(tokens), np.uint8).astype(np.int64)
+    sizes = np.array([len(token) for token in tokens])
+    owner = np.repeat(np.arange(len(tokens)), sizes)
+    longest = np.zeros(256)
+    np.maximum.at(longest, data, sizes[owner])
+    weights = np.divide(1, longest, out=np.zeros(256), where=longest > 0)
+    if not weights.all():
+        return weights, np.zeros(256**2)
+    inside = owner[1:] == owner[:-1]
+    longest = np.ones(256**2)
+    pairs = (data[:-1] * 256 + data[1:])[inside]
+    np.maximum.at(longest, pairs, sizes[owner[1:][inside]] - 1)
+    return weights, 1 / longest
 
 
-def _alphabet() -> dict[str, int]:
-    """Byte-level tokenizers' characters for bytes: themselves where they can be seen."""
+def _vocabulary(tokens: Iterable[str]) -> list[bytes]:
+    """Tokens as bytes; those that are none no text becomes."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     unseen = [byte for byte in range(256) if byte not in seen]
-    return {chr(b): b for b in seen} | {chr(256 + n): byte for n, byte in enumerate(unseen)}
-
-
-_ALPHABET = _alphabet()
-
-
-def _bytes_of(token: str) -> bytes:
-    """A token of the vocabulary; empty if it is none of bytes, which no text then becomes."""
-    if not all(character in _ALPHABET for character in token):
-        return b""
-    return bytes(_ALPHABET[character] for character in token)
+    # Byte-level tokenizers' characters for bytes: themselves where they can be seen.
+    table = {256 + number: byte for number, byte in enumerate(unseen)}
+    return [token.translate(table).encode("latin-1", errors="ignore") for token in tokens]
