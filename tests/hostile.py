@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from random import Random
@@ -39,12 +39,12 @@ class Hostile:
     Attributes:
         name: says what is wrong with it.
         kind: `image`, `video`, or `frames` for a list of images.
-        files: its entries of `media`.
+        make: its entries of `media`; some take a second to write.
     """
 
     name: str
     kind: str
-    files: tuple[bytes, ...]
+    make: Callable[[], tuple[bytes, ...]]
 
 
 def corpus() -> list[Hostile]:
@@ -55,36 +55,48 @@ def corpus() -> list[Hostile]:
 def crafted() -> Iterator[Hostile]:
     """One for each known way to make a small file expensive, or to lie."""
     for name, make in IMAGES.items():
-        yield Hostile(name, "image", (make(),))
+        yield Hostile(name, "image", lambda make=make: (make(),))
     for name, make in IMAGES.items():
         if name.startswith(("jpeg", "png")):
-            yield Hostile(f"frames of {name}", "frames", (_file("PNG"), make()))
+            frames = f"frames of {name}"
+            yield Hostile(frames, "frames", lambda make=make: (_file("PNG"), make()))
     for name, make in VIDEOS.items():
-        yield Hostile(name, "video", (make(),))
+        yield Hostile(name, "video", lambda make=make: (make(),))
 
 
 def damaged() -> Iterator[Hostile]:
     """Good files with bits flipped, blocks cut, numbers changed and chunks moved."""
-    images = mutations.image_files()
     for number in range(150):
-        rng = Random(f"{SEED}:image:{number}")
-        yield Hostile(f"image {number}", "image", (mutations.damaged_image(rng, images),))
-    for number in range(20):
-        rng = Random(f"{SEED}:frames:{number}")
-        files = tuple(mutations.damaged_image(rng, images) for _ in range(2))
-        yield Hostile(f"frames {number}", "frames", files)
-    for name, data in films().items():
+        yield Hostile(f"image {number}", "image", partial(_damaged_images, number, 1))
+    for number in range(150, 170):
+        yield Hostile(f"frames {number}", "frames", partial(_damaged_images, number, 2))
+    for name in CODECS:
         for number in range(12):
-            rng = Random(f"{SEED}:{name}:{number}")
-            yield Hostile(f"{name} {number}", "video", (mutations.damaged(rng, data),))
+            yield Hostile(f"{name} {number}", "video", partial(_damaged_film, name, number))
 
 
+def _damaged_images(number: int, count: int) -> tuple[bytes, ...]:
+    rng = Random(f"{SEED}:image:{number}")
+    return tuple(mutations.damaged_image(rng, _images()) for _ in range(count))
+
+
+def _damaged_film(name: str, number: int) -> tuple[bytes, ...]:
+    return (mutations.damaged(Random(f"{SEED}:{name}:{number}"), films()[name]),)
+
+
+_images = cache(mutations.image_files)
+
+
+@cache
 def films() -> dict[str, bytes]:
     """A good file for every container and codec."""
     with TemporaryDirectory() as folder:
         paths = {name: Path(folder, name) for name in CODECS}
         for name, codec in CODECS.items():
-            film(paths[name], 12, codec=codec)
+            if codec == "mjpeg":
+                paths[name].write_bytes(_mjpeg(_file("JPEG"), 12))
+            else:
+                film(paths[name], 12, codec=codec)
         return {name: path.read_bytes() for name, path in paths.items()}
 
 
@@ -96,11 +108,11 @@ def jpeg_of_scans(scans: int, side: int = 7000) -> bytes:
     """A grey progressive JPEG that shows its picture again and again, some hundred bytes a time."""
     whole = _file("JPEG", Image.new("L", (side, side), 128), progressive=True)
     places = [at for at in range(len(whole)) if whole.startswith(b"\xff\xda", at)]
-    # The last scans refine: as often as one likes, for they may repeat.
-    first, end = places[1], places[2]
-    tables = whole.rfind(b"\xff\xc4", 0, end)
-    scan = whole[first : tables if tables > first else end]
-    return whole[:first] + scan * (scans - 1) + b"\xff\xd9"
+    # The last one refines all coefficients of all blocks, and may do so again: some bytes say that
+    # the next 32,767 blocks do not change, and the decoder looks at each of their values.
+    scan = whole[places[-1] : -2]
+    assert scans >= len(places)
+    return whole[:-2] + scan * (scans - len(places)) + whole[-2:]
 
 
 # --- PNG
