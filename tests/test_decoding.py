@@ -29,7 +29,7 @@ from triward_server.errors import InvalidRequest, TriwardError, Unavailable
 from triward_server.image_codec import count_scans
 from triward_server.preprocess import Preprocessor
 
-LIMIT = 2.0  # seconds of decoding
+LIMIT = 1.0  # seconds of decoding
 SAMPLE = 60
 LOOK = b'[{"role":"user","content":[{"type":"image"}]}]'
 GOOD = encode(picture(90, 60, 0))
@@ -51,16 +51,17 @@ def decoder() -> Iterator[Decoder]:
 
 
 def messages_of(case: Hostile) -> bytes:
-    part: dict[str, Any] = {"type": "image"}
+    part: dict[str, Any] = {"type": "image", "max_pixels": 100_352}
     if case.kind != "image":
         part = {"type": "video", **({"frames": 2} if case.kind == "frames" else {})}
-    return json.dumps([{"role": "user", "content": [part]}]).encode()
+    count = len(case.make()) if case.kind == "image" else 1
+    return json.dumps([{"role": "user", "content": [part] * count}]).encode()
 
 
 def judged(preprocessor: Preprocessor, case: Hostile) -> str | None:
     """What is wrong with the answer to a hostile file."""
     files = list(case.make())
-    begun = time.monotonic()
+    begun, killed = time.monotonic(), preprocessor._decoder.killed
     try:
         features = preprocessor.features(messages_of(case), [b"a"], files)
     except InvalidRequest as error:
@@ -72,7 +73,9 @@ def judged(preprocessor: Preprocessor, case: Hostile) -> str | None:
         if pixels.dtype != np.uint8 or pixels.shape[-1] != 3 or pixels.shape[-2] % 28:
             return f"pixels of {pixels.dtype} {pixels.shape}"
     taken = time.monotonic() - begun
-    return f"{taken:.1f} s" if taken > LIMIT + 1 else None
+    # One that was killed was so at its deadline; how late that is noticed, a busy machine decides.
+    in_time = taken <= LIMIT + 1 or preprocessor._decoder.killed > killed
+    return None if in_time else f"{taken:.1f} s"
 
 
 def no_worse_than_its_limits(preprocessor: Preprocessor, cases: list[Hostile]) -> None:
@@ -133,23 +136,26 @@ class TestDeadline:
         """100 scans are allowed and take longer; the next request finds another worker."""
         decoder = preprocessor._decoder
         killed, before = decoder.killed, decoder.worker.pid
-        with pytest.raises(InvalidRequest, match=r"^media\[1\]: .* longer than 2 s to decode$"):
-            preprocessor.features(
-                LOOK.replace(b"]}]", b',{"type":"image"}]}]'), [b"a"],
-                [GOOD, hostile.jpeg_of_scans(100)],
-            )  # fmt: skip
+        slow = Hostile("slow", "image", lambda: (GOOD, *[hostile.jpeg_of_scans(100)] * 3))
+        with pytest.raises(InvalidRequest, match=r"^media\[[1-3]\]: .* longer than 1 s to decode$"):
+            preprocessor.features(messages_of(slow), [b"a"], list(slow.make()))
         assert decoder.killed == killed + 1
         assert not psutil.pid_exists(before)
         assert preprocessor.features(LOOK, [b"a"], [GOOD]).media[0].shape == (56, 84, 3)
         assert decoder.worker.pid != before
 
-    def test_waiting_is_progress(self, checkpoint: Path) -> None:
+    def test_waiting_is_progress(self) -> None:
         """Else the watchdog would take a slow file for a hung process."""
         ticks: list[float] = []
         config = PreprocessConfig(max_decode_seconds=3)
-        preprocessor = Preprocessor(checkpoint, config, lambda: ticks.append(time.monotonic()))
-        with pytest.raises(InvalidRequest, match="longer than 3 s"):
-            preprocessor.features(LOOK, [b"a"], [hostile.jpeg_of_scans(100)])
+        decoder = Decoder(config, lambda: ticks.append(time.monotonic()))
+        with (
+            pytest.raises(InvalidRequest, match=r"^media\[0\]: .*longer than 3 s"),
+            decoder.reading() as reading,
+        ):
+            os.kill(decoder.worker.pid, signal.SIGSTOP)  # a codec that never ends
+            reading.open("media[0]", "image", GOOD)
+        assert decoder.killed == 1
         assert len(ticks) >= 2
 
     def test_the_text_is_checked_before_anything_is_decoded(
@@ -199,6 +205,8 @@ class TestWorker:
         """A picture within the limit of pixels, and codecs that want more than the limit says."""
         config = PreprocessConfig(max_image_pixels=10**6, max_request_bytes=10**6)
         decoder = Decoder(config)
+        with decoder.reading() as reading:
+            reading.open("media[0]", "image", GOOD)  # by now it has bound itself
         soft, hard = resource.prlimit(decoder.worker.pid, resource.RLIMIT_DATA)
         assert decoder._max_bytes < soft == hard < decoder._max_bytes + 2**29
         assert resource.prlimit(decoder.worker.pid, resource.RLIMIT_CORE) == (0, 0)
@@ -206,7 +214,7 @@ class TestWorker:
             pytest.raises(InvalidRequest, match=r"media\[0\]: .*(memory|MemoryError)"),
             decoder.reading() as reading,
         ):
-            file = hostile.IMAGES["png of 16 bits"]()
+            file = hostile.IMAGES["png of 16 bits"]()  # 500 MB
             reading.image("media[0]", reading.open("media[0]", "image", file), None)
         decoder.end()
 
@@ -236,13 +244,13 @@ class TestServed:
 
     @pytest.fixture(scope="class")
     def limited(self, build: Callable[..., Path]) -> Path:
-        return build("--dtype=float32", "--max-decode-seconds=6", "--preprocess-instances=1")
+        return build("--dtype=float32", "--max-decode-seconds=4", "--preprocess-instances=1")
 
     def test_a_slow_file_ends_no_server(self, serve: Callable[..., Command], limited: Path) -> None:
         """The hang timeout is shorter than the file may take, and neighbours are scored."""
-        running = serve("--hang-timeout=3", repository=limited)
+        running = serve("--hang-timeout=2", repository=limited)
         url = running.wait_for(r"ready\s+grpc\s+(127.0.0.1:\d+)")[1]
-        slow = Hostile("slow", "image", lambda: (hostile.jpeg_of_scans(100),))
+        slow = Hostile("slow", "image", lambda: (hostile.jpeg_of_scans(100),) * 12)
         some = [case for case in hostile.corpus() if case.kind != "frames"][::40]
         with triton.InferenceServerClient(url) as client, ThreadPoolExecutor(16) as pool:
             good = Hostile("good", "image", lambda: (GOOD,))
@@ -254,7 +262,7 @@ class TestServed:
                 if case is good:
                     assert answer == pytest.approx(expected, rel=1e-5)
                 elif case is slow:
-                    assert "INVALID_ARGUMENT" in answer and "longer than 6 s" in answer
+                    assert "INVALID_ARGUMENT" in answer and "longer than 4 s" in answer
                 else:
                     assert isinstance(answer, float) or "INVALID_ARGUMENT" in answer, case.name
             assert ask(client, good) == pytest.approx(expected, rel=1e-5)

@@ -54,8 +54,7 @@ class TokenBound:
             float(np.bincount(data, minlength=256) @ self._weights),
             float(np.bincount(pairs, minlength=256**2) @ self._pairs) / 2,
         )
-        # What is between two parts is one token more, but also a pair of theirs that is none.
-        return int(weight * (1 - _ROUNDING))
+        return len(parts) - 1 + int(weight * (1 - _ROUNDING))  # each cut out is one token
 
 
 def _keeps_every_byte(description: Any) -> bool:
