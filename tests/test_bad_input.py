@@ -153,6 +153,19 @@ BAD = {
         ("media[0]",), LOOK, media=(b"GIF89a" + bytes(7) + b"," + bytes(9) + b"\x02\x00;",)
     ),
     "a PPM": Bad(("media[0]", "known format"), LOOK, media=(b"P6 2 2 255 " + bytes(12),)),
+    "a role twice": Bad(
+        ("messages[0].role: the key is there twice",),
+        b'[{"role": "user", "content": "a", "role": "system"}]',
+    ),
+    "a type twice, once escaped": Bad(
+        ("messages[1].content[1].text: the key is there twice",),
+        b'[{"role":"user","content":"a"},{"role":"user","content":[{"type":"text","text":"a"},'
+        b'{"type":"text","text":"a","te\\u0078t":"b"}]}]',
+    ),
+    "a key twice around a number of 5000 digits": Bad(
+        ("messages[0].content: the key is there twice",),
+        b'[{"role": "user", "content": ' + b"9" * 5000 + b', "content": "a"}]',
+    ),
     "too much text": Bad(("messages", "4194304"), b" " * (4 * 2**20 + 1)),
 }  # fmt: skip
 

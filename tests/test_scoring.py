@@ -147,6 +147,32 @@ def test_a_failing_forward_pass_is_one_requests_error(
             assert np.isfinite(scores(result)).all()
 
 
+def test_a_failed_allocation_on_a_cpu_is_halved_and_then_unavailable(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch has no type for it there, but its own words; Python and numpy have one."""
+    scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+    forward, seen = scorer._forward, []
+
+    def fail_on_long(forest: Forest, chosen: Sequence[int], *_: Any) -> Any:
+        lengths = [forest.branches[index].prompt_length for index in chosen]
+        if 30 in lengths:
+            torch.empty(2**55)
+        if 31 in lengths:
+            np.empty(2**55)
+        return forward(forest, chosen)
+
+    monkeypatch.setattr(scorer, "_forward", fail_on_long)
+    lengths = [5, 30, 6, 31, 7]
+    results = scorer.score([request(n, 4) for n in lengths], observe=seen.append)
+    for length, result in zip(lengths, results, strict=True):
+        if length >= 30:
+            assert isinstance(result, Unavailable) and "free memory" in str(result)
+        else:
+            assert np.isfinite(scores(result)).all()
+    assert any(each.out_of_memory for each in seen)
+
+
 def test_warm_up_fails_where_the_model_cannot_run(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

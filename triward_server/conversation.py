@@ -6,6 +6,7 @@ resize, its bytes are the next entry of `media`. A part never names a path or a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -215,7 +216,7 @@ def _check_media(conversation: Conversation, limits: PreprocessConfig) -> None:
 
 def _parse_messages(text: str) -> tuple[Message, ...]:
     try:
-        return tuple(_MESSAGES.validate_json(text))
+        messages = tuple(_MESSAGES.validate_json(text))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         problem = first["msg"].removeprefix("Value error, ")
@@ -223,6 +224,42 @@ def _parse_messages(text: str) -> tuple[Message, ...]:
         if first["type"] != "json_invalid":
             problem += f", got {value if len(value) <= 80 else value[:77] + '...'}"
         raise InvalidRequest(_path(first["loc"]), problem) from None
+    _check_keys(text)
+    return messages
+
+
+@dataclass(frozen=True)
+class _Twice:
+    """Stands for an object that has a key twice."""
+
+    key: str
+
+
+def _check_keys(text: str) -> None:
+    """Refuse a key that is there twice, of which parsers keep the last; `text` is valid else."""
+    found = False
+
+    def object_of(pairs: list[tuple[str, Any]]) -> Any:
+        nonlocal found
+        fields = dict(pairs)
+        if len(fields) == len(pairs):
+            return fields
+        found = True
+        keys = [key for key, _ in pairs]
+        return _Twice(next(key for key in keys if keys.count(key) > 1))
+
+    # Numbers stay text: Python refuses some that pydantic takes.
+    parsed = json.loads(text, object_pairs_hook=object_of, parse_int=str, parse_float=str)
+    if not found:
+        return
+    for i, message in enumerate(parsed):
+        content = None if isinstance(message, _Twice) else message["content"]
+        parts = content if isinstance(content, list) else []
+        places = [((i,), message), *(((i, "content", j), p) for j, p in enumerate(parts))]
+        for place, value in places:
+            if isinstance(value, _Twice):
+                raise InvalidRequest(_path((*place, value.key)), "the key is there twice")
+    raise AssertionError("valid messages have objects only where they were looked for")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

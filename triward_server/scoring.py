@@ -29,7 +29,14 @@ from . import packing
 from .backbone import Clock, Encoder
 from .checkpoint import load_model
 from .config import ForwardConfig, token_limit
-from .errors import Cancelled, ForwardError, NonFiniteScore, TriwardError, Unavailable
+from .errors import (
+    Cancelled,
+    ForwardError,
+    NonFiniteScore,
+    TriwardError,
+    Unavailable,
+    is_out_of_memory,
+)
 from .packing import Cost, Forest, Geometry
 from .schema import Features, Float32Array, Scores
 
@@ -195,12 +202,12 @@ class Scorer:
             tokens = len(packing.pack(forest, chosen).input_ids)
             try:
                 scores = self._forward(forest, chosen)
-            except torch.OutOfMemoryError as error:
-                raise Unavailable(
-                    f"a pass of {tokens} tokens, which max_batch_tokens and max_batch_bytes allow, "
-                    f"exceeds the device's free memory: {error}"
-                ) from None
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise Unavailable(
+                        f"a pass of {tokens} tokens, which max_batch_tokens and max_batch_bytes "
+                        f"allow, exceeds the device's free memory: {error}"
+                    ) from None
                 raise _failure(error, tokens) from error
             if not np.isfinite(scores).all():
                 raise NonFiniteScore(f"warming up: a pass of {tokens} tokens scores {scores}")
@@ -216,7 +223,7 @@ class Scorer:
         except Exception as error:
             if len(chosen) == 1:
                 return [_failure(error, len(forest.branches[chosen[0]].keys))]
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 observe(Pass(out_of_memory=True))
         # Outside the handler: the traceback would keep the failed pass's tensors in memory.
         middle = len(chosen) // 2
@@ -339,7 +346,7 @@ def price(
 
 
 def _failure(error: Exception, tokens: int) -> TriwardError:
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return Unavailable(f"a conversation of {tokens} tokens exceeds the device's free memory")
     if isinstance(error, TriwardError):
         return error

@@ -25,7 +25,7 @@ import torch
 from . import schema
 from .config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
 from .contract import check_caller, check_repository
-from .errors import InvalidRequest, TriwardError
+from .errors import InvalidRequest, TriwardError, Unavailable, is_out_of_memory
 from .heap import Heap
 from .memory import lift_limit
 from .metrics import PREPROCESS_COUNTERS, ForwardMetrics, Metrics
@@ -296,6 +296,8 @@ def _answer(pb_utils: Any, metrics: Metrics, respond: Callable[[], Any]) -> Any:
     result = _capture(respond)
     if not isinstance(result, Exception):
         return result
+    if is_out_of_memory(result):
+        result = Unavailable(f"the machine lacks memory for this request: {result}")
     code = "INTERNAL"
     if isinstance(result, TriwardError):
         code = result.code

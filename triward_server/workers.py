@@ -113,9 +113,9 @@ class Channel:
 
     @property
     def is_alive(self) -> bool:
-        """Whether there is another side, that has sent nothing which nobody asked for."""
-        self._socket.settimeout(0)
+        """Whether both sides are open, and the other sent nothing which nobody asked for."""
         try:
+            self._socket.settimeout(0)
             self._socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return True
