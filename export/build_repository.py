@@ -52,6 +52,7 @@ from triward_server.repository import models, pin, versions
 from triward_server.schema import ModelNames
 from triward_server.scoring import Scorer
 from triward_server.triton_io import CHECKPOINT_DIRECTORY
+from triward_server.vision import CHANNELS
 
 SOURCE = Path(__file__).resolve().parent.parent / "model_repository"
 MANIFEST = "manifest.json"
@@ -371,7 +372,7 @@ def _write_vision(
     model = _read_config(path)
     model.name = names.vision
     # Triton's backend compares these with the graph's own.
-    patch = tower.config.in_channels * tower.cut.frames * tower.cut.patch_size**2
+    patch = CHANNELS * tower.cut.frames * tower.cut.patch_size**2
     model.input[0].dims[:] = [-1, patch]
     model.output[0].dims[:] = [-1, tower.config.out_hidden_size]
     if options.vision_backend is VisionBackend.PYTHON:

@@ -18,10 +18,11 @@ from triward_server import schema
 # In the order in which data flows; a module imports only what stands above it.
 ORDER = (
     "errors", "schema", "config", "conversation", "media", "video", "tokenization", "preprocess",
-    "packing", "attention", "vision", "decoder", "architectures", "onnx_inputs", "onnx_runner",
-    "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "metrics", "heap",
-    "draining", "triton_io", "canary", "repository", "triton_http", "installation", "launch",
-    "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
+    "packing", "attention", "vision", "decoder", "architectures", "processors", "onnx_inputs",
+    "onnx_runner", "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "streaming",
+    "reference", "metrics", "heap", "draining", "triton_io", "canary", "repository",
+    "triton_http", "installation", "launch", "watchdog", "switch", "random_checkpoint",
+    "random_text_checkpoint", "testing", "cli",
 )  # fmt: skip
 PACKAGE = ROOT / "triward_server"
 MODELS = ROOT / "model_repository"
