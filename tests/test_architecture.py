@@ -20,7 +20,7 @@ ORDER = (
     "errors", "schema", "config", "conversation", "media", "video", "tokenization", "preprocess",
     "packing", "attention", "vision", "decoder", "architectures", "processors", "onnx_inputs",
     "onnx_runner", "backbone", "checkpoint", "onnx_export", "onnx_vision", "scoring", "streaming",
-    "reference", "metrics", "heap", "draining", "triton_io", "canary", "repository",
+    "reference", "verify", "metrics", "heap", "draining", "triton_io", "canary", "repository",
     "triton_http", "installation", "launch", "watchdog", "switch", "random_checkpoint",
     "random_text_checkpoint", "testing", "cli",
 )  # fmt: skip
