@@ -56,10 +56,14 @@ def load_pixels(checkpoint: Path, tower: Tower) -> Pixels:
         tower: what the model's vision tower computes.
 
     Raises:
-        CheckpointError: one asks for what is not done here.
+        CheckpointError: one cannot be loaded, or asks for what is not done here.
     """
-    images = AutoImageProcessor.from_pretrained(checkpoint)
-    videos = AutoVideoProcessor.from_pretrained(checkpoint)
+    try:
+        images = AutoImageProcessor.from_pretrained(checkpoint)
+        videos = AutoVideoProcessor.from_pretrained(checkpoint)
+    except Exception as error:  # transformers raises many types
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint}: the processor cannot be loaded: {reason}") from None
     cut = cut_of(tower, images.image_mean, images.image_std)
 
     check = _checker(checkpoint, "image")
