@@ -39,6 +39,7 @@ from benchmarks.measure import (
     serving,
     timed,
     work,
+    writable,
 )
 from benchmarks.plot import draw
 from benchmarks.workloads import SMALL_IMAGE, TEXT, Workload, epochs, workloads
@@ -211,6 +212,7 @@ def main(
     if unknown:
         names = ", ".join(known)
         raise typer.BadParameter(f"no workload {unknown[0]!r}; there are {names}")
+    writable(output, ".svg")
     console = Console()
     here = machine()
     results: dict[str, Any] = {"machine": here, "size": size, "dtype": "float32"}

@@ -39,6 +39,7 @@ from benchmarks.measure import (
     serving,
     timed,
     work,
+    writable,
 )
 from benchmarks.workloads import LARGE_IMAGE, SMALL_IMAGE, Workload, odd_sizes, workloads
 from triward_server.config import ForwardConfig, PreprocessConfig
@@ -321,6 +322,7 @@ def main(
     for name, known, given in (("step", STEPS, step), ("workload", workloads(), workload)):
         if unknown := sorted(set(given or ()) - set(known)):
             raise typer.BadParameter(f"no {name} {unknown[0]!r}; there are {', '.join(known)}")
+    writable(output)
     results: dict[str, Any] = {"machine": machine(), "size": size, "device": device}
     results |= {"repeats": repeats, "seconds": {}, **dict.fromkeys(STEPS)}
 

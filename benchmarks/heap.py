@@ -20,7 +20,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, writable
 from triward_server.config import ForwardConfig
 from triward_server.heap import Heap
 from triward_server.packing import Geometry
@@ -78,6 +78,7 @@ def main(
     tidy: Annotated[bool, typer.Option(help="Give free pages back, as the server does.")] = True,
 ) -> None:
     """Score random batches and write down what the heap holds."""
+    writable(output)
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint("tiny", 0, Path(folder) / "checkpoint")
         config = ForwardConfig(

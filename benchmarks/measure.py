@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
 from benchmarks.workloads import Group, Workload
 from triward import RewardClient
@@ -33,6 +34,28 @@ from triward_server.scoring import Scorer, price
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "trl", "numpy", "tritonclient", "nvidia-pytriton")
 CONCURRENCY = 16
+
+
+def writable(output: Path | None, *beside: str) -> None:
+    """Ask before anything is measured whether the results can be written.
+
+    Args:
+        output: the file of the results; None: there is none.
+        beside: suffixes of further files that go beside it.
+
+    Raises:
+        typer.BadParameter: the folder is not there, or a file cannot be created or changed.
+    """
+    if output is None:
+        return
+    for path in (output, *map(output.with_suffix, beside)):
+        new = not path.exists()
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise typer.BadParameter(f"--output: {path} cannot be written: {error}") from None
+        if new:
+            path.unlink()
 
 
 def machine() -> dict[str, Any]:

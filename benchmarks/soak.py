@@ -36,7 +36,7 @@ import typer
 from matplotlib.figure import Figure
 
 from benchmarks import footprint
-from benchmarks.measure import ROOT, machine
+from benchmarks.measure import ROOT, machine, writable
 from triward_server.launch import Endpoints, TritonServer
 from triward_server.random_checkpoint import make_checkpoint
 
@@ -248,7 +248,7 @@ def main(
     patient: Annotated[bool, typer.Option(help="Nobody cancels or hangs up.")] = False,
 ) -> None:
     """Run, write the results, and fail if something grows."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    writable(output, ".draft", ".log", ".svg")
     draft = output.with_suffix(".draft")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -24,7 +24,16 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 import typer
 
-from benchmarks.measure import CONCURRENCY, features, in_turns, machine, row, served, serving
+from benchmarks.measure import (
+    CONCURRENCY,
+    features,
+    in_turns,
+    machine,
+    row,
+    served,
+    serving,
+    writable,
+)
 from benchmarks.workloads import Workload, odd_sizes, workloads
 from triward import RewardClient
 from triward_server.config import PreprocessConfig
@@ -93,6 +102,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measure both calls on this machine's CPU, in float32, without an embedding cache."""
+    writable(output)
     results: dict[str, Any] = {"machine": machine(), "size": size, "dtype": "float32"}
     results |= {"repeats": repeats, "workloads": {}}
     flags = ("--dtype=float32", "--device=cpu", "--embedding-cache-bytes=0")

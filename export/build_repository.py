@@ -2,10 +2,10 @@
 
     python export/build_repository.py --checkpoint DIR_OR_HUB_ID --output DIR
 
-Checks every tensor first, so that nothing random is ever served. Scores one small request, which
-`triward-server health --deep` asks again. Writes to a temporary folder beside the output and
-renames it, so that there is never half a repository. The result holds everything but Python
-packages and can be moved or mounted elsewhere.
+Checks every tensor first, so that nothing random is ever served, and compares a few scores with
+transformers' own. Scores one small request, which `triward-server health --deep` asks again. Writes
+to a temporary folder beside the output and renames it, so that there is never half a repository.
+The result holds everything but Python packages and can be moved or mounted elsewhere.
 
 `--version 2` on a repository that has version 1 puts the new one beside it; the served version
 stays as it is until `triward-server switch`.
@@ -40,7 +40,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
-from triward_server import __version__, checkpoint, contract, schema
+from triward_server import __version__, checkpoint, contract, schema, verify
 from triward_server.canary import TOLERANCE, Canary
 from triward_server.config import ForwardConfig, PreprocessConfig, VisionConfig, from_strings
 from triward_server.errors import ConfigError, LaunchError, TriwardError
@@ -52,6 +52,7 @@ from triward_server.repository import models, pin, versions
 from triward_server.schema import ModelNames
 from triward_server.scoring import Scorer
 from triward_server.triton_io import CHECKPOINT_DIRECTORY
+from triward_server.vision import CHANNELS
 
 SOURCE = Path(__file__).resolve().parent.parent / "model_repository"
 SOURCE_VERSION = "1"  # of the adapters in SOURCE
@@ -95,6 +96,7 @@ class Options:
     queue_timeout_ms: int
     weights: Weights
     canary: bool
+    verify: bool
 
 
 def build(
@@ -126,6 +128,8 @@ def build(
     # Here the processor's files are tried, wherever they will run.
     preprocessor = Preprocessor(folder, replace(options.preprocess, device="cpu"))
     preprocessor.warm_up()
+    if options.verify:
+        _verify(folder, options)
     canary = _canary(folder, preprocessor, options)
     with _written_whole(output, names, None if force else version) as draft:
         _copy_source(draft, names, version, options)
@@ -204,10 +208,7 @@ def _folders(names: ModelNames, repository: Path) -> list[str]:
 
 
 def _canary(folder: Path, preprocessor: Preprocessor, options: Options) -> Canary:
-    """A request, with an image if the model reads any; two responses, if allowed; its scores.
-
-    Taken on the device that will serve if this machine has it, or else on the CPU.
-    """
+    """A request, with an image if the model reads any; two responses, if allowed; its scores."""
     picture = BytesIO()
     Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(picture, "PNG")
     image = [{"type": "image"}] if preprocessor.reads_images else []
@@ -231,12 +232,50 @@ def _canary(folder: Path, preprocessor: Preprocessor, options: Options) -> Canar
     if preprocessor.knows_the_date or not options.canary:
         checkpoint.check_finite(folder)  # as the scorer does when it loads
         return canary
-    device = options.forward.device if torch.cuda.is_available() else "cpu"
-    scorer = Scorer(folder, replace(options.forward, device=device, compile=False))
+    scorer = Scorer(folder, replace(options.forward, device=_device(options), compile=False))
     [scored] = scorer.score([features])
     if isinstance(scored, TriwardError):
         raise scored
     return replace(canary, scores=tuple(scored.scores.tolist()))
+
+
+def _verify(folder: Path, options: Options) -> None:
+    """Compare a few scores with transformers' own; raise `CheckpointError` if they differ."""
+    report = verify.verify(folder, torch.device(_device(options)), small=True)
+    verify.check(report)
+    typer.echo(
+        f"verified: {len(report.rows)} scores are transformers' own to {report.largest:.0e}, in "
+        f"{report.seconds:.1f} s; triward-server verify asks more, --no-verify none",
+        err=True,
+    )
+
+
+def _device(options: Options) -> str:
+    """The device that will serve if this machine has it, or else the CPU."""
+    return options.forward.device if torch.cuda.is_available() else "cpu"
+
+
+def _say_where(device: str) -> None:
+    """Of a GPU, which; or that there is none here."""
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        typer.echo(
+            f"--device {device}: this machine has no CUDA GPU; the repository will serve only "
+            "where there is one. For this machine: --device cpu",
+            err=True,
+        )
+        return
+    there = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    if device != "cuda" and device not in there:
+        typer.echo(f"--device {device}: this machine has {', '.join(there)} only", err=True)
+        return
+    used = there if device == "cuda" else {device: there[device]}
+    typer.echo(
+        f"--device {device}: will serve on {', '.join(f'{k} ({v})' for k, v in used.items())}"
+        f"{', an instance on each' if len(used) > 1 else ''}",
+        err=True,
+    )
 
 
 def _copy_source(draft: Path, names: ModelNames, version: str, options: Options) -> None:
@@ -378,7 +417,7 @@ def _write_vision(
     model = _read_config(path)
     model.name = names.vision
     # Triton's backend compares these with the graph's own.
-    patch = tower.config.in_channels * tower.cut.frames * tower.cut.patch_size**2
+    patch = CHANNELS * tower.cut.frames * tower.cut.patch_size**2
     model.input[0].dims[:] = [-1, patch]
     model.output[0].dims[:] = [-1, tower.config.out_hidden_size]
     if options.vision_backend is VisionBackend.PYTHON:
@@ -583,12 +622,23 @@ def main(
         float, typer.Option(help="For decoding and resizing a request's media.")
     ] = _PREPROCESS.max_decode_seconds,
     version: Annotated[
-        int, typer.Option(min=1, help="A new one is added to a model that is there.")
+        int,
+        typer.Option(
+            min=1,
+            help="Of the model: a new one is added. (Of this tool: triward-server --version.)",
+        ),
     ] = 1,
     canary: Annotated[
         bool,
         typer.Option(
             "--canary/--no-canary", help="Score one request, for deep health checks to compare."
+        ),
+    ] = True,
+    verify_: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare a few scores with transformers' own class before anything is written.",
         ),
     ] = True,
     weights: Annotated[
@@ -647,7 +697,9 @@ def main(
             queue_timeout_ms=queue_timeout_ms,
             weights=weights,
             canary=canary,
+            verify=verify_,
         )
+        _say_where(options.forward.device)
         build(checkpoint, revision, output, model_names(name), str(version), options, force)
     except (TriwardError, OSError) as error:
         typer.echo(f"build_repository: {error}", err=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import AutoConfig, MistralConfig, MistralForSequenceClassifica
 
 from tests.conftest import ROOT
 from triward_server import architectures
-from triward_server.checkpoint import verify
+from triward_server.checkpoint import load_config, read_blueprint, verify
 from triward_server.config import ForwardConfig
 from triward_server.errors import CheckpointError
 from triward_server.random_text_checkpoint import make_text_checkpoint
@@ -70,12 +72,60 @@ def test_the_example(mistral: Path, example: Any, monkeypatch: pytest.MonkeyPatc
     assert np.std(result.scores) > 0.05
 
 
-def test_without_its_windows_it_would_not(mistral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: what `plain` alone makes of it."""
+def test_without_its_windows_it_is_refused(mistral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plain` alone would leave the window unread, Mistral's default one too."""
     plain = architectures.Architecture(architectures.interface.plain)
     monkeypatch.setitem(architectures.ARCHITECTURES, "mistral", plain)
+    with pytest.raises(CheckpointError, match="sliding_window = 40: not supported for mistral"):
+        verify(mistral)
+    config = json.loads((mistral / "config.json").read_text())
+    (mistral / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
+    assert verify(mistral).decoder.windows == (None,) * 3
+
+
+def test_with_wrong_windows_it_would_be_another_score(
+    mistral: Path, example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of `test_the_example`."""
+
+    def everything(config: Any) -> Any:
+        return replace(example.decoder(config), windows=(None,) * 3)
+
+    wrong = architectures.Architecture(everything)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "mistral", wrong)
     rng = np.random.default_rng(0)
     ids = rng.integers(20, 900, 100).astype(np.int32)
     (result,) = Scorer(mistral, CPU).score([Features(ids[:50], (ids[50:],))])
     assert isinstance(result, Scores)
     assert abs(result.scores[0] - TextOracle(mistral).score_ids(ids)) > 10 * fp32_budget(1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "refused"),
+    [
+        ("sliding_window", 40, "sliding_window = 40"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor 0.5"),
+        ("skip_layer_mlp", [1], r"skip_layer_mlp = \[1\]"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "quantization_config = "),
+    ],
+)
+def test_phi3_as_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: Any, refused: str
+) -> None:
+    """Scores were others without a word: 0.037 for -1.194, 0.244 for 0.116."""
+    config = {
+        "model_type": "phi3", "architectures": ["Phi3ForSequenceClassification"],
+        "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "id2label": {"0": "LABEL_0"},
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.1,
+    }  # fmt: skip
+    phi3 = architectures.Architecture(architectures.interface.plain)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "phi3", phi3)
+
+    def read(**fields: Any) -> Any:
+        (tmp_path / "config.json").write_text(json.dumps(config | fields))
+        return read_blueprint(tmp_path, load_config(tmp_path))
+
+    assert read().decoder.windows == (None, None)
+    with pytest.raises(CheckpointError, match=refused):
+        read(**{field: value})

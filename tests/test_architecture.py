@@ -20,10 +20,11 @@ ORDER = (
     "errors", "schema", "contract", "config", "memory", "heap", "workers", "image_codec",
     "video_codec", "codec_worker", "conversation", "decoding", "media", "video", "resizing",
     "token_bound", "tokenization", "preprocess", "packing", "attention", "vision", "decoder",
-    "architectures", "onnx_inputs", "onnx_runner", "backbone", "checkpoint", "onnx_export",
-    "onnx_vision", "scoring", "metrics", "draining", "triton_io", "canary", "log", "repository",
-    "integrity", "triton_http", "installation", "signals", "child", "endpoints", "gpu", "launch",
-    "watchdog", "switch", "random_checkpoint", "random_text_checkpoint", "testing", "cli",
+    "architectures", "processors", "onnx_inputs", "onnx_runner", "backbone", "checkpoint",
+    "onnx_export", "onnx_vision", "scoring", "streaming", "reference", "verify", "metrics",
+    "draining", "triton_io", "canary", "log", "repository", "integrity", "triton_http",
+    "installation", "signals", "child", "endpoints", "gpu", "launch", "watchdog", "switch",
+    "random_checkpoint", "random_text_checkpoint", "testing", "cli",
 )  # fmt: skip
 PACKAGE = ROOT / "triward_server"
 MODELS = ROOT / "model_repository"

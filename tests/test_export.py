@@ -208,7 +208,7 @@ def test_a_write_that_fails_leaves_nothing(checkpoint: Path, tmp_path: Path) -> 
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert result.returncode == 1
-    assert result.stderr.startswith("build_repository: ") and "File too large" in result.stderr
+    assert "\nbuild_repository: " in result.stderr and "File too large" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -244,7 +244,8 @@ def test_control_windows_that_are_ignored(
 ) -> None:
     right = _score(scorer, features)
     tower = scorer._model.visual
-    monkeypatch.setattr(tower.config, "fullatt_block_indexes", [*range(tower.config.depth)])
+    everywhere = replace(tower.config, fullatt_block_indexes=tuple(range(tower.config.depth)))
+    monkeypatch.setattr(tower, "config", everywhere)
     assert abs(_score(scorer, features) - right) > 10 * fp32_budget(right)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .attention import CAPPED_BYTES, Layout, make_layout, repeats_keys, upload
 from .decoder import Decoder, DecoderLayer, LanguageModel, SandwichLayer, weights_per_layer
 from .packing import Cost, Geometry, Int64Array, MediaItem, PackedBatch
-from .schema import Grid, UInt8Array
-from .vision import EmbeddingCache, VisionBlock, VisionTower
+from .schema import FRAMES_PER_GRID, Grid, UInt8Array
+from .vision import CHANNELS, EmbeddingCache, Tower, VisionBlock, VisionTower
 
 # Images uint8 [H, W, 3] and videos [T, H, W, 3], and their patches -> embeddings [M, out], one
 # item's tokens behind the other's.
@@ -215,7 +215,7 @@ class RewardModel(nn.Module):
         return upload(torch.from_numpy(array), self.device)
 
 
-def costs(decoder: Decoder, vision: Any, itemsize: int) -> Cost:
+def costs(decoder: Decoder, vision: Tower | None, itemsize: int) -> Cost:
     """FLOPs and bytes of a forward pass.
 
     In FLOPs multiply-adds count twice; norms, rotations and activations are left out. Bytes are an
@@ -224,7 +224,7 @@ def costs(decoder: Decoder, vision: Any, itemsize: int) -> Cost:
 
     Args:
         decoder: the language model's.
-        vision: transformers' configuration of the vision tower; None: there is none.
+        vision: the tower's; None: there is none.
         itemsize: bytes of one activation.
     """
     layer, seen = weights_per_layer(decoder)  # the last one computes `seen` for what is not scored
@@ -245,13 +245,13 @@ def costs(decoder: Decoder, vision: Any, itemsize: int) -> Cost:
     )
 
 
-def _patch_costs(vision: Any, itemsize: int) -> tuple[int, int]:
+def _patch_costs(vision: Tower, itemsize: int) -> tuple[int, int]:
     """FLOPs and bytes of one patch in the tower."""
     dim, inner = vision.hidden_size, vision.intermediate_size
     block = 4 * dim**2 + 3 * dim * inner
     merged = dim * vision.spatial_merge_size**2
     merger = (merged**2 + merged * vision.out_hidden_size) // vision.spatial_merge_size**2
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = CHANNELS * FRAMES_PER_GRID * vision.patch_size**2
     return (
         2 * (block * vision.depth + merger),
         5 * 4 * pixels + _row_bytes(dim, 4 * dim, inner, itemsize),

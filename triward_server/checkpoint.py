@@ -15,6 +15,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
-    AutoVideoProcessor,
 )
 
 from .architectures import ARCHITECTURES, Architecture
+from .architectures.fields import Fields
 from .backbone import HEADS, Encoder, RewardModel, ValueHead
+from .decoder import Decoder
 from .errors import CheckpointError
 from .packing import Geometry
-from .schema import FRAMES_PER_GRID
-from .vision import Cut, VisionTower, cut_of
+from .processors import Pixels, load_pixels
+from .vision import Cut, Tower, VisionTower
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,31 @@ _VISION, _HEAD = "visual.", "v_head."
 _UNREAD = re.compile(r"^lm_head\.")
 
 
+@dataclass(frozen=True)
+class Blueprint:
+    """What a checkpoint's files say of the model, weights aside.
+
+    Attributes:
+        geometry: how a batch of it is laid out.
+        decoder: what the language model computes.
+        tower: what the vision tower computes; None: a text model.
+        cut: how media become the tower's patches; None with it.
+        head: which of `backbone.HEADS`.
+    """
+
+    geometry: Geometry
+    decoder: Decoder
+    tower: Tower | None
+    cut: Cut | None
+    head: str
+
+    def vision(self) -> VisionTower | None:
+        """A tower without weights, on torch's default device."""
+        if self.tower is None or self.cut is None:
+            return None
+        return VisionTower(self.tower, self.cut)
+
+
 def load_config(checkpoint: Path) -> Any:
     """The checkpoint's model configuration.
 
@@ -67,12 +93,16 @@ def load_config(checkpoint: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; is {checkpoint} a checkpoint's folder?")
     try:
-        model_type = json.loads(path.read_text())["model_type"]
+        written = json.loads(path.read_text())
+        model_type = written["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no model_type: {type(error).__name__}: {error}") from None
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"{path}: model_type {model_type!r} is not supported, only {known}")
+    for part in (written, *(value for value in written.values() if isinstance(value, dict))):
+        if part.get("per_layer_config"):  # transformers would answer for no layer in particular
+            raise CheckpointError(f"{path}: per_layer_config is not supported, layers are alike")
     try:
         return AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many types
@@ -130,17 +160,34 @@ def weight_files(checkpoint: Path) -> list[Path]:
     return files
 
 
-def verify(checkpoint: Path) -> None:
-    """Check names and shapes of all tensors without reading any data.
+def read_blueprint(checkpoint: Path, config: Any) -> Blueprint:
+    """Read all that a configuration of `load_config` says.
 
     Raises:
-        CheckpointError: naming the first tensors that are missing, unexpected, twice there or of
-            a wrong shape.
+        CheckpointError: it asks, by whatever field, for what is not computed here.
+    """
+    fields, architecture = Fields(config), architecture_of(config)
+    head = head_of(checkpoint, config)
+    decoder = architecture.decoder(fields)
+    tower, pixels = None, None
+    if architecture.vision is not None:
+        tower = architecture.vision(fields)
+        pixels = load_pixels(checkpoint, tower)
+    geometry = _geometry(fields, decoder, tower, pixels, head)
+    fields.refuse_unread(f"{checkpoint / 'config.json'}", config.model_type)
+    return Blueprint(geometry, decoder, tower, None if pixels is None else pixels.cut, head)
+
+
+def verify(checkpoint: Path) -> Blueprint:
+    """Check the configuration, and names and shapes of all tensors, without reading any data.
+
+    Raises:
+        CheckpointError: see `read_blueprint`; or naming the first tensors that are missing,
+            unexpected, twice there or of a wrong shape.
     """
     config = load_config(checkpoint)
-    head = head_of(checkpoint, config)
-    architecture_of(config).decoder(config)  # raises for what it does not compute
-    expected = _expected_shapes(config, head)
+    blueprint = read_blueprint(checkpoint, config)
+    expected = _expected_shapes(config, blueprint.head)
     found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(checkpoint):
         with _open(file, "cpu") as tensors:
@@ -159,6 +206,7 @@ def verify(checkpoint: Path) -> None:
                 f"{checkpoint}: tensor {name!r} has shape {list(found[name])}, "
                 f"the configuration asks for {list(expected[name])}"
             )
+    return blueprint
 
 
 def load_model(
@@ -182,27 +230,31 @@ def load_model(
     Raises:
         CheckpointError: see `verify`; or a weight is not finite.
     """
-    verify(checkpoint)
-    config = load_config(checkpoint)
-    architecture = architecture_of(config)
-    decoder, head = architecture.decoder(config), head_of(checkpoint, config)
+    model = empty_model(verify(checkpoint), dtype, deterministic, cache_bytes, encoder)
+    state = read_state(checkpoint, dtype, device, lambda name: not (encoder and _is(_VISION, name)))
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def empty_model(
+    blueprint: Blueprint,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+    cache_bytes: int = 0,
+    encoder: Encoder | None = None,
+) -> RewardModel:
+    """The model without weights, on the meta device; arguments as for `load_model`."""
     with torch.device("meta"):
-        visual = None
-        if architecture.vision is not None and encoder is None:
-            visual = architecture.vision(config, AutoImageProcessor.from_pretrained(checkpoint))
-        model = RewardModel(
-            _geometry(checkpoint, config, head),
-            decoder,
-            visual,
-            head,
+        return RewardModel(
+            blueprint.geometry,
+            blueprint.decoder,
+            blueprint.vision() if encoder is None else None,
+            blueprint.head,
             dtype,
             deterministic,
             cache_bytes,
             encoder,
         )
-    state = _state(checkpoint, dtype, device, lambda name: not (encoder and _is(_VISION, name)))
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
 
 
 def check_finite(checkpoint: Path) -> None:
@@ -211,34 +263,16 @@ def check_finite(checkpoint: Path) -> None:
         pass
 
 
-def _video_limits(checkpoint: Path) -> tuple[int, int] | None:
-    """Fewest and most pixels of a frame that the video processor leaves as it is.
+def load_cut(checkpoint: Path) -> tuple[Cut, int]:
+    """How a checkpoint cuts media, and the width of their embeddings.
 
     Raises:
-        CheckpointError: it does what the vision tower does not.
+        CheckpointError: see `read_blueprint`; or it is a text model.
     """
-    images = AutoImageProcessor.from_pretrained(checkpoint)
-    videos = AutoVideoProcessor.from_pretrained(checkpoint)
-    for name, value, supported in (
-        ("image_mean", videos.image_mean, images.image_mean),
-        ("image_std", videos.image_std, images.image_std),
-        ("temporal_patch_size", videos.temporal_patch_size, FRAMES_PER_GRID),
-        ("do_sample_frames", videos.do_sample_frames, False),
-        ("cap_pixels_per_frame", bool(videos.cap_pixels_per_frame), False),
-    ):
-        if value != supported:
-            raise CheckpointError(
-                f"{checkpoint}: the video processor's {name} is {value}, only {supported} works"
-            )
-    size = dict(videos.size)
-    return (size["shortest_edge"], size["longest_edge"]) if videos.do_resize else None
-
-
-def load_cut(checkpoint: Path) -> Cut:
-    """How a checkpoint cuts media; raises `CheckpointError` as `load_config` does."""
-    processor = AutoImageProcessor.from_pretrained(checkpoint)
-    vision = load_config(checkpoint).vision_config
-    return cut_of(vision, processor.image_mean, processor.image_std)
+    blueprint = read_blueprint(checkpoint, load_config(checkpoint))
+    if blueprint.tower is None or blueprint.cut is None:
+        raise CheckpointError(f"{checkpoint}: the model has no vision tower")
+    return blueprint.cut, blueprint.tower.out_hidden_size
 
 
 def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
@@ -247,16 +281,13 @@ def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
     Raises:
         CheckpointError: see `verify`; or it is a text model.
     """
-    verify(checkpoint)
-    config = load_config(checkpoint)
-    architecture = architecture_of(config)
-    if architecture.vision is None:
-        raise CheckpointError(f"{checkpoint}: {config.model_type} has no vision tower")
+    blueprint = verify(checkpoint)
     with torch.device("meta"):
-        tower = architecture.vision(config, AutoImageProcessor.from_pretrained(checkpoint))
-        head = ValueHead(config.get_text_config().hidden_size)
+        tower, head = blueprint.vision(), ValueHead(blueprint.decoder.hidden)
+    if tower is None:
+        raise CheckpointError(f"{checkpoint}: the model has no vision tower")
     for prefix, module in ((_VISION, tower), (_HEAD, head)):
-        state = _state(checkpoint, torch.float32, torch.device("cpu"), partial(_is, prefix))
+        state = read_state(checkpoint, torch.float32, torch.device("cpu"), partial(_is, prefix))
         names = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         module.load_state_dict(names, strict=True, assign=True)
         module.requires_grad_(False).eval()
@@ -273,28 +304,28 @@ def canonical_name(key: str) -> str:
     return re.sub(r"^model\.", "language_model.", key)
 
 
-def _geometry(checkpoint: Path, config: Any, head: str) -> Geometry:
-    text = config.get_text_config()
-    if architecture_of(config).vision is None:
+def _geometry(
+    fields: Fields, decoder: Decoder, tower: Tower | None, pixels: Pixels | None, head: str
+) -> Geometry:
+    if tower is None or pixels is None:
         return Geometry(
             image_token_id=None,
             patch_size=1,
             merge_size=1,
-            vocab_size=text.vocab_size,
-            max_tokens=text.max_position_embeddings,
+            vocab_size=decoder.vocab_size,
+            max_tokens=decoder.positions,
             # transformers' classification head looks in front of these; trl's value head does not.
-            padding_id=text.pad_token_id if head == "score" else None,
+            padding_id=fields.text.pad_token_id if head == "score" else None,
         )
-    vision = config.vision_config
     return Geometry(
-        image_token_id=config.image_token_id,
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
-        vocab_size=text.vocab_size,
-        max_tokens=text.max_position_embeddings,
-        video_token_id=config.video_token_id,
-        tokens_per_second=vision.tokens_per_second,
-        video_limits=_video_limits(checkpoint),
+        image_token_id=fields.image_token_id,
+        patch_size=tower.patch_size,
+        merge_size=tower.spatial_merge_size,
+        vocab_size=decoder.vocab_size,
+        max_tokens=decoder.positions,
+        video_token_id=fields.video_token_id,
+        tokens_per_second=fields.vision_config.tokens_per_second,
+        video_limits=pixels.video_limits,
     )
 
 
@@ -325,12 +356,20 @@ def _open(file: Path, device: str) -> Any:
         raise CheckpointError(f"{file}: not a safetensors file, or cut short: {error}") from None
 
 
-def _state(
+def read_state(
     checkpoint: Path, dtype: torch.dtype, device: torch.device, wanted: Callable[[str], bool]
 ) -> dict[str, Tensor]:
-    """The wanted tensors by our names; the head is float32 always."""
-    tensors = _join(_tensors(weight_files(checkpoint), device, wanted))
+    """The wanted tensors by our names, joined; the head is float32 always."""
+    tensors = _join(_tensors(weight_files(checkpoint), device, lambda name: wanted(_whole(name))))
     return {name: t.to(torch.float32 if _is_head(name) else dtype) for name, t in tensors}
+
+
+def read_tensors(
+    checkpoint: Path, dtype: torch.dtype, device: torch.device, wanted: Callable[[str], bool]
+) -> dict[str, Tensor]:
+    """The wanted tensors by `canonical_name`, none of them joined with another."""
+    tensors = _tensors(weight_files(checkpoint), device, wanted)
+    return {name: tensor.to(dtype) for name, tensor in tensors}
 
 
 def _is(prefix: str, name: str) -> bool:
@@ -373,6 +412,14 @@ def _check_finite(file: Path, key: str, tensor: Tensor) -> None:
         )
 
 
+def _whole(name: str) -> str:
+    """The name of what `_join` makes a tensor a part of; its own, if it is left alone."""
+    match = _PART.search(name)
+    if match is None:
+        return name
+    return name[: match.start()] + _PART_OF[match[0]][0] + name[match.end() :]
+
+
 def _join(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Stack the matrices of `_JOINED` as soon as all parts of one have come by."""
     waiting: dict[str, dict[str, Tensor]] = {}
@@ -381,8 +428,7 @@ def _join(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
         if match is None:
             yield name, tensor
             continue
-        whole, parts = _PART_OF[match[0]]
-        joined = name[: match.start()] + whole + name[match.end() :]
+        joined, parts = _whole(name), _PART_OF[match[0]][1]
         group = waiting.setdefault(joined, {})
         group[match[0]] = tensor
         if len(group) == len(parts):

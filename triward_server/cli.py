@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from math import isnan
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from . import __version__, schema
 from . import repository as repositories
-from .errors import LaunchError
+from .errors import LaunchError, TriwardError
 from .integrity import Verify
 from .launch import Endpoints, Tls, TritonServer
 from .log import LineWriter
@@ -243,11 +244,44 @@ def _announce(server: TritonServer) -> None:
         os.close(nowhere)
 
 
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint's folder.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; in float32 on each.")] = "cpu",
+    streamed: Annotated[
+        bool | None,
+        typer.Option(
+            "--streamed/--whole",
+            help="One layer's weights at a time, or all; by default what fits into free memory.",
+        ),
+    ] = None,
+    small: Annotated[bool, typer.Option("--small", help="The few that an export asks.")] = False,
+) -> None:
+    """Score built-in conversations with transformers' own class and with the engine, and compare.
+
+    Exits with 1 when a score is further from transformers' than 1e-4, relative above 1.
+    """
+    from .verify import Report, run  # torch, which no other command needs
+
+    table = Table("conversation", "score", "transformers", "distance", "")
+    with _errors():
+        report: Report = run(checkpoint, device, streamed, small)
+    for row in report.rows:
+        scores = [s if isinstance(s, str) else f"{s:.6f}" for s in (row.score, row.reference)]
+        distance = "" if isnan(row.distance) else f"{row.distance:.1e}"
+        table.add_row(row.name, *scores, distance, "ok" if row.agrees else "DIFFERS")
+    Console().print(table)
+    how = "layer by layer" if report.streamed else "whole"
+    verdict = f"{len(report.wrong)} of {len(report.rows)} conversations differ"
+    typer.echo(f"{verdict}; float32 on {device}, loaded {how}, {report.seconds:.1f} s")
+    raise typer.Exit(1 if report.wrong else 0)
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     try:
         yield
-    except (LaunchError, HttpError) as error:
+    except (TriwardError, HttpError) as error:
         _say(str(error))
         raise typer.Exit(1) from None
 

@@ -45,7 +45,7 @@ class VisionGraph(nn.Module):
         config = tower.config
         half = config.hidden_size // config.num_heads // 2
         steps = torch.arange(0, half, 2, dtype=torch.float32) / half
-        self.register_buffer("inverse", 1.0 / config.rope_parameters["rope_theta"] ** steps)
+        self.register_buffer("inverse", 1.0 / config.rope_theta**steps)
 
     def forward(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import schema
-from .checkpoint import load_config, load_cut
+from .checkpoint import load_cut
 from .errors import ForwardError
 from .onnx_inputs import graph_inputs
 from .schema import Grid, UInt8Array
@@ -19,8 +19,8 @@ from .vision import Cut
 
 def remote_tower(checkpoint: Path, pb_utils: Any, model: str, version: str) -> RemoteTower:
     """For a checkpoint whose tower is served as `model`; raises `CheckpointError`."""
-    width = load_config(checkpoint).vision_config.out_hidden_size
-    return RemoteTower(pb_utils, model, version, load_cut(checkpoint), width)
+    cut, width = load_cut(checkpoint)
+    return RemoteTower(pb_utils, model, version, cut, width)
 
 
 class RemoteTower:

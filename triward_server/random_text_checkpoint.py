@@ -115,6 +115,7 @@ KINDS: dict[str, Kind] = {
         pad="<|finetune_right_pad_id|>",
         template=_LLAMA_TEMPLATE,
         fields={
+            "attention_bias": False,
             "rms_norm_eps": 1e-5,
             "rope_theta": 500_000.0,
             "rope_scaling": {
@@ -131,6 +132,7 @@ KINDS: dict[str, Kind] = {
         pad="<pad>",
         template=_GEMMA_TEMPLATE,
         fields={
+            "attention_bias": False,
             "hidden_activation": "gelu_pytorch_tanh",
             "rope_theta": 10_000.0,
             "sliding_window": 48,
@@ -145,7 +147,8 @@ KINDS: dict[str, Kind] = {
     ),
     "qwen3": Kind(
         special=_QWEN, ordinary=("<tool_call>", "<think>", "</think>"), bos=None, eos="<|im_end|>",
-        pad="<|endoftext|>", template=_QWEN3_TEMPLATE, fields={"rope_theta": 1_000_000.0},
+        pad="<|endoftext|>", template=_QWEN3_TEMPLATE,
+        fields={"attention_bias": False, "rope_theta": 1_000_000.0},
     ),
 }  # fmt: skip
 
@@ -204,7 +207,6 @@ def _config(architecture: str, d: Dimensions, tokenizer: Tokenizer) -> dict[str,
         "architectures": [f"{family[architecture]}For{task}"],
         "model_type": architecture,
         **ids,
-        "attention_bias": False,
         "head_dim": head_dim * 3 // 2 if architecture in _WIDE_HEADS else head_dim,
         "hidden_act": "silu",
         "hidden_size": d.hidden,

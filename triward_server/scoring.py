@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch.compiler import set_stance
 
 from . import packing
-from .backbone import Clock, Encoder
+from .backbone import Clock, Encoder, RewardModel
 from .checkpoint import load_model
 from .config import ForwardConfig, token_limit
 from .errors import (
@@ -84,6 +84,7 @@ class Scorer:
         checkpoint: folder with config, processor and weights.
         config: dtype, device and budgets.
         encoder: what encodes images where `config.vision` is not the model's own tower.
+        model: the checkpoint's, if it is loaded already.
 
     Raises:
         CheckpointError: the checkpoint is not complete and exact.
@@ -91,14 +92,18 @@ class Scorer:
     """
 
     def __init__(
-        self, checkpoint: Path, config: ForwardConfig, encoder: Encoder | None = None
+        self,
+        checkpoint: Path,
+        config: ForwardConfig,
+        encoder: Encoder | None = None,
+        model: RewardModel | None = None,
     ) -> None:
         self._config = config
         self._sees = encoder is None
         self._warm = False
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._model = load_model(
+        self._model = model or load_model(
             checkpoint,
             getattr(torch, config.dtype),
             torch.device(config.device),

@@ -1,7 +1,8 @@
 """For tests, the demo and benchmarks: the reference that every score is judged by.
 
 `Oracle` is the model card's published code, with the changes that today's packages force on it
-(named below). It needs the extra `reference`; nothing that serves imports this module.
+(named below), trl's class among them. It needs the extra `reference`; nothing that serves imports
+this module. `reference.py` judges with fewer packages and less memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import av
 import numpy as np
 import torch
 import torchvision
-from qwen_vl_utils import process_vision_info, vision_process
+from qwen_vl_utils import vision_process
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -27,9 +28,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from .reference import Messages, card_inputs, fp32_budget, text_inputs
 from .schema import Features, Int32Array
 
-Messages = Sequence[dict[str, Any]]
+__all__ = ["Messages", "Oracle", "TextOracle", "fp32_budget", "read_video"]
 
 
 class Oracle:
@@ -75,16 +77,7 @@ class Oracle:
 
     def inputs(self, conversations: Sequence[Messages]) -> Any:
         """The processor's padded batch for whole conversations, responses included."""
-        texts = [
-            self.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=False
-            )
-            for messages in conversations
-        ]
-        images, videos = process_vision_info(list(conversations))
-        return self.processor(
-            text=texts, images=images, videos=videos, padding=True, return_tensors="pt"
-        ).to(self.device)
+        return card_inputs(self.processor, conversations).to(self.device)
 
     def score_inputs(self, inputs: Any) -> list[float]:
         """The value head at each row's last token."""
@@ -128,8 +121,7 @@ class TextOracle:
     """A text reward model's published code: the head's number at the last token.
 
     `AutoModelForSequenceClassification(…).logits[0][0]`, as Skywork-Reward's cards have it, or
-    trl's value head where a checkpoint carries one. The BOS token that some templates write is left
-    to the tokenizer, as the cards of Skywork-Reward-V2 do, so that it is there once.
+    trl's value head where a checkpoint carries one.
 
     Args:
         checkpoint: a folder or a Hugging Face id.
@@ -161,13 +153,7 @@ class TextOracle:
 
     def inputs(self, conversations: Sequence[Messages]) -> Any:
         """The tokenizer's padded batch for whole conversations, responses included."""
-        texts = [
-            self.tokenizer.apply_chat_template(list(map(_joined, messages)), tokenize=False)
-            for messages in conversations
-        ]
-        if self.tokenizer.bos_token is not None:
-            texts = [text.removeprefix(self.tokenizer.bos_token) for text in texts]
-        return self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+        return text_inputs(self.tokenizer, conversations).to(self.device)
 
     def score_inputs(self, inputs: Any) -> list[float]:
         """The head's number for each row."""
@@ -189,13 +175,6 @@ class TextOracle:
         return self.score_inputs(self.inputs([messages]))[0]
 
 
-def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose parts of text are one string: templates of text models know no parts."""
-    if isinstance(message["content"], str):
-        return message
-    return {**message, "content": "".join(part["text"] for part in message["content"])}
-
-
 def read_video(ele: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float]:
     """A reader for qwen-vl-utils, the like of its own for torchcodec: all frames, then a choice.
 
@@ -214,8 +193,3 @@ def read_video(ele: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float
     video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[chosen]
     metadata = {"fps": rate, "frames_indices": chosen, "total_num_frames": total}
     return video, metadata, count / total * rate
-
-
-def fp32_budget(score: float) -> float:
-    """How far a float32 score may be from the oracle's: 1e-4, relative above 1."""
-    return 1e-4 * max(1.0, abs(score))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +67,8 @@ class RMSNorm(nn.Module):
         return out
 
 
+CHANNELS = 3  # red, green, blue
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
@@ -90,6 +91,35 @@ class GatedMLP(nn.Module):
         return out
 
 
+@dataclass(frozen=True)
+class Tower:
+    """What a vision tower computes, by transformers' names of the fields.
+
+    Attributes:
+        depth: blocks.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the gated MLP.
+        num_heads: of attention.
+        out_hidden_size: width of an embedding.
+        patch_size: side of a patch in pixels.
+        spatial_merge_size: patches that are merged into one token, along each side.
+        window_size: side of an attention window in pixels.
+        fullatt_block_indexes: blocks that attend within the whole image.
+        rope_theta: base of the rotary positions.
+    """
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    patch_size: int
+    spatial_merge_size: int
+    window_size: int
+    fullatt_block_indexes: tuple[int, ...]
+    rope_theta: float
+
+
 class VisionAttention(nn.Module):
     """Projections of attention with axial rotary positions."""
 
@@ -103,7 +133,7 @@ class VisionAttention(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm transformer block: attention between two row-wise halves."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Tower) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size, eps=1e-6)
         self.norm2 = RMSNorm(config.hidden_size, eps=1e-6)
@@ -133,12 +163,10 @@ class VisionBlock(nn.Module):
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel: one matrix product over flattened patches."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Tower) -> None:
         super().__init__()
-        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(
-            config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False
-        )
+        kernel = (FRAMES_PER_GRID, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(CHANNELS, config.hidden_size, kernel, stride=kernel, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
         """[T, channels * frames * patch * patch] -> float32 [T, dim]."""
@@ -149,7 +177,7 @@ class PatchEmbed(nn.Module):
 class PatchMerger(nn.Module):
     """Joins each square of merge x merge patches into one token of the language model."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Tower) -> None:
         super().__init__()
         self.merged = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = RMSNorm(config.hidden_size, eps=1e-6)
@@ -186,19 +214,19 @@ class Cut:
     std: tuple[float, ...]
 
 
-def cut_of(config: Any, mean: Sequence[float], std: Sequence[float]) -> Cut:
+def cut_of(tower: Tower, mean: Sequence[float], std: Sequence[float]) -> Cut:
     """What a checkpoint says.
 
     Args:
-        config: transformers' `Qwen2_5_VLVisionConfig`.
+        tower: what it computes.
         mean: the image processor's normalisation, per channel of values in 0 … 1.
         std: likewise.
     """
     return Cut(
-        patch_size=config.patch_size,
-        frames=config.temporal_patch_size,
-        merge_size=config.spatial_merge_size,
-        window=config.window_size // config.spatial_merge_size // config.patch_size,
+        patch_size=tower.patch_size,
+        frames=FRAMES_PER_GRID,
+        merge_size=tower.spatial_merge_size,
+        window=tower.window_size // tower.spatial_merge_size // tower.patch_size,
         # As the processor has it: (x - 255 mean) / (255 std), on values 0 … 255.
         mean=tuple(255 * m for m in mean),
         std=tuple(255 * s for s in std),
@@ -209,18 +237,17 @@ class VisionTower(nn.Module):
     """The whole tower.
 
     Args:
-        config: transformers' `Qwen2_5_VLVisionConfig`.
-        mean: the image processor's normalisation, per channel of values in 0 … 1.
-        std: likewise.
+        config: what it computes.
+        cut: how media become its patches.
     """
 
-    def __init__(self, config: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, config: Tower, cut: Cut) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
-        self.cut = cut_of(config, mean, std)
+        self.cut = cut
 
     def forward(self, media: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
         """Encode images and videos.
@@ -270,8 +297,7 @@ class VisionTower(nn.Module):
         """Rotary angles float32 [T, head_dim / 2]: rows take the first half, columns the second."""
         config = self.config
         half = config.hidden_size // config.num_heads // 2
-        theta = config.rope_parameters["rope_theta"]
-        inverse = 1.0 / theta ** (
+        inverse = 1.0 / config.rope_theta ** (
             torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
         )
         rows = np.concatenate([places(grid, config.spatial_merge_size) for grid in grids])

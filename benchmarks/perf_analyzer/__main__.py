@@ -24,7 +24,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import typer
 from rich.console import Console
 
-from benchmarks.measure import machine, triton
+from benchmarks.measure import machine, triton, writable
 from benchmarks.perf_analyzer import inputs
 from benchmarks.perf_analyzer.inputs import MIXES, REQUESTS, Scale
 from benchmarks.perf_analyzer.report import write_report
@@ -184,6 +184,7 @@ def main(
     headroom: Annotated[float, typer.Option(min=1, help="Factor on the peak.")] = 1.3,
 ) -> None:
     """Measure, and write results and report."""
+    writable(output, ".html")
     plan = Plan(
         _known(mix or list(MIXES)), _known(open_mix or ["mixed"]),
         concurrency or CONCURRENCIES, fraction or FRACTIONS,

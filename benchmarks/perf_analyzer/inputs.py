@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.measure import writable
 from benchmarks.workloads import Messages, Writer, photo
 from triward.conversation import RewardRequest, build_request
 from triward.deadline import Deadline
@@ -148,6 +149,7 @@ def main(
     """Write one input file."""
     if mix not in MIXES:
         raise typer.BadParameter(f"no mix {mix!r}; there are {', '.join(MIXES)}")
+    writable(output)
     output.write_text(encode(requests(mix, seed, count, scale)))
 
 

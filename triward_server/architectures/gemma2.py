@@ -7,16 +7,18 @@ normalised in front and behind.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from ..decoder import Decoder
-from .interface import Architecture, only, plain
+from .interface import Architecture, Fields, only, plain
 
 
-def _decoder(config: Any) -> Decoder:
+def _decoder(config: Fields) -> Decoder:
     only("attention_bias", [config.attention_bias], [False])
     both_ways = getattr(config, "use_bidirectional_attention", None)
     only("use_bidirectional_attention", [both_ways], [None, False])
+    # Published beside `sliding_window`, and read nowhere.
+    size = getattr(config, "sliding_window_size", config.sliding_window)
+    only("sliding_window_size", [size], [config.sliding_window])
     return replace(
         plain(config),
         norm_offset=1.0,

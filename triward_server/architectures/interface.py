@@ -1,41 +1,45 @@
 """What an architecture has to say, and what most of them say alike.
 
 A configuration that asks for anything that is not computed here is refused by name: the score would
-be another one.
+be another one. That holds for fields that nothing here has heard of, too: see `fields.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..decoder import Decoder, Rope
-from ..errors import CheckpointError
-from ..vision import ACTIVATIONS, VisionTower
+from ..vision import ACTIVATIONS, Tower
+from .fields import Fields, only
+
+__all__ = ["Architecture", "Fields", "only", "plain"]
 
 
 @dataclass(frozen=True)
 class Architecture:
     """How checkpoints of one `model_type` are read.
 
+    Both functions read the fields of transformers' configuration. What they leave unread is refused
+    by name, unless it is known to change no score.
+
     Attributes:
-        decoder: transformers' configuration -> what the language model computes.
-        vision: the configuration and its image processor -> the tower; None: a text model.
+        decoder: what the language model computes.
+        vision: what the vision tower computes; None: a text model.
     """
 
-    decoder: Callable[[Any], Decoder]
-    vision: Callable[[Any, Any], VisionTower] | None = None
+    decoder: Callable[[Fields], Decoder]
+    vision: Callable[[Fields], Tower] | None = None
 
 
 # Kinds of rotary positions whose frequencies do not depend on a conversation's length.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def plain(config: Any) -> Decoder:
+def plain(config: Fields) -> Decoder:
     """The decoder that transformers' text configurations describe in common.
 
     Args:
@@ -45,9 +49,6 @@ def plain(config: Any) -> Decoder:
         CheckpointError: it asks for what is not computed here.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    only("layer_types", set(kinds), windows)
     return Decoder(
         vocab_size=config.vocab_size,
         positions=config.max_position_embeddings,
@@ -58,7 +59,7 @@ def plain(config: Any) -> Decoder:
         head_dim=head_dim,
         eps=config.rms_norm_eps,
         rope=_rope(config, head_dim),
-        windows=tuple(windows[kind] for kind in kinds),
+        windows=_windows(config),
         qkv_bias=False,
         qk_norm=False,
         activation=_activation(config),
@@ -70,27 +71,51 @@ def plain(config: Any) -> Decoder:
     )
 
 
-def only(name: str, values: Iterable[Any], supported: Iterable[Any]) -> None:
-    """Raise `CheckpointError` for a value of a configuration's field that is not supported."""
-    for value in values:
-        if value not in supported:
-            known = ", ".join(map(repr, supported))
-            raise CheckpointError(f"config.json: {name} {value!r} is not supported, only {known}")
+def _windows(config: Fields) -> tuple[int | None, ...]:
+    """Of each layer, where the configuration says so layer by layer.
+
+    Without `layer_types` each class makes its own of `sliding_window`. That is then left unread
+    here: the architecture's file reads it, or a configuration that has one is refused.
+    """
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    layers: int = config.num_hidden_layers
+    if not kinds:
+        return (None,) * layers
+    # What transformers has filled in `layer_types` from, where the file does not have it.
+    config.ignore("use_sliding_window", "max_window_layers")
+    window = getattr(config, "sliding_window", None)
+    windows: dict[str, int | None] = {"full_attention": None}
+    if window is not None:
+        windows["sliding_attention"] = window
+    only("layer_types", set(kinds), windows)
+    only("number of layer_types", [len(kinds)], [layers])
+    return tuple(windows[kind] for kind in kinds)
 
 
-def _activation(config: Any) -> str:
-    name = getattr(config, "hidden_activation", None) or config.hidden_act
-    only("hidden_act", [name], ACTIVATIONS)
+def _activation(config: Fields) -> str:
+    field = "hidden_activation"
+    if getattr(config, field, None) is None:
+        field = "hidden_act"
+    else:
+        config.ignore("hidden_act")  # an older name, kept beside it
+    name = getattr(config, field)
+    only(field, [name], ACTIVATIONS)
     return str(name)
 
 
-def _rope(config: Any, head_dim: int) -> Rope:
+def _rope(config: Fields, head_dim: int) -> Rope:
     """Frequencies as transformers computes them, in float32."""
-    kind = config.rope_parameters["rope_type"]
+    parameters = config.rope_parameters
+    kind = parameters["rope_type"]
     only("rope type", [kind], _ROPE_TYPES)
+    only("partial_rotary_factor", [parameters.get("partial_rotary_factor", 1.0)], [1.0])
+    # An older name of `rope_type`, which counts where both are there; and what transformers has
+    # copied into the parameters of the types that read it.
+    parameters.ignore("type")
+    config.ignore("original_max_position_embeddings")
     if kind == "default":
         steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-        inverse, scale = 1.0 / config.rope_parameters["rope_theta"] ** steps, 1.0
+        inverse, scale = 1.0 / parameters["rope_theta"] ** steps, 1.0
     else:
         inverse, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return Rope(tuple(inverse.tolist()), scale, (head_dim // 2,))

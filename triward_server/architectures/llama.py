@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..decoder import Decoder
-from .interface import Architecture, only, plain
+from .interface import Architecture, Fields, only, plain
 
 
-def _decoder(config: Any) -> Decoder:
+def _decoder(config: Fields) -> Decoder:
     only("attention_bias", [config.attention_bias], [False])
     only("mlp_bias", [config.mlp_bias], [False])
     return plain(config)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from ..decoder import Decoder
-from .interface import Architecture, plain
+from .interface import Architecture, Fields, plain
 
 
-def _decoder(config: Any) -> Decoder:
+def _decoder(config: Fields) -> Decoder:
     return replace(plain(config), qkv_bias=True)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from ..decoder import Decoder
-from .interface import Architecture, only, plain
+from .interface import Architecture, Fields, only, plain
 
 
-def _decoder(config: Any) -> Decoder:
+def _decoder(config: Fields) -> Decoder:
     only("attention_bias", [config.attention_bias], [False])
     return replace(plain(config), qk_norm=True)
 

@@ -1,0 +1,204 @@
+"""`triward-server verify` and what an export asks of it: a wrong architecture is never ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from tests.conftest import Exit
+from triward_server import architectures, streaming
+from triward_server.architectures import ARCHITECTURES
+from triward_server.checkpoint import empty_model, read_state
+from triward_server.checkpoint import verify as read
+from triward_server.cli import app
+from triward_server.config import ForwardConfig
+from triward_server.decoder import Decoder
+from triward_server.errors import CheckpointError
+from triward_server.random_checkpoint import make_checkpoint
+from triward_server.random_text_checkpoint import KINDS, make_text_checkpoint
+from triward_server.scoring import Scorer
+from triward_server.verify import Report, Row, cases, check, verify
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("verified")
+    torch.set_num_threads(1)
+    make_checkpoint("tiny", 0, folder / "qwen2_5_vl")
+    for name in KINDS:
+        make_text_checkpoint(name, "tiny", 0, folder / name)
+    return {name: folder / name for name in ("qwen2_5_vl", *KINDS)}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_shipped_scores_as_transformers_does(folders: dict[str, Path], name: str) -> None:
+    whole = verify(folders[name], CPU, streamed=False)
+    assert whole.wrong == [] and 0 < whole.largest < 1e-4
+    # Bit by bit: the same arithmetic on the same weights, wherever they come from.
+    layer_by_layer = verify(folders[name], CPU, streamed=True)
+    assert layer_by_layer.rows == whole.rows
+    assert layer_by_layer.streamed and not whole.streamed
+    if name == "gemma2":  # its template knows no such role, and says so to both
+        [refused] = [row for row in whole.rows if row.name == "system prompt"]
+        assert isinstance(refused.score, str) and isinstance(refused.reference, str)
+    names = {row.name for row in whole.rows if isinstance(row.score, float)}
+    assert names >= {"several turns", "unicode", "long", "control tokens as text"}
+    assert ("video" in names) == ("image odd" in names) == (name == "qwen2_5_vl")
+
+
+WRONG: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
+    "offset of norms": ("gemma2", lambda d: replace(d, norm_offset=0.0)),
+    "windows": ("gemma2", lambda d: replace(d, windows=(None,) * d.layers)),
+    "scale of products": ("llama", lambda d: replace(d, scale=2 * d.scale)),
+    "rope": (
+        "qwen3",
+        lambda d: replace(d, rope=replace(d.rope, inverse=tuple(0.5 * f for f in d.rope.inverse))),
+    ),
+    "eps": ("qwen2", lambda d: replace(d, eps=0.1)),
+    "order of sections": (
+        "qwen2_5_vl", lambda d: replace(d, rope=replace(d.rope, sections=d.rope.sections[::-1]))
+    ),
+}  # fmt: skip
+
+
+def mistake(monkeypatch: pytest.MonkeyPatch, what: str) -> str:
+    """Make an architecture wrong; its name."""
+    name, change = WRONG[what]
+    right = ARCHITECTURES[name]
+    wrong = replace(right, decoder=lambda config: change(right.decoder(config)))
+    monkeypatch.setitem(architectures.ARCHITECTURES, name, wrong)
+    return name
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_an_architecture_that_is_wrong_never_becomes_ready(
+    what: str,
+    folders: dict[str, Path],
+    export: Callable[..., Exit],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = mistake(monkeypatch, what)
+    arguments = ("--checkpoint", folders[name], "--output", tmp_path / "models", "--device=cpu")
+    result = export(*arguments)
+    assert result.code == 1 and "transformers' own class has" in result.stderr
+    assert list(tmp_path.iterdir()) == []  # nothing was written, no draft either
+
+
+def test_an_export_says_what_it_compared(
+    folders: dict[str, Path], export: Callable[..., Exit], tmp_path: Path
+) -> None:
+    flags = ("--checkpoint", folders["qwen2_5_vl"], "--device=cpu", "--no-canary")
+    # Limits of requests are not the comparison's.
+    limits = ("--max-text-bytes=1", "--max-responses=1")
+    result = export(*flags, *limits, "--output", tmp_path / "models")
+    assert result.code == 1 and "verified: 3 scores are transformers' own" in result.stderr
+    result = export(*flags, "--output", tmp_path / "models", "--no-verify")
+    assert result.code == 0 and "verified" not in result.stderr
+
+
+def test_the_command(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["verify", *map(str, arguments)])
+
+    result = run("--checkpoint", folders["llama"], "--small")
+    assert result.exit_code == 0
+    assert "0 of 2 conversations differ; float32 on cpu, loaded whole" in result.stdout
+    name = mistake(monkeypatch, "scale of products")
+    result = run("--checkpoint", folders[name], "--small", "--streamed")
+    assert result.exit_code == 1
+    assert "2 of 2 conversations differ; float32 on cpu, loaded layer by layer" in result.stdout
+    assert "DIFFERS" in result.stdout
+    assert run("--checkpoint", folders["llama"] / "nowhere").exit_code == 1
+    assert "cpu, cuda or cuda:N" in run("--checkpoint", "x", "--device", "gpu").stderr
+
+
+def test_nothing_to_compare_is_no_agreement() -> None:
+    refused = Report([Row("system prompt", "refused: a", "refused: b")])
+    with pytest.raises(CheckpointError, match="system prompt"):
+        check(refused)
+    check(Report([*refused.rows, Row("other", 2.0, 2.0001)]))
+    with pytest.raises(CheckpointError, match="1 of 2 conversations differ"):
+        check(Report([*refused.rows, Row("other", 2.0, 2.001)]))
+    assert not Row("one-sided", 1.0, "refused").agrees
+    assert not Row("not finite", float("nan"), 1.0).agrees
+
+
+def test_a_model_that_does_not_fit_is_streamed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not verify(folders["llama"], CPU, small=True).streamed
+    monkeypatch.setattr(streaming, "_cgroup_free", lambda: 1e6)  # the model has 3 MB
+    assert verify(folders["llama"], CPU, small=True).streamed
+
+
+def test_a_layers_weights_are_there_while_it_runs_alone(folders: dict[str, Path]) -> None:
+    blueprint = read(folders["qwen2_5_vl"])
+    model = empty_model(blueprint, torch.float32)
+    layers: list[nn.Module] = [*model.language_model.layers]
+    assert model.visual is not None
+    layers += [*model.visual.blocks]
+    held: list[int] = []
+
+    def watch(*_: Any) -> None:
+        held.append(sum(all(not p.is_meta for p in each.parameters()) for each in layers))
+
+    def tensors(wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        return read_state(folders["qwen2_5_vl"], torch.float32, CPU, wanted)
+
+    streaming.load(model, tensors, str, streamed=True)
+    resident = {n for n, p in model.named_parameters() if not p.is_meta}
+    assert {"language_model.embed_tokens.weight", "visual.merger.mlp.0.weight"} <= resident
+    assert not any(".layers." in name or ".blocks." in name for name in resident)
+    for layer in layers:
+        layer.get_submodule("mlp").register_forward_pre_hook(watch)
+    config = ForwardConfig(dtype="float32", device="cpu")
+    Scorer(folders["qwen2_5_vl"], config, model=model).warm_up()
+    assert set(held) == {1} and len(held) >= len(layers)
+    assert all(p.is_meta for layer in layers for p in layer.parameters())
+
+
+def test_a_long_conversation_passes_the_window() -> None:
+    def longest(window: int) -> int:
+        return max(len(case.wire()[0]) for case in cases(False, window=window))
+
+    assert longest(4096) > 4096 * 8 > longest(0)
+
+
+def test_export_says_where_it_will_serve(
+    folders: dict[str, Path],
+    export: Callable[..., Exit],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told(device: str) -> str:
+        flags = ("--no-verify", "--no-canary", "--force", f"--device={device}")
+        checkpoint = ("--checkpoint", folders["llama"], "--output", tmp_path / "models")
+        result = export(*checkpoint, *flags)
+        assert result.code == 0, result.stderr
+        return result.stderr
+
+    assert told("cpu") == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA GPU; the repository will serve only where there is one" in told("cuda")
+    assert "For this machine: --device cpu" in told("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"H{index}00")
+    assert "cuda:0 (H000), cuda:1 (H100), an instance on each" in told("cuda")
+    assert "will serve on cuda:1 (H100)\n" in told("cuda:1")
+    assert "this machine has cuda:0, cuda:1 only" in told("cuda:2")
+
+
+def test_a_mistyped_flag_gets_a_suggestion(export: Callable[..., Exit]) -> None:
+    result = export("--checkpiont", "x", "--output", "y")
+    assert result.code == 2 and "--checkpoint" in result.stderr.replace("checkpiont", "", 1)
