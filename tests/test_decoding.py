@@ -242,7 +242,7 @@ class TestWorker:
 class TestServed:
     """The hostile files against a whole server that is watched."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def limited(self, build: Callable[..., Path]) -> Path:
         return build("--dtype=float32", "--max-decode-seconds=4", "--preprocess-instances=1")
 
