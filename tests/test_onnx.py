@@ -278,7 +278,9 @@ def test_tritons_backend_finds_the_graphs_own_tensors(with_onnxruntime: Path) ->
 def test_who_runs_the_graph_is_one_line(with_python: Path, with_onnxruntime: Path) -> None:
     python, runtime = read_config(with_python), read_config(with_onnxruntime)
     assert python.backend == "python" and not python.default_model_filename
-    for field in ("name", "input", "output", "max_batch_size", "version_policy"):
+    policies = [list(config.version_policy.specific.versions) for config in (python, runtime)]
+    assert policies == [[1], [3]], "each loads what it serves"
+    for field in ("name", "input", "output", "max_batch_size"):
         assert getattr(python, field) == getattr(runtime, field), field
 
 
