@@ -30,6 +30,7 @@ from triward_server.cli import app
 from triward_server.errors import LaunchError
 from triward_server.installation import find_triton
 from triward_server.launch import Endpoints, TritonServer
+from triward_server.triton_http import Loaded, TritonHttp
 
 ASK: list[dict[str, Any]] = [
     {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
@@ -419,3 +420,21 @@ def test_the_chart_is_what_its_script_draws() -> None:
     spec.loader.exec_module(script)
     with Image.open(ROOT / "examples" / "chart.png") as shipped:
         assert np.asarray(shipped.convert("RGB")).tobytes() == np.asarray(script.draw()).tobytes()
+
+
+def test_a_request_that_triton_never_lets_go_delays_no_stop(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 24.10 keeps some cancelled requests, so its model is unloading for ever."""
+    looks = 0
+
+    def unloading(http: TritonHttp, timeout: float = 5.0) -> list[Loaded]:
+        nonlocal looks
+        looks += 1
+        return [Loaded("reward", "1", "UNLOADING")]
+
+    with (tmp_path / "log").open("w") as log:
+        with TritonServer(repository, LOCAL, log=log, drain_timeout=600) as server:
+            monkeypatch.setattr(TritonHttp, "index", unloading)
+        assert 0 < looks < 100, "it waits for a model that has nothing to do"
+    assert "still in flight" not in (tmp_path / "log").read_text()

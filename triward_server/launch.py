@@ -35,8 +35,9 @@ __all__ = ["STOP_SIGNALS", "Endpoints", "Tls", "TritonServer"]
 
 _SHARED_MEMORY = Path("/dev/shm")  # Triton's Python backend keeps its regions there
 _EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
+_DRAINED_EXIT_TIMEOUT = 15.0  # nothing is lost any more, whatever Triton still waits for
 _PENDING = "nv_inference_pending_request_count"
-_QUIET_LOOKS = 5  # a tenth of a second apart: longer than a request is between two steps
+_QUIET_LOOKS = 20  # a tenth of a second apart: longer than a request is between two steps
 # glibc raises its threshold for memory maps with what is freed, up to 32 MB; then tensors of all
 # sizes come from one heap, which they leave full of holes. A fixed threshold keeps them apart.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
@@ -189,10 +190,10 @@ class TritonServer:
         with _signals_ignored():
             if self._process:
                 if self._ready and self._process.poll() is None:
-                    self._drain()
+                    drained = self._drain()
                     self._process.terminate()
                     with suppress(subprocess.TimeoutExpired):
-                        self._process.wait(_EXIT_TIMEOUT)
+                        self._process.wait(_DRAINED_EXIT_TIMEOUT if drained else _EXIT_TIMEOUT)
                 # Stubs are in the server's process group; what is left of it goes now.
                 with suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
@@ -202,10 +203,15 @@ class TritonServer:
                 self._pump.join()
             self._cleanup.close()
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
         """Put what refuses everything behind the public names; wait for who came before.
 
-        Triton, told to stop, drops requests that are between an ensemble's steps.
+        Triton, told to stop, drops requests that are between an ensemble's steps. It says when the
+        last one is done, but not reliably: of requests that their callers cancelled Triton 24.10
+        keeps some for ever. So models that have nothing to do for a while are done, too.
+
+        Returns:
+            Whether nothing is in flight any more.
         """
         deadline = time.monotonic() + self.drain_timeout
         with suppress(LaunchError):  # what the folder no longer says was read at the start
@@ -216,12 +222,13 @@ class TritonServer:
             quiet = 0
             while time.monotonic() < deadline:
                 quiet = 0 if self._works() else quiet + 1
-                if quiet and (self._is_listed() or quiet == _QUIET_LOOKS):
-                    return
+                if quiet == _QUIET_LOOKS or self._is_unloaded():
+                    return True
                 time.sleep(0.1)
             self._say(f"requests are still in flight after {self.drain_timeout:g} s")
         except HttpError as error:
             self._say(f"cannot drain: {error}")
+        return False
 
     def _read_stand_ins(self) -> None:
         """Of every model that is there now; raises `LaunchError` if none is."""
@@ -239,17 +246,17 @@ class TritonServer:
                 self._say(f"cannot drain {names.ensemble}: {error}")
 
     def _works(self) -> bool:
-        """Whether a public model that was replaced has requests, as far as can be seen."""
-        if self._is_listed():
-            public = {names.ensemble for names in self._stand_ins}
-            return "UNLOADING" in {m.state for m in self.http.index() if m.name in public}
+        """Whether a request waits for a model or is computed."""
         host, port = self.endpoints.client_host, self.endpoints.metrics_port
         metrics = read_metrics(host, port, timeout=5.0)
         return any(each.name in (_PENDING, WORKING) and each.value for each in metrics)
 
-    def _is_listed(self) -> bool:
-        """Whether Triton says what becomes of the public models: of those with a folder alone."""
-        return all((self.repository / names.ensemble).is_dir() for names in self._stand_ins)
+    def _is_unloaded(self) -> bool:
+        """Whether Triton says that the public models have no request; never without a folder."""
+        public = {names.ensemble for names in self._stand_ins}
+        if not all((self.repository / name).is_dir() for name in public):
+            return False
+        return "UNLOADING" not in {m.state for m in self.http.index() if m.name in public}
 
     def _kill(self) -> None:
         if self._process:
