@@ -434,7 +434,7 @@ def test_a_request_that_triton_never_lets_go_delays_no_stop(
         return [Loaded("reward", "1", "UNLOADING")]
 
     with (tmp_path / "log").open("w") as log:
-        with TritonServer(repository, LOCAL, log=log, drain_timeout=600) as server:
+        with TritonServer(repository, LOCAL, log=log, drain_timeout=600):
             monkeypatch.setattr(TritonHttp, "index", unloading)
         assert 0 < looks < 100, "it waits for a model that has nothing to do"
     assert "still in flight" not in (tmp_path / "log").read_text()
