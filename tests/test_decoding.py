@@ -226,6 +226,8 @@ class TestWorker:
             reading.image("media[0]", header, None)
 
     def test_it_is_one_thread_of_few_modules(self, decoder: Decoder) -> None:
+        with decoder.reading() as reading:
+            reading.open("media[0]", "image", GOOD)  # by now it has got its name
         worker = psutil.Process(decoder.worker.pid)
         assert worker.num_threads() == worker.parent().num_threads() == 1
         assert worker.name() == "triward-worker" and worker.parent().name() == "triward-zygote"
