@@ -130,7 +130,7 @@ BAD = {
         ("responses[1]", "tokens", "16384"), ASK, (b"short", b"word " * 20_000)
     ),
     "too many tokens in the prompt": Bad(
-        ("messages: ", "in the prompt", "16384"), [{"role": "user", "content": "word " * 20_000}]
+        ("messages: ", "at least", "16384"), [{"role": "user", "content": "word " * 20_000}]
     ),
     "too many media": Bad(
         ("media: 65 entries", "64"), [{"role": "user", "content": [{"type": "image"}] * 65}],
@@ -162,9 +162,9 @@ BAD = {
         b'[{"role":"user","content":"a"},{"role":"user","content":[{"type":"text","text":"a"},'
         b'{"type":"text","text":"a","te\\u0078t":"b"}]}]',
     ),
-    "a key twice around a number of 5000 digits": Bad(
+    "a key twice around a number of 4000 digits": Bad(
         ("messages[0].content: the key is there twice",),
-        b'[{"role": "user", "content": ' + b"9" * 5000 + b', "content": "a"}]',
+        b'[{"role": "user", "content": ' + b"9" * 4000 + b', "content": "a"}]',
     ),
     "too much text": Bad(("messages", "4194304"), b" " * (4 * 2**20 + 1)),
 }  # fmt: skip

@@ -37,6 +37,9 @@ Buffer = bytes | memoryview
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _HEAD = struct.Struct("<I")
 _LARGEST_MESSAGE = 16 * 2**20  # of JSON; a request's parts are far smaller
+# Pictures come and go all the time. Mapping fresh pages for each takes as long as decoding it, so
+# they come from the heap (32 MiB is glibc's largest threshold), and its free end stays.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "134217728"}
 _TICK = 1.0  # seconds between two calls of `progress` while a channel waits
 _START_TIMEOUT = 300.0  # importing takes seconds, on a busy machine many
 
@@ -161,7 +164,7 @@ class Zygote:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
-                env=os.environ | one_thread | {"CUDA_VISIBLE_DEVICES": ""},
+                env=os.environ | one_thread | _ALLOCATOR | {"CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
