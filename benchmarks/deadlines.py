@@ -27,7 +27,7 @@ import typer
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from benchmarks.measure import machine, triton
+from benchmarks.measure import machine, triton, writable
 from triward.conversation import build_request
 from triward.deadline import Deadline
 from triward.wire import infer_arguments
@@ -112,6 +112,7 @@ def main(
     policy: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
 ) -> None:
     """Run every policy in turns and write what came of it."""
+    writable(output)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "checkpoint")
