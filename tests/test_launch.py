@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +439,41 @@ def test_a_request_that_triton_never_lets_go_delays_no_stop(
             monkeypatch.setattr(TritonHttp, "index", unloading)
         assert 0 < looks < 100, "it waits for a model that has nothing to do"
     assert "still in flight" not in (tmp_path / "log").read_text()
+
+
+def test_a_crash_while_models_load_is_tried_once_more(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, script = tmp_path / "tried", tmp_path / "tritonserver"
+
+    def crashing(cleanup: ExitStack) -> installation.Installation:
+        real = find_triton(cleanup)
+        script.write_text(
+            f'#!/bin/sh\n[ -e {tried} ] && exec {real.executable} "$@"\n'
+            f"touch {tried}\nkill -ABRT $$\n"
+        )
+        script.chmod(0o755)
+        return replace(real, executable=str(script))
+
+    monkeypatch.setattr(launch, "find_triton", crashing)
+    with (tmp_path / "log").open("w") as log, TritonServer(repository, LOCAL, log=log) as server:
+        assert server.http.is_ready()
+    said = (tmp_path / "log").read_text()
+    assert said.count("it is started once more") == 1
+    assert "tritonserver: signal SIGABRT" in said
+
+
+def test_a_crash_that_comes_again_is_told(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "tritonserver"
+    script.write_text("#!/bin/sh\nkill -ABRT $$\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with (
+        (tmp_path / "log").open("w") as log,
+        pytest.raises(LaunchError, match="tritonserver: signal SIGABRT"),
+        TritonServer(repository, LOCAL, log=log),
+    ):
+        pass
+    assert (tmp_path / "log").read_text().count("it is started once more") == 1

@@ -36,6 +36,7 @@ __all__ = ["STOP_SIGNALS", "Endpoints", "Tls", "TritonServer"]
 _SHARED_MEMORY = Path("/dev/shm")  # Triton's Python backend keeps its regions there
 _EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
 _DRAINED_EXIT_TIMEOUT = 15.0  # nothing is lost any more, whatever Triton still waits for
+_CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 _PENDING = "nv_inference_pending_request_count"
 _QUIET_LOOKS = 20  # a tenth of a second apart: longer than a request is between two steps
 # glibc raises its threshold for memory maps with what is freed, up to 32 MB; then tensors of all
@@ -43,6 +44,14 @@ _QUIET_LOOKS = 20  # a tenth of a second apart: longer than a request is between
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 # What changes or shows the server itself, and no caller needs.
 _ADMIN_PROTOCOLS = "model-repository,model-config,shared-memory,trace,logging"
+
+
+class _Crash(LaunchError):
+    """Ended by a fault of its own while models were loading.
+
+    On a machine with far too much to do Triton 24.10 aborts at times (`lock_exception`); what is
+    wrong with a model fails the second time, too.
+    """
 
 
 @dataclass
@@ -107,6 +116,14 @@ class TritonServer:
         if used := check_gpus(gpu_models(self.repository)):
             self._say(f"uses {', '.join(map(str, used))}")
         check_served(self.repository, self.verify, self._say)
+        try:
+            self._start()
+        except _Crash as crash:
+            self._say(f"{crash}; it is started once more")
+            self._start()
+        return self
+
+    def _start(self) -> None:
         self._shm_prefix = f"triward-{os.getpid()}-{secrets.token_hex(4)}-"
         try:
             self._cleanup.callback(self._remove_shared_memory)
@@ -116,7 +133,6 @@ class TritonServer:
         except BaseException:
             self.stop()
             raise
-        return self
 
     @property
     def http(self) -> TritonHttp:
@@ -316,7 +332,8 @@ class TritonServer:
         while time.monotonic() < deadline:
             code = process.poll()
             if code is not None:
-                raise LaunchError(self._why_it_ended(code) + self._where_the_log_is())
+                kind = _Crash if -code in _CRASHES else LaunchError
+                raise kind(self._why_it_ended(code) + self._where_the_log_is())
             if all(self.http.is_ready(names.ensemble) for names in served):
                 return
             time.sleep(0.1)
