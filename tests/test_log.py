@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -52,6 +54,23 @@ def test_a_reader_that_stands_still_loses_lines_and_is_told_how_many() -> None:
         )
         writer.write("more\n")
         assert reader.read(4096) == b"more\n", "it is said once"
+
+
+def test_a_terminal_that_nobody_reads_is_not_waited_for() -> None:
+    """It says that it is ready when it has room for a character, and then waits for the rest."""
+    reading, terminal = pty.openpty()
+    with os.fdopen(reading, "rb", buffering=0), os.fdopen(terminal, "w") as out:
+        writer = LineWriter(out)
+        for _ in range(2000):  # 200 kB; a terminal takes 4 or so
+            writer.write(LINE)
+        assert os.get_blocking(out.fileno()), "others write there, too"
+        assert writer.lost > 1000
+
+
+def test_a_stream_without_a_descriptor_is_no_place() -> None:
+    writer = LineWriter(io.StringIO())
+    writer.write(LINE)
+    assert writer.lost == 1
 
 
 def _tails(data: bytes) -> set[str]:

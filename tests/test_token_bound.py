@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Replace
 from transformers import AutoTokenizer
 
 from triward_server.config import PreprocessConfig
@@ -61,6 +64,31 @@ def test_it_is_worth_something(backend: Any, bound: TokenBound) -> None:
     for name, text in LONG.items():
         tokens = len(backend.encode(text[:20_000], add_special_tokens=False).ids)
         assert bound(text[:20_000]) > 0.2 * tokens, name
+
+
+@pytest.fixture(scope="module")
+def gemma_like() -> Tokenizer:
+    """BPE over characters that falls back to bytes; spaces are a character like others."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdehllo", "▁▁", "he", "ll"]
+    vocab = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    model = BPE(
+        vocab, [("▁", "▁"), ("h", "e"), ("l", "l")], unk_token="<unk>", fuse_unk=True,
+        byte_fallback=True,
+    )  # fmt: skip
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = Replace(" ", "▁")
+    tokenizer.add_tokens(["<h2>", "\n\n"])
+    return tokenizer
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts)
+def test_it_is_one_for_tokens_of_characters(gemma_like: Tokenizer, text: str) -> None:
+    assert TokenBound(gemma_like)(text) <= len(gemma_like.encode(text, add_special_tokens=False))
+
+
+def test_it_counts_the_longest_token_of_characters(gemma_like: Tokenizer) -> None:
+    assert TokenBound(gemma_like)("a" * 6000) == 1000, "<0x00> is the longest"
 
 
 def test_another_kind_of_tokenizer_has_none(backend: Any) -> None:

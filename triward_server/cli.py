@@ -98,7 +98,7 @@ def serve(
         typer.Option(
             min=4,
             help="GiB that tritonserver itself may take, its models' processes not included; "
-            "half of the machine's, or of the container's.",
+            "half of the machine's or the container's, at least 4.",
         ),
     ] = None,
     hang_timeout: Annotated[

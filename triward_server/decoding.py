@@ -34,6 +34,7 @@ _WORKERS = f"{__package__}.codec_worker"
 # and half as much again, or the frames to which a codec refers.
 _BYTES_PER_PIXEL = 24
 _LEAST_BYTES = 256 * 2**20
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 _MOMENT = 5.0  # seconds in which a worker that has nothing to do must answer
 
 
@@ -104,8 +105,8 @@ class Decoder:
     def blame(self, error: TimeIsOver | WorkerLost, field: str) -> TriwardError:
         """End the worker and say what a media item has done to it.
 
-        A worker that the kernel killed is nobody's fault: it does so when memory runs out, and
-        workers come first. Another signal is the codec's fault, over this file.
+        A signal of a fault is the codec's, over this file. A worker that was killed is nobody's
+        fault: the kernel does so when memory runs out, and workers come first.
         """
         status = self.end()
         if isinstance(error, TimeIsOver):
@@ -113,11 +114,14 @@ class Decoder:
             return InvalidRequest(
                 field, f"the request's media take longer than {self._seconds:g} s to decode"
             )
+        if -status in _FAULTS:
+            name = signal.Signals(-status).name
+            return InvalidRequest(field, f"the file crashes its decoder ({name})")
         if status == -signal.SIGKILL:
             return Unavailable(f"{field}: decoding was killed; the machine lacks memory")
         if status < 0:
             name = signal.Signals(-status).name
-            return InvalidRequest(field, f"the file crashes its decoder ({name})")
+            return Unavailable(f"{field}: decoding was ended by {name}")
         return TriwardError(f"{field}: the decoder ended by itself ({status}); the log says why")
 
     def _forget(self) -> None:

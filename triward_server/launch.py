@@ -264,7 +264,10 @@ class TritonServer:
     def _works(self) -> bool:
         """Whether a request waits for a model or is computed."""
         host, port = self.endpoints.client_host, self.endpoints.metrics_port
-        metrics = read_metrics(host, port, timeout=5.0)
+        try:
+            metrics = read_metrics(host, port, timeout=5.0)
+        except HttpError:  # too busy to say so
+            return True
         return any(each.name in (_PENDING, WORKING) and each.value for each in metrics)
 
     def _is_unloaded(self) -> bool:

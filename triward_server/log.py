@@ -22,26 +22,28 @@ class LineWriter:
 
     Args:
         out: with a file descriptor. None is standard error; where there is none all is dropped.
+
+    Attributes:
+        lost: lines that could not be written since the last that was.
     """
 
     def __init__(self, out: IO[str] | None) -> None:
-        target = out or sys.stderr
-        self._descriptor: int | None = target.fileno() if target else None
-        self._lost = 0
+        self._descriptor = _descriptor(out or sys.stderr)
+        self.lost = 0
         self._torn = False  # the last line that was written is half a line
         self._lock = threading.Lock()
 
     def write(self, line: str) -> None:
         """Write a line that ends in a newline, or count it as lost."""
         with self._lock:
-            if self._lost and not self._put(self._apology()):
-                self._lost += 1
+            if self.lost and not self._put(self._apology()):
+                self.lost += 1
                 return
-            self._lost = 0 if self._put(line) else 1
+            self.lost = 0 if self._put(line) else 1
 
     def _apology(self) -> str:
         start = "\n" if self._torn else ""
-        return f"{start}triward-server: {self._lost} lines of log could not be written\n"
+        return f"{start}triward-server: {self.lost} lines of log could not be written\n"
 
     def _put(self, text: str) -> bool:
         """Whether all of it was written."""
@@ -61,7 +63,20 @@ class LineWriter:
     def _is_ready(self, descriptor: int) -> bool:
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
-        return bool(poll.poll(0 if self._lost else _PATIENCE * 1000))
+        return bool(poll.poll(0 if self.lost else _PATIENCE * 1000))
+
+
+def _descriptor(target: IO[str] | None) -> int | None:
+    """Where to write without ever waiting; None where there is nothing to write to."""
+    try:
+        descriptor = target.fileno() if target else None
+        if descriptor is not None and os.isatty(descriptor):
+            # A terminal that is ready need not have room for a whole line, and one that nobody
+            # reads would be waited for. The flag must not be set for others who write there.
+            return os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except (OSError, ValueError):  # a notebook's stream has no descriptor
+        return None
+    return descriptor
 
 
 class LogPump:

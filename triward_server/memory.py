@@ -14,11 +14,18 @@ _LIMITS = (
 )
 
 
+_LEAST = 4 * 2**30  # an idle one takes up to 1.5 GiB on two cores, mostly threads' stacks
+
+
 def half_of_the_machine() -> int:
-    """Bytes that tritonserver may take: the other half is for its models' processes."""
+    """Bytes that tritonserver may take: the other half is for its models' processes.
+
+    Never below 4 GiB: what a small machine lacks its own limit says sooner.
+    """
     total = int(psutil.virtual_memory().total)
     limits = [path.read_text().strip() for path in _LIMITS if path.is_file()]
-    return min([total, *(int(limit) for limit in limits if limit.isdecimal())]) // 2
+    machine = min([total, *(int(limit) for limit in limits if limit.isdecimal())])
+    return max(machine // 2, _LEAST)
 
 
 def lift_limit() -> None:

@@ -7,6 +7,8 @@ least as many tokens as it weighs.
 The same for pairs of neighbours, with 1 / (n - 1), and 1 for a pair that no token holds: those
 inside a token weigh at most 1 together, and of those between tokens there are fewer than tokens.
 So a text has more than half as many tokens as its pairs weigh. The larger bound counts.
+
+Of BPE over characters that falls back to bytes, as Gemma's, the longest token alone is used.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from numpy.typing import NDArray
 
 Weights = NDArray[np.float64]
 
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 _ROUNDING = 1e-9  # of a sum of a few million floats, with room to spare
 
 
 class TokenBound:
-    """For one tokenizer. Only of byte-level BPE anything is known; for others the bound is 0.
+    """For one tokenizer, if it is BPE that drops nothing; for others the bound is 0.
 
     Args:
         backend: of the `tokenizers` package; special tokens in text are text to it.
@@ -39,9 +42,12 @@ class TokenBound:
         if _keeps_every_byte(description):
             self._added = [t["content"] for t in description["added_tokens"] if not t["special"]]
             self._weights, self._pairs = _weights(_vocabulary(description["model"]["vocab"]))
+        self._longest = _longest(description) if _keeps_every_character(description) else 0
 
     def __call__(self, text: str) -> int:
         """How many tokens a text has at least."""
+        if self._longest:
+            return -(-len(text) // self._longest)
         if not self._weights.any():
             return 0
         # Added tokens are cut out of a text before it is normalized.
@@ -71,10 +77,7 @@ def _keeps_every_byte(description: Any) -> bool:
         splits
         and model["type"] == "BPE"
         and any(step.get("type") == "ByteLevel" for step in steps)
-        and not any(
-            model.get(name)
-            for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token")
-        )
+        and not any(model.get(name) for name in (*_AFFIXES, "unk_token"))
         # Such added tokens swallow spaces beside them, or are looked for in another text.
         and not any(
             t[flag]
@@ -84,6 +87,34 @@ def _keeps_every_byte(description: Any) -> bool:
         )
         and description["truncation"] is None
     )
+
+
+def _keeps_every_character(description: Any) -> bool:
+    """Whether tokens are runs of a text's characters, or bytes of one, and together all of it."""
+    model = description["model"]
+    normalizer = description["normalizer"] or {"type": None}
+    same_length = normalizer["type"] is None or (
+        normalizer["type"] == "Replace"
+        and len(normalizer["pattern"].get("String", "")) == len(normalizer["content"])
+    )
+    splitter = description["pre_tokenizer"] or {"type": "Split", "behavior": "Isolated"}
+    return bool(
+        same_length
+        and model["type"] == "BPE"
+        and model.get("byte_fallback")
+        and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
+        and splitter["type"] == "Split"
+        and splitter["behavior"] != "Removed"
+        and not any(model.get(name) for name in _AFFIXES)
+        and not any(t[flag] for t in description["added_tokens"] for flag in ("lstrip", "rstrip"))
+        and description["truncation"] is None
+    )
+
+
+def _longest(description: Any) -> int:
+    """Characters of the longest token."""
+    added = [token["content"] for token in description["added_tokens"]]
+    return max(map(len, (*description["model"]["vocab"], *added)))
 
 
 def _weights(tokens: Sequence[bytes]) -> tuple[Weights, Weights]:

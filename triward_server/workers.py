@@ -311,7 +311,8 @@ def _bound(max_bytes: int) -> None:
     has = int(_status()["VmData"].split()[0]) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (has + max_bytes, has + max_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    Path("/proc/self/oom_score_adj").write_text("1000")
+    with suppress(OSError):  # a system that is hardened may not let a process say so
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _status() -> dict[str, str]:

@@ -114,6 +114,7 @@ def _score_lines(client: RewardClient, options: argparse.Namespace) -> int:
         raise InvalidRequest(f"{options.output}: is the input, too")
     if options.output != "-" and not options.force:
         check_free(Path(options.output))
+    client.check_ready()  # before an output is begun
     with ExitStack() as stack:
         lines = _open(stack, options.input, "r", sys.stdin)
         output = _open(stack, options.output, "w", sys.stdout)

@@ -67,7 +67,10 @@ def diagnose(address: Address, message: str, seconds: float) -> str | None:
         return f"{address}: the host {host} is not known ({error.strerror})"
     except ConnectionRefusedError:
         other = f"Triward's gRPC port is {GRPC_PORT}"
-        here = "is `triward-server serve` running there? wait_ready waits for a server that starts"
+        here = (
+            "is `triward-server serve` running there? wait_ready (--wait-ready) waits for one that "
+            "starts"
+        )
         return f"nothing listens on {address}; {here if port == GRPC_PORT else other}"
     except OSError:  # it takes connections, or may do so later: gRPC's own words are all there is
         return None

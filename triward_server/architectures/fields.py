@@ -18,7 +18,7 @@ _NO_SCORE = frozenset(
     {
         # of the file, and of who wrote it
         "architectures", "model_type", "_name_or_path", "name_or_path", "transformers_version",
-        "unsloth_version", "unsloth_fixed",
+        "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset",
         # of weights at rest: the server's own dtype decides, and every tensor's name is checked
         "dtype", "torch_dtype", "initializer_range", "tie_word_embeddings",
         # of the labels; `head_of` has counted them
@@ -37,6 +37,10 @@ _NO_SCORE_NAMES = re.compile(r".*_token_ids?|.*dropout|.*_pdrop")
 _OFF: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
+    "use_mrope": (False,),
+    "torchscript": (False,),
+    "use_bfloat16": (False,),
+    "tf_legacy_loss": (False,),
     "is_decoder": (False, True),  # of transformers < 5; decoders are causal either way
 }
 _MISSING = object()
