@@ -96,7 +96,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[Any, ...], tuple[Any, ...], str]] =
     ),
     "tokens of a request": (
         {"max_request_tokens": 300}, (ASK, [b"a"] * 3, []), (ASK, [b"word " * 20] * 10, []),
-        r"responses: with its prompt of \d+ tokens the request has at least \d+, the limit is 300",
+        r"responses: with its prompt of \d+ tokens the request has \d+, the limit is 300",
     ),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Replace
 from transformers import AutoTokenizer
 
+from triward_server import token_bound
 from triward_server.config import PreprocessConfig
 from triward_server.conversation import parse_conversation
 from triward_server.errors import InvalidRequest
@@ -40,6 +42,13 @@ texts = st.lists(
     ),
     max_size=12,
 ).map("".join)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def weighs_short_texts_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_bound, "SHORT", 0)
+        yield
 
 
 @pytest.fixture(scope="module")

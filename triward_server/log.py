@@ -21,14 +21,15 @@ class LineWriter:
     """Writes whole lines to a file; callers may be several threads.
 
     Args:
-        out: with a file descriptor. None is standard error; where there is none all is dropped.
+        out: None is standard error; where there is none all is dropped.
 
     Attributes:
         lost: lines that could not be written since the last that was.
     """
 
     def __init__(self, out: IO[str] | None) -> None:
-        self._descriptor = _descriptor(out or sys.stderr)
+        self._out = out or sys.stderr
+        self._descriptor = _descriptor(self._out)
         self.lost = 0
         self._torn = False  # the last line that was written is half a line
         self._lock = threading.Lock()
@@ -48,7 +49,7 @@ class LineWriter:
     def _put(self, text: str) -> bool:
         """Whether all of it was written."""
         if self._descriptor is None:
-            return False
+            return self._out is not None and bool(self._out.write(text))
         data = memoryview(text.encode(errors="replace"))
         done = 0
         try:
@@ -67,14 +68,14 @@ class LineWriter:
 
 
 def _descriptor(target: IO[str] | None) -> int | None:
-    """Where to write without ever waiting; None where there is nothing to write to."""
+    """Where to write without ever waiting; None for a stream in memory, as a notebook's."""
     try:
         descriptor = target.fileno() if target else None
         if descriptor is not None and os.isatty(descriptor):
             # A terminal that is ready need not have room for a whole line, and one that nobody
             # reads would be waited for. The flag must not be set for others who write there.
             return os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    except (OSError, ValueError):  # a notebook's stream has no descriptor
+    except (OSError, ValueError):
         return None
     return descriptor
 

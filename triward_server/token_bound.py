@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 Weights = NDArray[np.float64]
 
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+SHORT = 8192  # characters; less is encoded in the time that weighing takes
 _ROUNDING = 1e-9  # of a sum of a few million floats, with room to spare
 
 
@@ -45,7 +46,9 @@ class TokenBound:
         self._longest = _longest(description) if _keeps_every_character(description) else 0
 
     def __call__(self, text: str) -> int:
-        """How many tokens a text has at least."""
+        """How many tokens a text has at least; of a short one nothing is claimed."""
+        if len(text) < SHORT:
+            return 0
         if self._longest:
             return -(-len(text) // self._longest)
         if not self._weights.any():
