@@ -263,8 +263,10 @@ def direct(number: int, tokens: int = 50, **parameters: int) -> Any:
 
 
 def long_forward() -> Any:
-    """One that keeps the forward model busy for seconds."""
-    return direct(0, tokens=24_000)
+    """One that keeps the forward model busy for seconds: two conversations, as long as may be."""
+    rng = Random(0)
+    ids = [rng.randrange(500) for _ in range(24_000)]
+    return loadgen.message(FORWARD, loadgen.features(ids, [8_000] * 3))
 
 
 def long_preprocess() -> Any:
@@ -297,8 +299,8 @@ class Wait:
 
 ENSEMBLE = "in ensemble 'reward', "
 WAITS = {
-    "forward, called directly": Wait(long_forward, direct, FORWARD, 1, ""),
-    "forward, in the ensemble": Wait(long_forward, small, FORWARD, 1, ENSEMBLE),
+    "forward, called directly": Wait(long_forward, direct, FORWARD, 2, ""),
+    "forward, in the ensemble": Wait(long_forward, small, FORWARD, 2, ENSEMBLE),
     "preprocess, in the ensemble": Wait(long_preprocess, small, PREPROCESS, 0, ENSEMBLE),
 }
 OF_EACH = 4  # kinds of waiting

@@ -49,7 +49,11 @@ class LineWriter:
     def _put(self, text: str) -> bool:
         """Whether all of it was written."""
         if self._descriptor is None:
-            return self._out is not None and bool(self._out.write(text))
+            if self._out is None:
+                return False
+            self._out.write(text)
+            self._out.flush()
+            return True
         data = memoryview(text.encode(errors="replace"))
         done = 0
         try:
