@@ -74,9 +74,12 @@ class Soak:
         self._good = fuzzer.good()
         self._expected = expected
         self.record = Record()
+        self.calm = threading.Event()  # no disturbance comes any more
 
-    def send(self, caller: Caller, number: int) -> None:
+    def send(self, caller: Caller, number: int, calm: bool) -> None:
         """Send one request when there is a server, and judge what comes back."""
+        if calm:
+            self.calm.wait(3600)
         self._server.ready.wait(300)
         rng = Random(f"{SEED}:soak:{number}")
         begun, share = time.monotonic(), rng.random()
@@ -212,16 +215,19 @@ def _run(
     every = max(requests // 15, 400)
     samples: list[tuple[int, int, float]] = []
     with ThreadPoolExecutor(CALLERS) as pool:
-        calls = [pool.submit(soak.send, caller, number) for number in range(requests)]
+        half = requests // 2
+        calls = [pool.submit(soak.send, caller, n, n >= half) for n in range(requests)]
         disturbed, sampled = 0, 0
         while soak.record.done < requests:
             assert server.ready.wait(300), "it does not come back"
             done = soak.record.done
-            if done >= disturbed + every and done < requests / 2:
+            if done >= half:
+                soak.calm.set()
+            elif done >= disturbed + every:
                 disturbed = done
                 next(disturbances)()
             # While versions come and go, so does memory.
-            if done > requests / 2 and done >= sampled + min(SAMPLE_EVERY, requests // 20):
+            if done > half and done >= sampled + min(SAMPLE_EVERY, requests // 20):
                 sampled = done
                 samples += _sample(server, done)
             time.sleep(0.05)  # between two looks
