@@ -45,11 +45,11 @@ from benchmarks.plot import draw
 from benchmarks.workloads import SMALL_IMAGE, TEXT, Workload, epochs, workloads
 from triward import RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
-from triward_server.preprocess import Preprocessor
-from triward_server.random_checkpoint import Size, make_checkpoint
-from triward_server.random_text_checkpoint import KINDS, make_text_checkpoint
-from triward_server.scoring import Scorer
-from triward_server.testing import Oracle, TextOracle
+from triward_server.engine.scoring import Scorer
+from triward_server.export.random_checkpoint import Size, make_checkpoint
+from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
+from triward_server.intake.preprocess import Preprocessor
+from triward_server.testing.oracle import Oracle, TextOracle
 
 BASELINE = "card, one by one"
 SCORER = "Scorer, in-process"

@@ -31,8 +31,8 @@ from benchmarks.measure import machine, triton, writable
 from triward.conversation import build_request
 from triward.deadline import Deadline
 from triward.wire import infer_arguments
-from triward_server.random_checkpoint import make_checkpoint
-from triward_server.triton_http import read_metrics
+from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.serving.triton_http import read_metrics
 
 CALLERS = 16
 SHORTEST, LONGEST = 0.001, 0.050  # seconds

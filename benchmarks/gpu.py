@@ -43,12 +43,12 @@ from benchmarks.measure import (
 )
 from benchmarks.workloads import LARGE_IMAGE, SMALL_IMAGE, Workload, odd_sizes, workloads
 from triward_server.config import ForwardConfig, PreprocessConfig
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import LaunchError
-from triward_server.preprocess import Preprocessor
-from triward_server.random_checkpoint import Size, make_checkpoint
+from triward_server.export.random_checkpoint import Size, make_checkpoint
+from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features
-from triward_server.scoring import Scorer
-from triward_server.testing import Oracle, fp32_budget
+from triward_server.testing.oracle import Oracle, fp32_budget
 
 STEPS = (
     "ceilings",

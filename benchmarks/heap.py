@@ -22,11 +22,11 @@ import typer
 
 from benchmarks.measure import machine, writable
 from triward_server.config import ForwardConfig
-from triward_server.heap import Heap
-from triward_server.packing import Geometry
-from triward_server.random_checkpoint import make_checkpoint
+from triward_server.engine.packing import Geometry
+from triward_server.engine.scoring import Scorer
+from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.memory import Heap
 from triward_server.schema import Features, UInt8Array
-from triward_server.scoring import Scorer
 
 _SETTINGS = ("MALLOC_", "ONEDNN_")
 

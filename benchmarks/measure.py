@@ -24,12 +24,12 @@ import typer
 
 from benchmarks.workloads import Group, Workload
 from triward import RewardClient
-from triward_server import packing
-from triward_server.launch import Endpoints, TritonServer
-from triward_server.packing import Cost, Geometry
-from triward_server.preprocess import Preprocessor
+from triward_server.engine import packing
+from triward_server.engine.packing import Cost, Geometry
+from triward_server.engine.scoring import Scorer, price
+from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
-from triward_server.scoring import Scorer, price
+from triward_server.serving.launch import Endpoints, TritonServer
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "trl", "numpy", "tritonclient", "nvidia-pytriton")

@@ -37,8 +37,8 @@ from matplotlib.figure import Figure
 
 from benchmarks import footprint
 from benchmarks.measure import ROOT, machine, writable
-from triward_server.launch import Endpoints, TritonServer
-from triward_server.random_checkpoint import make_checkpoint
+from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.serving.launch import Endpoints, TritonServer
 
 LOAD = ("singles", "groups", "nuisances", "bursts")
 PATIENT_LOAD = ("singles", "groups", "wrong", "bursts")

@@ -37,8 +37,8 @@ from benchmarks.measure import (
 from benchmarks.workloads import Workload, odd_sizes, workloads
 from triward import RewardClient
 from triward_server.config import PreprocessConfig
-from triward_server.preprocess import Preprocessor
-from triward_server.random_checkpoint import Size, make_checkpoint
+from triward_server.export.random_checkpoint import Size, make_checkpoint
+from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features
 
 RESPONSES, TOKENS = "score_responses", "score_tokens"

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from triward import RewardClient
-from triward_server.launch import Endpoints, TritonServer
+from triward_server.serving.launch import Endpoints, TritonServer
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "examples" / "chart.png"
@@ -72,7 +72,7 @@ def _run(script: str, *arguments: str) -> None:
 
 
 def _reference(checkpoint: Path) -> list[float]:
-    from triward_server.testing import Oracle
+    from triward_server.testing.oracle import Oracle
 
     oracle = Oracle(checkpoint)
     return [oracle.score([*PROMPT, {"role": "assistant", "content": a}]) for a in ANSWERS]

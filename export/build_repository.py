@@ -40,19 +40,21 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
-from triward_server import __version__, checkpoint, contract, schema, verify
-from triward_server.canary import TOLERANCE, Canary
+from triward_server import __version__, contract, schema
+from triward_server.backend.onnx_runner import VISION_FILE
+from triward_server.backend.triton_io import CHECKPOINT_DIRECTORY
 from triward_server.config import ForwardConfig, PreprocessConfig, VisionConfig, from_strings
+from triward_server.engine import checkpoint
+from triward_server.engine.scoring import Scorer
+from triward_server.engine.vision import CHANNELS
 from triward_server.errors import ConfigError, LaunchError, TriwardError
-from triward_server.integrity import MANIFEST, describe, read_manifest
-from triward_server.onnx_export import export_vision
-from triward_server.onnx_runner import VISION_FILE
-from triward_server.preprocess import Preprocessor
-from triward_server.repository import models, pin, versions
+from triward_server.export import verify
+from triward_server.export.onnx import export_vision
+from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import ModelNames
-from triward_server.scoring import Scorer
-from triward_server.triton_io import CHECKPOINT_DIRECTORY
-from triward_server.vision import CHANNELS
+from triward_server.serving.canary import TOLERANCE, Canary
+from triward_server.serving.integrity import MANIFEST, describe, read_manifest
+from triward_server.serving.repository import models, pin, versions
 
 SOURCE = Path(__file__).resolve().parent.parent / "model_repository"
 SOURCE_VERSION = "1"  # of the adapters in SOURCE

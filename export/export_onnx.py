@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from triward_server.checkpoint import load_vision
+from triward_server.engine.checkpoint import load_vision
 from triward_server.errors import TriwardError
-from triward_server.onnx_export import OPSET, export_value_head, export_vision
+from triward_server.export.onnx import OPSET, export_value_head, export_vision
 
 
 def main(

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from triward_server.random_checkpoint import Size, make_checkpoint
-from triward_server.random_text_checkpoint import KINDS, make_text_checkpoint
+from triward_server.export.random_checkpoint import Size, make_checkpoint
+from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
 
 
 def main(

@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 from tests.commands import BIN, Command
 from tests.conversations import Messages, conversations
 from triward import RewardClient
-from triward_server.launch import Endpoints, TritonServer
-from triward_server.random_checkpoint import make_checkpoint
-from triward_server.testing import Oracle
+from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.serving.launch import Endpoints, TritonServer
+from triward_server.testing.oracle import Oracle
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORT = ROOT / "export" / "build_repository.py"

@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests import loadgen, mutations
 from triward_server.config import PreprocessConfig
-from triward_server.preprocess import Preprocessor
+from triward_server.intake.preprocess import Preprocessor
 
 SEED = 20261122
 DEADLINE = 60.0  # seconds; no request here takes one, so a hang is a failure

@@ -13,7 +13,7 @@ from typing import IO
 import psutil
 
 from tests.commands import BIN, assert_gone
-from triward_server.launch import Endpoints
+from triward_server.serving.launch import Endpoints
 
 ADMIN_KEY = "soak"
 

@@ -15,14 +15,14 @@ import torch
 from transformers import AutoConfig, MistralConfig, MistralForSequenceClassification
 
 from tests.conftest import ROOT
-from triward_server import architectures
-from triward_server.checkpoint import load_config, read_blueprint, verify
 from triward_server.config import ForwardConfig
+from triward_server.engine import architectures
+from triward_server.engine.checkpoint import load_config, read_blueprint, verify
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import CheckpointError
-from triward_server.random_text_checkpoint import make_text_checkpoint
+from triward_server.export.random_text_checkpoint import make_text_checkpoint
 from triward_server.schema import Features, Scores
-from triward_server.scoring import Scorer
-from triward_server.testing import TextOracle, fp32_budget
+from triward_server.testing.oracle import TextOracle, fp32_budget
 
 CPU = ForwardConfig(dtype="float32", device="cpu")
 

@@ -16,61 +16,72 @@ from triward import protocol
 from triward_server import schema
 
 # In the order in which data flows; a module imports only what stands above it.
-ORDER = (
-    "errors", "schema", "contract", "config", "memory", "heap", "workers", "image_codec",
-    "video_codec", "codec_worker", "conversation", "decoding", "media", "video", "resizing",
-    "token_bound", "tokenization", "preprocess", "packing", "attention", "vision", "decoder",
-    "architectures", "processors", "onnx_inputs", "onnx_runner", "backbone", "checkpoint",
-    "onnx_export", "onnx_vision", "scoring", "streaming", "reference", "verify", "metrics",
-    "draining", "triton_io", "canary", "log", "repository", "integrity", "triton_http",
-    "installation", "signals", "child", "endpoints", "gpu", "launch", "watchdog", "switch",
-    "random_checkpoint", "random_text_checkpoint", "testing", "cli",
-)  # fmt: skip
+ROOMS = {
+    "": "errors schema contract config memory",
+    "intake": "workers image_codec video_codec codec_worker conversation decoding media video "
+    "resizing token_bound tokenization preprocess",
+    "engine": "packing attention vision decoder architectures processors backbone checkpoint "
+    "streaming scoring",
+    "backend": "metrics draining onnx_inputs onnx_runner onnx_vision triton_io",
+    "serving": "canary log repository integrity triton_http installation signals child endpoints "
+    "gpu launch watchdog switch",
+    "export": "reference verify onnx random_checkpoint random_text_checkpoint",
+    "testing": "oracle",
+    "commands": "cli",
+}
 PACKAGE = ROOT / "triward_server"
+ORDER = [
+    Path(room if room != "commands" else "", name)
+    for room, names in ROOMS.items()
+    for name in names.split()
+]
 MODELS = ROOT / "model_repository"
 ADAPTERS = sorted(MODELS.glob("*/1/model.py"))
 
 
-def files(name: str) -> list[Path]:
+def files(module: Path) -> list[Path]:
     """A module's file, or all of a package's."""
-    folder = PACKAGE / name
-    return sorted(folder.glob("*.py")) if folder.is_dir() else [PACKAGE / f"{name}.py"]
+    folder = PACKAGE / module
+    return sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
-def imported(name: str) -> set[str]:
+def imported(module: Path) -> set[Path]:
     """Modules of triward_server that one of them imports."""
-    return set().union(*map(imported_by, files(name)))
+    return set().union(*map(imported_by, files(module)))
 
 
-def imported_by(path: Path) -> set[str]:
+def imported_by(path: Path) -> set[Path]:
     """Modules of triward_server that a file imports."""
-    names = set()
-    above = len(path.relative_to(PACKAGE).parts)  # dots that lead to triward_server
+    names = set[str]()
+    parents = path.relative_to(PACKAGE.parent).parts
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == above:
-            names |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
-            modules += [alias.name for alias in node.names]
-            names |= {m.split(".")[1] for m in modules if m and m.startswith("triward_server.")}
-    return names
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = [*parents[: len(parents) - node.level]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            names |= {".".join([*base, alias.name]) for alias in node.names}
+            names.add(".".join(base))
+    places = [Path(*name.split(".")[1:]) for name in names if name.startswith("triward_server.")]
+    return {module for module in ORDER for place in places if place.is_relative_to(module)}
 
 
 def test_every_module_has_its_place() -> None:
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert modules | packages == set(ORDER)
+    rooms = [PACKAGE, *(path for path in PACKAGE.glob("*/") if (path / "__init__.py").is_file())]
+    modules = {path.relative_to(PACKAGE).with_suffix("") for r in rooms for path in r.glob("*.py")}
+    packages = {path.parent.relative_to(PACKAGE) for path in PACKAGE.glob("*/*/__init__.py")}
+    assert {m for m in modules if m.name != "__init__"} | packages == set(ORDER)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_module_imports_only_modules_above_it(name: str) -> None:
-    below = set(ORDER[ORDER.index(name) :])
-    assert imported(name) & below == set()
+@pytest.mark.parametrize("module", ORDER, ids=str)
+def test_a_module_imports_only_modules_above_it(module: Path) -> None:
+    below = set(ORDER[ORDER.index(module) + 1 :])
+    assert imported(module) & below == set()
 
 
 def test_serving_does_not_import_the_test_code() -> None:
-    test_code = {"testing", "random_checkpoint", "random_text_checkpoint"}
-    assert [n for n in ORDER if n not in test_code and test_code & imported(n)] == []
+    test_code = {m for m in ORDER if m.parts[0] == "testing" or m.name.startswith("random_")}
+    assert [m for m in ORDER if m not in test_code and test_code & imported(m)] == []
 
 
 def test_tritons_module_is_imported_by_adapters_alone() -> None:
@@ -86,7 +97,7 @@ def test_adapters_hold_no_logic(path: Path) -> None:
     assert [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, logic)] == []
 
 
-@pytest.mark.parametrize("module", ["cli", "draining", "onnx_runner"])
+@pytest.mark.parametrize("module", ["cli", "backend.draining", "backend.onnx_runner"])
 def test_commands_and_the_idle_model_load_nothing_heavy(module: str) -> None:
     """A probe starts the command every few seconds."""
     code = f"import sys, triward_server.{module}; print(*sys.modules)"
@@ -95,7 +106,7 @@ def test_commands_and_the_idle_model_load_nothing_heavy(module: str) -> None:
 
 
 def test_the_process_that_decodes_is_small_and_soon_there() -> None:
-    code = "import sys, triward_server.codec_worker; print(*sys.modules)"
+    code = "import sys, triward_server.intake.codec_worker; print(*sys.modules)"
     modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert {"torch", "transformers", "pydantic", "qwen_vl_utils"} & set(modules) == set()
 

@@ -18,7 +18,7 @@ import tritonclient.grpc as triton
 from tests.conftest import encode
 from tests.conversations import picture
 from triward import RewardClient
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 JPEG = encode(picture(120, 90, 0), "JPEG")
 ASK: list[Any] = [{"role": "user", "content": "Is it so?"}]

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from triward_server.checkpoint import canonical_name, load_model, verify
 from triward_server.config import ForwardConfig
+from triward_server.engine.checkpoint import canonical_name, load_model, verify
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import CheckpointError
-from triward_server.random_checkpoint import SIZES, make_checkpoint
+from triward_server.export.random_checkpoint import SIZES, make_checkpoint
 from triward_server.schema import Features
-from triward_server.scoring import Scorer
 
 HEAD = "value_head.safetensors"
 

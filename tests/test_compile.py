@@ -14,11 +14,11 @@ import torch
 
 from tests.conftest import LOCAL
 from triward import RewardClient
-from triward_server.attention import Layout
 from triward_server.config import ForwardConfig
-from triward_server.launch import TritonServer
+from triward_server.engine.attention import Layout
+from triward_server.engine.scoring import Scorer
 from triward_server.schema import Features, Scores
-from triward_server.scoring import Scorer
+from triward_server.serving.launch import TritonServer
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"

@@ -19,7 +19,8 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoVideoProcessor
 
 from tests.conversations import picture
-from triward_server.checkpoint import (
+from triward_server.config import ForwardConfig
+from triward_server.engine.checkpoint import (
     Blueprint,
     canonical_name,
     head_of,
@@ -27,14 +28,13 @@ from triward_server.checkpoint import (
     read_blueprint,
     read_tensors,
 )
-from triward_server.config import ForwardConfig
+from triward_server.engine.scoring import Scorer
+from triward_server.engine.streaming import load
 from triward_server.errors import CheckpointError, TriwardError
-from triward_server.random_checkpoint import make_checkpoint
-from triward_server.random_text_checkpoint import KINDS, make_text_checkpoint
-from triward_server.reference import fp32_budget, reference_model, score_inputs
+from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
+from triward_server.export.reference import fp32_budget, reference_model, score_inputs
 from triward_server.schema import Features, Scores
-from triward_server.scoring import Scorer
-from triward_server.streaming import load
 
 CPU = ForwardConfig(dtype="float32", device="cpu", threads=1)
 VISION = "qwen2_5_vl"

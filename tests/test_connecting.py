@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from triward import RewardClient, ServerError, ServerUnavailable, Tls
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 CONVERSATION = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
 

@@ -16,7 +16,7 @@ from triward import RewardClient, ServerError, contract, protocol
 from triward_server import schema
 from triward_server.contract import check_caller, check_repository
 from triward_server.errors import ConfigError, ContractMismatch, InvalidRequest, LaunchError
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 CONVERSATION = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
 VERSION = "CONTRACT_VERSION = "

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from tests.commands import BIN
 from tests.conftest import ROOT
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 PAGE = ROOT / "docs" / "cookbook.md"
 POLICY = "Qwen/Qwen2.5-0.5B-Instruct"  # what the recipes train; a tiny one takes its place here

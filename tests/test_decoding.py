@@ -23,12 +23,12 @@ from tests.commands import Command
 from tests.conftest import encode
 from tests.conversations import picture
 from tests.hostile import Hostile
-from triward_server import image_codec, workers
 from triward_server.config import PreprocessConfig
-from triward_server.decoding import Decoder, Reading
 from triward_server.errors import InvalidRequest, TriwardError, Unavailable
-from triward_server.image_codec import count_scans
-from triward_server.preprocess import Preprocessor
+from triward_server.intake import image_codec, workers
+from triward_server.intake.decoding import Decoder, Reading
+from triward_server.intake.image_codec import count_scans
+from triward_server.intake.preprocess import Preprocessor
 
 LIMIT = 1.0  # seconds of decoding
 SAMPLE = 60
@@ -172,7 +172,7 @@ class TestDeadline:
     def test_the_text_is_checked_before_anything_is_decoded(
         self, preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("triward_server.decoding.Reading.image", None)
+        monkeypatch.setattr("triward_server.intake.decoding.Reading.image", None)
         text = json.dumps({"type": "text", "text": "word " * 20_000}).encode()
         with pytest.raises(InvalidRequest, match=r"^messages: .* tokens"):
             preprocessor.features(LOOK.replace(b"]}]", b"," + text + b"]}]"), [b"a"], [GOOD])

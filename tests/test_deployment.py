@@ -33,9 +33,9 @@ from jsonschema import Draft202012Validator
 from tests import promql
 from tests.conftest import ROOT
 from triward_server.cli import app
-from triward_server.installation import find_triton
-from triward_server.launch import Endpoints
 from triward_server.schema import REWARD, ModelNames
+from triward_server.serving.installation import find_triton
+from triward_server.serving.launch import Endpoints
 
 DOCKER = ROOT / "docker"
 DOCKERFILE = DOCKER / "Dockerfile"

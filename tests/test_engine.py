@@ -15,13 +15,13 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from triward_server import packing
 from triward_server.config import ForwardConfig
+from triward_server.engine import packing
+from triward_server.engine.packing import Cost, Forest, Geometry
+from triward_server.engine.scoring import Scorer, plan
 from triward_server.errors import Cancelled, ForwardError, Unavailable
-from triward_server.packing import Cost, Forest, Geometry
 from triward_server.schema import Features, Scores
-from triward_server.scoring import Scorer, plan
-from triward_server.testing import Oracle, fp32_budget
+from triward_server.testing.oracle import Oracle, fp32_budget
 
 CPU = ForwardConfig(dtype="float32", device="cpu")
 GEOMETRY = Geometry(image_token_id=9, patch_size=14, merge_size=2, vocab_size=99, max_tokens=999)

@@ -13,7 +13,7 @@ from tests.benchmarkdata import BENCHMARKS, Data, write
 from tests.commands import BIN, Command
 from tests.conftest import LOCAL
 from triward import RewardClient
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 Run = Callable[..., Command]
 

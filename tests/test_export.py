@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import EXPORT, Exit
-from triward_server.checkpoint import verify
+from triward_server.engine.checkpoint import verify
 
 Export = Callable[..., Exit]
 

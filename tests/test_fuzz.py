@@ -21,7 +21,7 @@ from benchmarks import footprint
 from tests import loadgen
 from tests.conftest import LOCAL
 from tests.fuzzer import ASK, DEADLINE, FLAGS, Caller, Fuzzer, Tally, conversations_of
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 REQUESTS = 10_000
 WARM_UP = 2_000

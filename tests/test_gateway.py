@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2
 
 from tests.conftest import LOCAL, ROOT, encode
 from triward import RewardClient, ServerUnavailable
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 BOMB = 200_000_000  # zeros, of which a thousandth travels

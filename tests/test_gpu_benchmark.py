@@ -13,7 +13,7 @@ from typer import BadParameter, Exit
 from benchmarks import gpu, plot
 from benchmarks.measure import Work, work
 from benchmarks.workloads import Group, Workload, epochs
-from triward_server.packing import Cost, Geometry
+from triward_server.engine.packing import Cost, Geometry
 from triward_server.schema import Features
 
 

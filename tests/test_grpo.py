@@ -27,8 +27,8 @@ from tests.conversations import picture
 from triward import AsyncRewardClient, RewardClient, ServerUnavailable
 from triward.integrations.trl import TriwardReward, async_triward_reward
 from triward.rewards import RunningMoments, Shape
-from triward_server.launch import TritonServer
-from triward_server.testing import fp32_budget
+from triward_server.serving.launch import TritonServer
+from triward_server.testing.oracle import fp32_budget
 
 STEPS, PROMPTS, GENERATIONS = 3, 2, 4  # prompts of each step, completions of each prompt
 QUESTIONS = [f"What is {n} + {n}? Take your time, and answer in one word." for n in range(8)]

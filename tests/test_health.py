@@ -20,15 +20,15 @@ import tritonclient.grpc as triton
 
 from tests.commands import BIN, Command, assert_gone, regions
 from triward import RewardClient, ServerError, ServerUnavailable, TriwardError
-from triward_server import watchdog
-from triward_server.canary import Canary
+from triward_server.backend.metrics import WORKING
 from triward_server.cli import _WATCH_INTERVAL
 from triward_server.errors import LaunchError, Unhealthy
-from triward_server.launch import TritonServer
-from triward_server.metrics import WORKING
-from triward_server.repository import Canaries
-from triward_server.triton_http import HttpError, Loaded, Series, TritonHttp
-from triward_server.watchdog import Watchdog
+from triward_server.serving import watchdog
+from triward_server.serving.canary import Canary
+from triward_server.serving.launch import TritonServer
+from triward_server.serving.repository import Canaries
+from triward_server.serving.triton_http import HttpError, Loaded, Series, TritonHttp
+from triward_server.serving.watchdog import Watchdog
 
 NOTICED_WITHIN = 15.0  # seconds
 ASK: list[dict[str, Any]] = [
@@ -45,7 +45,7 @@ from pathlib import Path
 import torch
 import {UTILS} as pb_utils
 
-from triward_server.triton_io import ForwardBackend
+from triward_server.backend.triton_io import ForwardBackend
 
 FOLDER = Path(__file__).parent
 

@@ -26,12 +26,13 @@ from typer.testing import CliRunner
 from tests.commands import BIN, Command, assert_gone, regions
 from tests.conftest import LOCAL, ROOT
 from triward import RewardClient, ServerUnavailable
-from triward_server import __version__, gpu, installation, launch
+from triward_server import __version__
 from triward_server.cli import app
 from triward_server.errors import LaunchError
-from triward_server.installation import find_triton
-from triward_server.launch import Endpoints, TritonServer
-from triward_server.triton_http import Loaded, TritonHttp
+from triward_server.serving import gpu, installation, launch
+from triward_server.serving.installation import find_triton
+from triward_server.serving.launch import Endpoints, TritonServer
+from triward_server.serving.triton_http import Loaded, TritonHttp
 
 ASK: list[dict[str, Any]] = [
     {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
@@ -99,7 +100,8 @@ def test_told_to_stop_in_its_first_moment(
 def test_signals_are_taken_before_anything_slow_is_imported() -> None:
     """In the first tenth of a second, most of which is Python's own start."""
     program = (
-        "import sys, triward_server.signals; print(*{'typer', 'psutil', 'rich'} & {*sys.modules})"
+        "import sys; from triward_server.serving import signals; "
+        "print(*{'typer', 'psutil', 'rich'} & {*sys.modules})"
     )
     output = subprocess.check_output([sys.executable, "-c", program, "serve"], text=True)
     assert output == "\n"

@@ -17,13 +17,13 @@ import pytest
 from tests.conftest import EXPORT, ROOT, encode
 from tests.conversations import picture
 from tests.videos import SMALL, film_bytes
-from triward_server import packing
 from triward_server.config import ForwardConfig, PreprocessConfig, token_limit
+from triward_server.engine import packing
+from triward_server.engine.packing import Geometry
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import ConfigError, InvalidRequest
-from triward_server.packing import Geometry
-from triward_server.preprocess import Preprocessor
+from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features
-from triward_server.scoring import Scorer
 
 ASK = json.dumps([{"role": "user", "content": "word " * 50}]).encode()
 LOOK = json.dumps([{"role": "user", "content": [{"type": "image"}] * 2}]).encode()

@@ -18,9 +18,9 @@ import pytest
 from tests.commands import BIN
 from tests.conftest import LOCAL
 from triward import RewardClient
-from triward_server.launch import TritonServer
-from triward_server.log import LineWriter
-from triward_server.triton_http import TritonHttp
+from triward_server.serving.launch import TritonServer
+from triward_server.serving.log import LineWriter
+from triward_server.serving.triton_http import TritonHttp
 
 LINE = "x" * 99 + "\n"
 ROUNDS = 40  # of --log-verbose=1, of which each writes several kilobytes into a pipe of 64

@@ -20,18 +20,18 @@ from benchmarks.workloads import photo
 from tests.conftest import LOCAL, encode
 from tests.conversations import image_files, picture
 from triward import RewardClient
-from triward_server import resizing
 from triward_server.config import ForwardConfig, PreprocessConfig
-from triward_server.conversation import ImagePart
-from triward_server.decoding import Decoder
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import InvalidRequest, Unavailable
-from triward_server.launch import TritonServer
-from triward_server.media import ImageLoader
-from triward_server.preprocess import Preprocessor
-from triward_server.resizing import TorchResizer, is_steep, limited
+from triward_server.intake import resizing
+from triward_server.intake.conversation import ImagePart
+from triward_server.intake.decoding import Decoder
+from triward_server.intake.media import ImageLoader
+from triward_server.intake.preprocess import Preprocessor
+from triward_server.intake.resizing import TorchResizer, is_steep, limited
 from triward_server.schema import Grid
-from triward_server.scoring import Scorer
-from triward_server.testing import Oracle, fp32_budget
+from triward_server.serving.launch import TritonServer
+from triward_server.testing.oracle import Oracle, fp32_budget
 
 SIZES = [(28, 28), (31, 997), (1999, 2001), (56, 55), (13, 7)]
 

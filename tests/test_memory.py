@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from triward_server.random_checkpoint import make_checkpoint
+from triward_server.export.random_checkpoint import make_checkpoint
 
 BUDGET = 200 * 2**20
 
@@ -19,10 +19,10 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 import numpy as np
-from triward_server import attention
+from triward_server.engine import attention
 from triward_server.config import ForwardConfig
 from triward_server.schema import Features
-from triward_server.scoring import Scorer
+from triward_server.engine.scoring import Scorer
 
 def status(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -20,10 +20,7 @@ from tests.conversations import picture
 from tests.promql import metric_names
 from tests.test_scoring import request
 from triward import InvalidRequest, RewardClient
-from triward_server.canary import Canary
-from triward_server.config import ForwardConfig
-from triward_server.launch import TritonServer
-from triward_server.metrics import (
+from triward_server.backend.metrics import (
     ERRORS,
     FORWARD_COUNTERS,
     FORWARD_GAUGES,
@@ -33,8 +30,11 @@ from triward_server.metrics import (
     WORKING,
     ForwardMetrics,
 )
-from triward_server.scoring import Pass, Scorer
-from triward_server.triton_http import fetch
+from triward_server.config import ForwardConfig
+from triward_server.engine.scoring import Pass, Scorer
+from triward_server.serving.canary import Canary
+from triward_server.serving.launch import TritonServer
+from triward_server.serving.triton_http import fetch
 
 OURS = {*FORWARD_COUNTERS, *FORWARD_GAUGES, *PREPROCESS_COUNTERS, ERRORS, SCORES, WORKING}
 Metric = Callable[[str, str], float]

@@ -26,9 +26,9 @@ from tests import loadgen
 from tests.conftest import Exit
 from tests.fuzzer import FLAGS, SEED, Caller, Fuzzed, Fuzzer
 from tests.supervisor import ADMIN_KEY, Supervised
-from triward_server.random_checkpoint import make_checkpoint
-from triward_server.switch import switch_version
-from triward_server.triton_http import TritonHttp
+from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.serving.switch import switch_version
+from triward_server.serving.triton_http import TritonHttp
 
 CALLERS = 8
 GOOD, HURRIED = 0.15, 0.10  # shares of requests whose score is known, with and without time

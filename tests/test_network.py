@@ -21,11 +21,11 @@ from tests.commands import BIN, Command, assert_gone
 from tests.conftest import LOCAL
 from triward import RewardClient
 from triward.integrations.rows import RowScorer
-from triward_server import endpoints
-from triward_server.endpoints import CHUNKS_FIXED, Endpoints, Tls
 from triward_server.errors import LaunchError
-from triward_server.launch import TritonServer
-from triward_server.triton_http import TritonHttp
+from triward_server.serving import endpoints
+from triward_server.serving.endpoints import CHUNKS_FIXED, Endpoints, Tls
+from triward_server.serving.launch import TritonServer
+from triward_server.serving.triton_http import TritonHttp
 
 LIMIT = 2 * 2**30  # of which it takes two thirds before anybody asks, mostly threads' stacks
 CHUNKS = 600_000  # 3.6 MB; Triton 24.10 survives 200,000

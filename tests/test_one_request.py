@@ -24,7 +24,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests import loadgen
 from tests.conftest import LOCAL
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 MB = 1_000_000
 MOST = 10 * MB  # bytes of one request

@@ -22,18 +22,18 @@ from tests.conftest import LOCAL
 from tests.conversations import Messages
 from triward import RewardClient, ServerError
 from triward_server import schema
-from triward_server.checkpoint import load_model, load_vision
+from triward_server.backend.onnx_inputs import graph_inputs, grid_inputs
+from triward_server.backend.onnx_runner import open_session
 from triward_server.config import ForwardConfig, VisionConfig
+from triward_server.engine.checkpoint import load_model, load_vision
+from triward_server.engine.scoring import Scorer
+from triward_server.engine.vision import VisionTower
 from triward_server.errors import CheckpointError, ConfigError, ForwardError
-from triward_server.launch import TritonServer
-from triward_server.onnx_export import OPSET, export_value_head, export_vision
-from triward_server.onnx_inputs import graph_inputs, grid_inputs
-from triward_server.onnx_runner import open_session
+from triward_server.export.onnx import OPSET, export_value_head, export_vision
 from triward_server.schema import Array, Features, Grid, Scores, TensorSpec, UInt8Array
-from triward_server.scoring import Scorer
-from triward_server.testing import Oracle, fp32_budget
-from triward_server.triton_http import read_metrics
-from triward_server.vision import VisionTower
+from triward_server.serving.launch import TritonServer
+from triward_server.serving.triton_http import read_metrics
+from triward_server.testing.oracle import Oracle, fp32_budget
 
 TOLERANCE = 1e-4  # of the largest value
 # Runs a graph's file on inputs by name. ONNX's own evaluator says what the file means; ONNX

@@ -27,7 +27,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from tests import loadgen
 from tests.conftest import LOCAL, encode
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 FORWARD, PREPROCESS = "reward_forward", "reward_preprocess"
 QUEUE = 16  # requests that may wait for each model

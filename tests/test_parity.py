@@ -18,12 +18,12 @@ import torch
 from tests.conftest import LOCAL
 from tests.conversations import Messages
 from triward import RewardClient
-from triward_server import attention, backbone, packing
 from triward_server.config import ForwardConfig
-from triward_server.launch import TritonServer
+from triward_server.engine import attention, backbone, packing
+from triward_server.engine.scoring import Scorer
 from triward_server.schema import Features
-from triward_server.scoring import Scorer
-from triward_server.testing import Oracle, fp32_budget
+from triward_server.serving.launch import TritonServer
+from triward_server.testing.oracle import Oracle, fp32_budget
 
 THREADS = 32
 

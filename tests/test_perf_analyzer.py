@@ -22,8 +22,8 @@ from benchmarks.perf_analyzer.runner import Load, Target, Tool, find_perf_analyz
 from benchmarks.perf_analyzer.sizing import Objective, capacity, replicas
 from tests.conftest import ROOT
 from triward.conversation import RewardRequest
-from triward_server.launch import TritonServer
-from triward_server.triton_http import GRPC_ADMIN_HEADER
+from triward_server.serving.launch import TritonServer
+from triward_server.serving.triton_http import GRPC_ADMIN_HEADER
 
 MILLISECOND = 10**6
 COMMITTED = max((ROOT / "benchmarks" / "results").glob("*-perf-cpu-*.json"))

@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import LOCAL
 from triward import RewardClient, ServerUnavailable, TriwardError
 from triward_server.errors import LaunchError
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 CALLERS = 6
 TIMEOUT = 60.0

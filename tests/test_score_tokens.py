@@ -27,8 +27,8 @@ from triward import (
     TriwardError,
     pixels_of,
 )
-from triward_server.launch import TritonServer
-from triward_server.testing import Oracle, fp32_budget
+from triward_server.serving.launch import TritonServer
+from triward_server.testing.oracle import Oracle, fp32_budget
 
 Metric = Callable[[str, str], float]
 

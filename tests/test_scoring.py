@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from triward_server import attention, packing
-from triward_server.attention import Layout, make_layout, varlen
 from triward_server.config import ForwardConfig, from_parameters, on_instance
+from triward_server.engine import attention, packing
+from triward_server.engine.attention import Layout, make_layout, varlen
+from triward_server.engine.packing import Forest
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import (
     ConfigError,
     ForwardError,
@@ -22,10 +24,8 @@ from triward_server.errors import (
     NonFiniteScore,
     Unavailable,
 )
-from triward_server.packing import Forest
 from triward_server.schema import Features, Scores
-from triward_server.scoring import Scorer
-from triward_server.testing import fp32_budget
+from triward_server.testing.oracle import fp32_budget
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from tests.commands import BIN, Command
 from tests.conftest import LOCAL
 from triward import RewardClient
 from triward_server.errors import LaunchError
-from triward_server.launch import Tls, TritonServer
-from triward_server.triton_http import GRPC_ADMIN_HEADER, HttpError, TritonHttp
+from triward_server.serving.launch import Tls, TritonServer
+from triward_server.serving.triton_http import GRPC_ADMIN_HEADER, HttpError, TritonHttp
 
 ADMIN: dict[str, Callable[[Any, dict[str, str]], Any]] = {
     "model-repository": lambda c, h: c.get_model_repository_index(headers=h),

@@ -24,8 +24,8 @@ from trl import DPOConfig, DPOTrainer
 from tests.commands import BIN, Command
 from tests.conversations import image, picture, user
 from triward import RewardClient
-from triward_server.launch import TritonServer
-from triward_server.testing import fp32_budget
+from triward_server.serving.launch import TritonServer
+from triward_server.testing.oracle import fp32_budget
 
 Rows = list[dict[str, Any]]
 RESPONSES = [["Four.", "It is 4, as 2 + 2.", "No", "5"], ["Red", "A red square.", "I see nothing."]]

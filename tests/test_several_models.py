@@ -24,18 +24,18 @@ from tests.conversations import Messages
 from tests.loadgen import counter
 from tests.test_health import keep_asking, long_prompt
 from triward import RewardClient, ServerError, ServerUnavailable
-from triward_server import watchdog
-from triward_server.canary import Canary
+from triward_server.backend.metrics import WORKING
 from triward_server.errors import LaunchError, Unhealthy
-from triward_server.launch import TritonServer
-from triward_server.metrics import WORKING
-from triward_server.random_checkpoint import make_checkpoint
-from triward_server.repository import models, pinned, serves_on_gpu, versions
+from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.schema import REWARD, ModelNames
-from triward_server.switch import switch_version
-from triward_server.testing import Oracle, fp32_budget
-from triward_server.triton_http import HttpError, Series, TritonHttp
-from triward_server.watchdog import Watchdog, _name, check_once
+from triward_server.serving import watchdog
+from triward_server.serving.canary import Canary
+from triward_server.serving.launch import TritonServer
+from triward_server.serving.repository import models, pinned, serves_on_gpu, versions
+from triward_server.serving.switch import switch_version
+from triward_server.serving.triton_http import HttpError, Series, TritonHttp
+from triward_server.serving.watchdog import Watchdog, _name, check_once
+from triward_server.testing.oracle import Oracle, fp32_budget
 
 Export = Callable[..., Exit]
 FLAGS = ("--device=cpu", "--dtype=float32", "--preprocess-instances=1", "--threads=1")

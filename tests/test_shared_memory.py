@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 from tests.conftest import encode
 from triward import InvalidRequest, RewardClient, ServerUnavailable
 from triward.sharedmemory import FOLDER, PREFIX
-from triward_server.launch import TritonServer
+from triward_server.serving.launch import TritonServer
 
 MB = 2**20
 

@@ -21,18 +21,18 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import LOCAL, Exit, encode
 from tests.conversations import PROSE, RESPONSES, Messages, image, picture, says, user
 from triward import InvalidRequest, RewardClient
-from triward_server import architectures, attention, decoder
-from triward_server.checkpoint import load_model, verify
 from triward_server.config import ForwardConfig, PreprocessConfig
+from triward_server.engine import architectures, attention, decoder
+from triward_server.engine.checkpoint import load_model, verify
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import CheckpointError
 from triward_server.errors import InvalidRequest as Refused
-from triward_server.launch import TritonServer
-from triward_server.preprocess import Preprocessor
-from triward_server.random_text_checkpoint import KINDS, make_text_checkpoint
+from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
+from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
-from triward_server.scoring import Scorer
-from triward_server.testing import TextOracle, fp32_budget
-from triward_server.watchdog import check_once
+from triward_server.serving.launch import TritonServer
+from triward_server.serving.watchdog import check_once
+from triward_server.testing.oracle import TextOracle, fp32_budget
 
 CPU = ForwardConfig(dtype="float32", device="cpu")
 WINDOW = KINDS["gemma2"].fields["sliding_window"]

@@ -16,13 +16,13 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Replace
 from transformers import AutoTokenizer
 
-from triward_server import token_bound
 from triward_server.config import PreprocessConfig
-from triward_server.conversation import parse_conversation
 from triward_server.errors import InvalidRequest
-from triward_server.preprocess import Preprocessor
-from triward_server.token_bound import TokenBound
-from triward_server.tokenization import ConversationTokenizer, _common
+from triward_server.intake import token_bound
+from triward_server.intake.conversation import parse_conversation
+from triward_server.intake.preprocess import Preprocessor
+from triward_server.intake.token_bound import TokenBound
+from triward_server.intake.tokenization import ConversationTokenizer, _common
 
 MEGABYTES = 4 * 2**20 - 100
 LONG = {

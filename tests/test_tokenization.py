@@ -15,12 +15,12 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from tests.conversations import Messages, image, picture, says, user
 from triward import RewardClient
-from triward_server import random_checkpoint
 from triward_server.config import PreprocessConfig
 from triward_server.errors import InvalidRequest
-from triward_server.preprocess import Preprocessor
-from triward_server.testing import Oracle, fp32_budget
-from triward_server.tokenization import _spelled
+from triward_server.export import random_checkpoint
+from triward_server.intake.preprocess import Preprocessor
+from triward_server.intake.tokenization import _spelled
+from triward_server.testing.oracle import Oracle, fp32_budget
 
 SPECIAL = ("<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|vision_start|>", "<|endoftext|>")
 INJECTIONS = (

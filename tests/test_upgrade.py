@@ -18,15 +18,15 @@ from typer.testing import CliRunner
 
 from tests.conftest import LOCAL, Exit
 from triward import RewardClient, ServerUnavailable
-from triward_server.canary import Canary
 from triward_server.cli import app
 from triward_server.errors import LaunchError
-from triward_server.integrity import Verify
-from triward_server.launch import TritonServer
-from triward_server.random_checkpoint import make_checkpoint
-from triward_server.repository import pin, pinned, versions
-from triward_server.switch import switch_version
-from triward_server.watchdog import Watchdog
+from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.serving.canary import Canary
+from triward_server.serving.integrity import Verify
+from triward_server.serving.launch import TritonServer
+from triward_server.serving.repository import pin, pinned, versions
+from triward_server.serving.switch import switch_version
+from triward_server.serving.watchdog import Watchdog
 
 Export = Callable[..., Exit]
 ASK: list[dict[str, Any]] = [

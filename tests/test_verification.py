@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import Exit
-from triward_server import integrity
-from triward_server.canary import FILE, Canary
-from triward_server.checkpoint import check_finite, load_model
+from triward_server.engine.checkpoint import check_finite, load_model
 from triward_server.errors import CheckpointError, LaunchError
-from triward_server.integrity import MANIFEST, Verify, check, check_served, describe
-from triward_server.repository import Canaries, loads_all, pin, pinned
 from triward_server.schema import REWARD, ModelNames
+from triward_server.serving import integrity
+from triward_server.serving.canary import FILE, Canary
+from triward_server.serving.integrity import MANIFEST, Verify, check, check_served, describe
+from triward_server.serving.repository import Canaries, loads_all, pin, pinned
 
 STEPS = ("reward_preprocess", "reward_forward")
 SHARD = "checkpoint/model-00001-of-00004.safetensors"

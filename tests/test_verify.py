@@ -13,18 +13,18 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests.conftest import Exit
-from triward_server import architectures, streaming
-from triward_server.architectures import ARCHITECTURES
-from triward_server.checkpoint import empty_model, read_state
-from triward_server.checkpoint import verify as read
 from triward_server.cli import app
 from triward_server.config import ForwardConfig
-from triward_server.decoder import Decoder
+from triward_server.engine import architectures, streaming
+from triward_server.engine.architectures import ARCHITECTURES
+from triward_server.engine.checkpoint import empty_model, read_state
+from triward_server.engine.checkpoint import verify as read
+from triward_server.engine.decoder import Decoder
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import CheckpointError
-from triward_server.random_checkpoint import make_checkpoint
-from triward_server.random_text_checkpoint import KINDS, make_text_checkpoint
-from triward_server.scoring import Scorer
-from triward_server.verify import Report, Row, cases, check, verify
+from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
+from triward_server.export.verify import Report, Row, cases, check, verify
 
 CPU = torch.device("cpu")
 

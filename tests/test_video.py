@@ -20,20 +20,20 @@ from tests.conftest import encode
 from tests.conversations import Messages, picture, says, user
 from tests.videos import conversations, film, frames, video
 from triward import RewardClient
-from triward_server import packing, vision
-from triward_server import video as video_files
 from triward_server.config import ForwardConfig, PreprocessConfig
-from triward_server.conversation import VideoPart
-from triward_server.decoding import Decoder, Reading
+from triward_server.engine import packing, vision
+from triward_server.engine.scoring import Pass, Scorer
 from triward_server.errors import InvalidRequest
-from triward_server.launch import TritonServer
-from triward_server.media import ImageLoader
-from triward_server.preprocess import Preprocessor
+from triward_server.intake import video as video_files
+from triward_server.intake.conversation import VideoPart
+from triward_server.intake.decoding import Decoder, Reading
+from triward_server.intake.media import ImageLoader
+from triward_server.intake.preprocess import Preprocessor
+from triward_server.intake.video import VideoLoader
+from triward_server.intake.video_codec import VideoFile, open_video
 from triward_server.schema import Features, Scores
-from triward_server.scoring import Pass, Scorer
-from triward_server.testing import Oracle, fp32_budget, read_video
-from triward_server.video import VideoLoader
-from triward_server.video_codec import VideoFile, open_video
+from triward_server.serving.launch import TritonServer
+from triward_server.testing.oracle import Oracle, fp32_budget, read_video
 
 ASK = json.dumps([{"role": "user", "content": [{"type": "video"}]}]).encode()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # First of all, and so that it stays first:
-from .signals import STOP_SIGNALS, farewell  # isort: split
+from .serving.signals import STOP_SIGNALS, farewell  # isort: split
 
 import os
 import secrets
@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, schema
-from . import repository as repositories
 from .errors import LaunchError, TriwardError
-from .integrity import Verify
-from .launch import Endpoints, Tls, TritonServer
-from .log import LineWriter
 from .memory import half_of_the_machine
-from .switch import switch_version
-from .triton_http import HttpError, TritonHttp
-from .watchdog import Watchdog, check_once
+from .serving import repository as repositories
+from .serving.integrity import Verify
+from .serving.launch import Endpoints, Tls, TritonServer
+from .serving.log import LineWriter
+from .serving.switch import switch_version
+from .serving.triton_http import HttpError, TritonHttp
+from .serving.watchdog import Watchdog, check_once
 
 # A GPU's forward passes take a second or two; a CPU's may take minutes.
 _HANG_TIMEOUT_GPU = 10.0
@@ -261,7 +261,7 @@ def verify(
 
     Exits with 1 when a score is further from transformers' than 1e-4, relative above 1.
     """
-    from .verify import Report, run  # torch, which no other command needs
+    from .export.verify import Report, run  # torch, which no other command needs
 
     table = Table("conversation", "score", "transformers", "distance", "")
     with _errors():

@@ -30,8 +30,8 @@ from benchmarks.perf_analyzer.inputs import MIXES, REQUESTS, Scale
 from benchmarks.perf_analyzer.report import write_report
 from benchmarks.perf_analyzer.runner import Load, Target, Tool, find_perf_analyzer, measure
 from benchmarks.perf_analyzer.sizing import Objective, capacity, sizing
-from triward_server.random_checkpoint import Size, make_checkpoint
-from triward_server.triton_http import GRPC_ADMIN_HEADER
+from triward_server.export.random_checkpoint import Size, make_checkpoint
+from triward_server.serving.triton_http import GRPC_ADMIN_HEADER
 
 CONCURRENCIES = (1, 2, 4, 8)
 FRACTIONS = (0.3, 0.5, 0.7, 0.85, 0.95, 1.2)

@@ -2,7 +2,7 @@
 
 import triton_python_backend_utils as pb_utils
 
-from triward_server.draining import DrainingBackend
+from triward_server.backend.draining import DrainingBackend
 
 
 class TritonPythonModel:

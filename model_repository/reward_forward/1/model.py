@@ -2,7 +2,7 @@
 
 import triton_python_backend_utils as pb_utils
 
-from triward_server.triton_io import ForwardBackend
+from triward_server.backend.triton_io import ForwardBackend
 
 
 class TritonPythonModel:

@@ -2,7 +2,7 @@
 
 import triton_python_backend_utils as pb_utils
 
-from triward_server.triton_io import PreprocessBackend
+from triward_server.backend.triton_io import PreprocessBackend
 
 
 class TritonPythonModel:

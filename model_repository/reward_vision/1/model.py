@@ -2,7 +2,7 @@
 
 import triton_python_backend_utils as pb_utils
 
-from triward_server.onnx_runner import VisionBackend
+from triward_server.backend.onnx_runner import VisionBackend
 
 
 class TritonPythonModel:

@@ -1,0 +1,358 @@
+"""Triton requests <-> the dataclasses, and the one place where exceptions become answers.
+
+Two backends, one for each `model_repository/*/1/model.py`, which hands over Triton's
+`triton_python_backend_utils` module (it exists only inside Triton's stub process).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from .. import schema
+from ..config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
+from ..contract import check_caller, check_repository
+from ..engine.packing import Geometry
+from ..engine.scoring import Pass, Scorer
+from ..errors import InvalidRequest, TriwardError, Unavailable, is_out_of_memory
+from ..intake.preprocess import Opened, Preprocessor
+from ..intake.workers import close_all
+from ..memory import Heap, lift_limit
+from ..schema import Array, Features, Grid, Scores, TensorSpec, UInt8Array
+from .metrics import PREPROCESS_COUNTERS, ForwardMetrics, Metrics
+from .onnx_vision import remote_tower
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_DIRECTORY = "checkpoint"
+_MAX_MESSAGE = 500  # characters; gRPC sends them as a header
+T = TypeVar("T")
+ConfigT = TypeVar("ConfigT", PreprocessConfig, ForwardConfig)
+
+
+class PreprocessBackend:
+    """`reward_preprocess`: wire tensors in, `Features` as tensors out.
+
+    Args:
+        args: what Triton passes to `initialize`.
+        pb_utils: Triton's module.
+    """
+
+    def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
+        lift_limit()
+        _log_to_stderr(args["model_name"])
+        self._metrics = Metrics(
+            pb_utils, _labels(args), _instance(args), PREPROCESS_COUNTERS, {}, _codes(pb_utils)
+        )
+        # Several instances share the machine, one thread each; images are resized in it.
+        torch.set_num_threads(1)
+        self._pb = pb_utils
+        self._preprocessor = Preprocessor(
+            _checkpoint(args), _config(PreprocessConfig, args), self._metrics.progress
+        )
+        self._preprocessor.warm_up()
+        self._heap = Heap()
+        gc.freeze()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer a dynamic batch, each request for itself; images are resized together."""
+        self._heap.tidy()
+        with self._metrics.working(), self._metrics.timed("preprocess_seconds"):
+            opened = [_capture(partial(self._open, request)) for request in requests]
+            self._preprocessor.flush()
+            return [
+                _answer(self._pb, self._metrics, partial(self._respond, result))
+                for result in opened
+            ]
+
+    def finalize(self) -> None:
+        """Leave nothing that outlives Triton."""
+        close_all()
+        self._metrics.close()
+
+    def _open(self, request: Any) -> Opened:
+        self._metrics.progress()
+        check_caller(request.parameters())
+        messages, responses, media = (
+            _row(self._pb, request, spec) for spec in schema.REWARD_INPUTS
+        )
+        return self._preprocessor.open(messages[0], list(responses), list(media))
+
+    def _respond(self, opened: Opened | Exception) -> Any:
+        if isinstance(opened, Exception):
+            raise opened
+        self._metrics.progress()
+        features = self._preprocessor.finish(opened)
+        return _response(self._pb, features_to_arrays(features, self._preprocessor.patch_size))
+
+
+class ForwardBackend:
+    """`reward_forward`: `Features` as tensors in, scores out.
+
+    Args:
+        args: what Triton passes to `initialize`.
+        pb_utils: Triton's module.
+    """
+
+    def __init__(self, args: dict[str, str], pb_utils: Any) -> None:
+        lift_limit()
+        _log_to_stderr(args["model_name"])
+        self._pb = pb_utils
+        self._config = _config(ForwardConfig, args)
+        encoder = None
+        if self._config.vision == "onnx":
+            vision = schema.ModelNames.of(args["model_name"]).vision
+            encoder = remote_tower(_checkpoint(args), pb_utils, vision, args["model_version"])
+        self._scorer = Scorer(_checkpoint(args), self._config, encoder)
+        self._scorer.warm_up()
+        self._metrics = ForwardMetrics(pb_utils, _labels(args), _instance(args), _codes(pb_utils))
+        self._heap = Heap()
+        gc.freeze()  # what is loaded stays; later collections need not walk it
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer a dynamic batch with one call of the scorer."""
+        self._heap.tidy()
+        with self._metrics.working():
+            return self._execute(requests)
+
+    def finalize(self) -> None:
+        """Leave nothing that outlives Triton."""
+        self._metrics.close()
+
+    def _execute(self, requests: Sequence[Any]) -> list[Any]:
+        begun = time.monotonic()
+        parsed = [_capture(partial(self._parse, request)) for request in requests]
+        pairs = zip(requests, parsed, strict=True)
+        callers = [request for request, item in pairs if isinstance(item, Features)]
+        features = [item for item in parsed if isinstance(item, Features)]
+        scored = self._scorer.score(
+            features, lambda index: _has_given_up(callers[index], begun), self._observe
+        )
+        self._count(callers, scored)
+        answers = iter(scored)
+        results = [next(answers) if isinstance(item, Features) else item for item in parsed]
+        return [
+            _answer(self._pb, self._metrics, partial(self._respond, result)) for result in results
+        ]
+
+    def _parse(self, request: Any) -> Features:
+        check_caller(request.parameters())
+        arrays = [_row(self._pb, request, spec) for spec in schema.FORWARD_INPUTS]
+        return arrays_to_features(*arrays, geometry=self._scorer.geometry)
+
+    def _observe(self, done: Pass) -> None:
+        self._metrics.progress()
+        if done.out_of_memory:
+            self._metrics.add(oom_retries=1)
+            return
+        self._metrics.add(
+            tokens_computed=done.tokens,
+            tokens_saved=done.tokens_saved,
+            forward_passes=1,
+            forward_capacity_tokens=self._config.max_batch_tokens,
+            images_encoded=done.images - done.images_cached,
+            images_cached=done.images_cached,
+            vision_seconds=done.vision_seconds,
+            language_model_seconds=done.language_model_seconds,
+        )
+        self._metrics.set("triward_embedding_cache_bytes", done.cache_bytes)
+
+    def _count(self, callers: Sequence[Any], scored: Sequence[Scores | TriwardError]) -> None:
+        scores = [
+            result.scores.tolist()
+            for caller, result in zip(callers, scored, strict=True)
+            if isinstance(result, Scores) and caller.request_id() != schema.CANARY_ID
+        ]
+        self._metrics.observe(chain.from_iterable(scores))
+
+    def _respond(self, result: Scores | Exception) -> Any:
+        if isinstance(result, Exception):
+            raise result
+        return _response(
+            self._pb, {schema.SCORES: result.scores, schema.TOKEN_COUNTS: result.token_counts}
+        )
+
+
+def features_to_arrays(features: Features, patch_size: int) -> dict[TensorSpec, Array]:
+    """The tensors of `reward_forward` for one request, without the leading dimension.
+
+    Segment 0 of `segment_lengths` is the prompt; `pixels` is all media flattened, one behind the
+    other; `grids` has a row (t, h, w) in patches for each, t pairs of frames of a video.
+    """
+    segments = [features.prompt_ids, *features.response_ids]
+    grids = [_grid(item.shape, patch_size) for item in features.media]
+    flat = [np.empty(0, np.uint8), *(item.reshape(-1) for item in features.media)]
+    return {
+        schema.INPUT_IDS: np.concatenate(segments),
+        schema.SEGMENT_LENGTHS: np.array([len(s) for s in segments], np.int32),
+        schema.PIXELS: np.concatenate(flat),
+        schema.GRIDS: np.array(grids, np.int32).reshape(-1, 3),
+        schema.SECONDS_PER_GRID: np.array(features.seconds_per_grid, np.float32),
+    }
+
+
+def _grid(shape: tuple[int, ...], patch_size: int) -> Grid:
+    *frames, height, width, _ = shape
+    pairs = frames[0] // schema.FRAMES_PER_GRID if frames else 1
+    return Grid(pairs, height // patch_size, width // patch_size)
+
+
+def arrays_to_features(
+    input_ids: Array,
+    segment_lengths: Array,
+    pixels: Array,
+    grids: Array,
+    seconds_per_grid: Array,
+    *,
+    geometry: Geometry,
+) -> Features:
+    """The inverse of `features_to_arrays`; a trainer may have made the arrays itself.
+
+    Raises:
+        InvalidRequest: the arrays' sizes contradict each other.
+    """
+    lengths = segment_lengths.tolist()
+    if not lengths or min(lengths) < 0 or sum(lengths) != len(input_ids):
+        raise InvalidRequest(
+            "segment_lengths",
+            f"{len(lengths)} lengths of {sum(lengths)} tokens in all, the smallest "
+            f"{min(lengths, default=0)}; input_ids has {len(input_ids)}",
+        )
+    prompt, *responses = np.split(input_ids, np.cumsum(lengths)[:-1])
+    media = _split_media(prompt, pixels, grids, geometry)
+    return Features(prompt, tuple(responses), media, tuple(seconds_per_grid.tolist()))
+
+
+def _split_media(
+    prompt: Array, pixels: Array, grids: Array, geometry: Geometry
+) -> tuple[UInt8Array, ...]:
+    """The media items; whether one is a video says its placeholder."""
+    kinds = prompt[np.isin(prompt, geometry.media_token_ids)]
+    shapes: list[tuple[int, ...]] = []
+    used = 0
+    for index, row in enumerate(grids.tolist()):
+        # Where too few placeholders stand, `packing.check` says so.
+        video = kinds[used] == geometry.video_token_id if used < len(kinds) else row[0] != 1
+        shapes.append(_shape(index, Grid(*row), bool(video), geometry))
+        try:
+            used += geometry.tokens(geometry.grid_of(shapes[-1]))
+        except ValueError as error:  # the processor resizes no frame of such a shape
+            raise InvalidRequest(f"grids[{index}]", f"{row}: {error}") from None
+    sizes = [math.prod(shape) for shape in shapes]
+    if sum(sizes) != len(pixels):
+        raise InvalidRequest(
+            "pixels", f"{len(pixels)} values were given, the media in grids have {sum(sizes)}"
+        )
+    parts = np.split(pixels, np.cumsum(sizes)[:-1]) if shapes else []
+    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def _shape(index: int, grid: Grid, video: bool, geometry: Geometry) -> tuple[int, ...]:
+    merge, side = geometry.merge_size, geometry.patch_size
+    if min(grid) <= 0 or grid.h % merge or grid.w % merge or (grid.t != 1 and not video):
+        kind = "a video is t x h x w" if video else "an image is 1 x h x w"
+        raise InvalidRequest(f"grids[{index}]", f"{[*grid]}; {kind}, h and w multiples of {merge}")
+    size = (grid.h * side, grid.w * side, 3)
+    return (grid.t * schema.FRAMES_PER_GRID, *size) if video else size
+
+
+def _row(pb_utils: Any, request: Any, spec: TensorSpec) -> Array:
+    """One input without its leading dimension, which must be 1."""
+    array: Array = pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
+    if array.shape[0] != 1:
+        raise InvalidRequest(spec.name, f"{array.shape[0]} rows were given, a request is 1 row")
+    row: Array = array[0]
+    return row
+
+
+def _response(pb_utils: Any, arrays: dict[TensorSpec, Array]) -> Any:
+    tensors = [pb_utils.Tensor(spec.name, array[None]) for spec, array in arrays.items()]
+    return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def _capture(function: Callable[[], T]) -> T | Exception:
+    try:
+        return function()
+    except Exception as error:
+        return error
+
+
+def _answer(pb_utils: Any, metrics: Metrics, respond: Callable[[], Any]) -> Any:
+    """Run one request's part; an exception answers that request alone."""
+    result = _capture(respond)
+    if not isinstance(result, Exception):
+        return result
+    if is_out_of_memory(result):
+        result = Unavailable(f"the machine lacks memory for this request: {result}")
+    code = "INTERNAL"
+    if isinstance(result, TriwardError):
+        code = result.code
+        message = str(result)
+    else:
+        logger.error("a request failed", exc_info=result)
+        message = f"internal error: {type(result).__name__}: {result}"
+    if len(message) > _MAX_MESSAGE:  # it may quote what the caller sent
+        message = message[:_MAX_MESSAGE] + "…"
+    metrics.error(code)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, _codes(pb_utils)[code]))
+
+
+def _has_given_up(request: Any, begun: float) -> bool:
+    """Whether the caller has cancelled or its timeout has passed since `begun`.
+
+    Inside an ensemble Triton 24.10 reports no cancellation, but hands the caller's timeout on. That
+    began before the batch did: what is late here is late for the caller.
+    """
+    timeout = request.timeout() / 1e6  # 0: none
+    return bool(request.is_cancelled() or 0 < timeout < time.monotonic() - begun)
+
+
+def _codes(pb_utils: Any) -> dict[str, Any]:
+    error = pb_utils.TritonError
+    return {
+        "INVALID_ARGUMENT": error.INVALID_ARG,
+        "UNAVAILABLE": error.UNAVAILABLE,
+        "INTERNAL": error.INTERNAL,
+        "CANCELLED": error.CANCELLED,
+        "UNIMPLEMENTED": error.UNSUPPORTED,
+    }
+
+
+def _config(config_type: type[ConfigT], args: dict[str, str]) -> ConfigT:
+    parameters = check_repository(json.loads(args["model_config"])["parameters"])
+    config = from_parameters(config_type, parameters)
+    return replace(config, device=on_instance(config.device, args["model_instance_device_id"]))
+
+
+def _labels(args: dict[str, str]) -> dict[str, str]:
+    return {"model": args["model_name"], "version": args["model_version"]}
+
+
+def _instance(args: dict[str, str]) -> str:
+    return args["model_instance_name"]
+
+
+def _checkpoint(args: dict[str, str]) -> Path:
+    return Path(args["model_repository"], args["model_version"], CHECKPOINT_DIRECTORY)
+
+
+def _log_to_stderr(name: str) -> None:
+    """Triton's stub shows what a model writes to stderr; Python's default shows warnings only."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format=f"{name}: %(levelname)s %(message)s"
+    )
+    for noisy in ("httpx", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

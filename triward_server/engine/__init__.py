@@ -1,0 +1,1 @@
+"""From `Features` to scores. Read `scoring.py` first."""

@@ -1,0 +1,367 @@
+"""`Scorer`: list[Features] -> list[Scores or error]. READ THIS FIRST.
+
+One call of `Scorer.score` is one dynamic batch of Triton:
+
+    check       each request's features fit the model              packing.check
+    plant       sort conversations so that they share prefixes     packing.plant
+    plan        cut them into micro-batches by predicted cost      plan
+    pack        lay a micro-batch's tree out in one row            packing.pack
+    forward     encode its media, run the row, read the head      backbone.RewardModel
+    hand back   scores to their requests; NaN is an error
+
+A request that fails gets its error in its own place; its neighbours are scored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.compiler import set_stance
+
+from ..config import ForwardConfig, token_limit
+from ..errors import (
+    Cancelled,
+    ForwardError,
+    NonFiniteScore,
+    TriwardError,
+    Unavailable,
+    is_out_of_memory,
+)
+from ..schema import Features, Float32Array, Scores
+from . import packing
+from .backbone import Clock, Encoder, RewardModel
+from .checkpoint import load_model
+from .packing import Cost, Forest, Geometry
+
+logger = logging.getLogger(__name__)
+
+# Sizes of the passes that warm up: odd ones, so that no compiler takes the number of rows for a
+# dimension of the model that happens to be as large.
+_WARM_UP_TOKENS = (23, 131, 1031, 8209)
+_WARM_UP_LENGTH = 4099  # of one conversation in them
+_CPU_TFLOP = 0.01  # of the language model in one such pass on a CPU
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass did, for who watches.
+
+    Attributes:
+        tokens: computed.
+        tokens_saved: what they would have been more without sharing.
+        images: distinct images and videos that it showed.
+        images_cached: those of them that were not encoded.
+        cache_bytes: of all embeddings that are kept behind it.
+        vision_seconds: the device's, for the vision tower.
+        language_model_seconds: for the rest.
+        out_of_memory: it failed for lack of memory, and did nothing of the above.
+    """
+
+    tokens: int = 0
+    tokens_saved: int = 0
+    images: int = 0
+    images_cached: int = 0
+    cache_bytes: int = 0
+    vision_seconds: float = 0.0
+    language_model_seconds: float = 0.0
+    out_of_memory: bool = False
+
+
+Observer = Callable[[Pass], None]
+
+
+class Scorer:
+    """Scores batches of requests with one model.
+
+    Args:
+        checkpoint: folder with config, processor and weights.
+        config: dtype, device and budgets.
+        encoder: what encodes images where `config.vision` is not the model's own tower.
+        model: the checkpoint's, if it is loaded already.
+
+    Raises:
+        CheckpointError: the checkpoint is not complete and exact.
+        ConfigError: the model has fewer positions than `max_tokens`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        config: ForwardConfig,
+        encoder: Encoder | None = None,
+        model: RewardModel | None = None,
+    ) -> None:
+        self._config = config
+        self._sees = encoder is None
+        self._warm = False
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._model = model or load_model(
+            checkpoint,
+            getattr(torch, config.dtype),
+            torch.device(config.device),
+            config.deterministic,
+            config.embedding_cache_bytes,
+            encoder,
+        )
+        geometry = self._model.geometry
+        self._geometry = replace(
+            geometry, max_tokens=token_limit(config.max_tokens, geometry.max_tokens)
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        """Token ids and sizes of the model, `max_tokens` as configured."""
+        return self._geometry
+
+    @property
+    def cost(self) -> Cost:
+        """What the model takes for a token, a pair, a patch."""
+        return self._model.cost
+
+    def score(
+        self,
+        batch: Sequence[Features],
+        is_cancelled: Callable[[int], bool] = lambda index: False,
+        observe: Observer = lambda done: None,
+    ) -> list[Scores | TriwardError]:
+        """Score every conversation of every request.
+
+        Args:
+            batch: requests, of one or many callers.
+            is_cancelled: whether the caller of a request has given up; asked between
+                micro-batches.
+            observe: called after every forward pass.
+
+        Returns:
+            For each request its scores, in the order of its responses, or what is wrong with it.
+        """
+        errors: dict[int, TriwardError] = {}
+        for index, features in enumerate(batch):
+            try:
+                packing.check(features, self.geometry, self._config)
+            except TriwardError as error:
+                errors[index] = error
+        valid = {index: item for index, item in enumerate(batch) if index not in errors}
+        rewards = [np.full(len(item.response_ids), np.nan, np.float32) for item in batch]
+        forest = packing.plant(valid, self.geometry, self._config.deterministic)
+        for chosen in plan(forest, self.geometry, self._model.cost, self._config):
+            callers = {forest.branches[i].request for i in chosen} - errors.keys()
+            gone = {caller for caller in callers if is_cancelled(caller)}
+            errors |= {
+                caller: Cancelled("the caller has cancelled, or its timeout has passed")
+                for caller in gone
+            }
+            needed = [i for i in chosen if forest.branches[i].request not in errors]
+            for i, score in zip(needed, self._score_apart(forest, needed, observe), strict=True):
+                branch = forest.branches[i]
+                if isinstance(score, TriwardError):
+                    errors[branch.request] = score
+                else:
+                    rewards[branch.request][branch.response] = score
+        return [
+            errors.get(index) or _finish(features, rewards[index])
+            for index, features in enumerate(batch)
+        ]
+
+    def warm_up(self) -> None:
+        """Run passes of growing size, so that the first requests are as fast as later ones.
+
+        On CUDA up to `max_batch_tokens` of text, so that a device with too little memory for them
+        shows here; on a CPU, where nothing is tuned by size, as long as a pass takes moments. If
+        the model is compiled, this is where; nothing is compiled after it.
+
+        Raises:
+            TriwardError: the model cannot score here, so it must not become ready.
+        """
+        if self._config.compile:
+            self._model.compile_layers()
+        largest = self._config.max_batch_tokens
+        geometry = replace(self.geometry, padding_id=None)  # every token counts
+        # Triton lets no model ask another one before it is ready itself: text alone then.
+        sees = self._sees and geometry.image_token_id is not None
+        passes = [(size, sees) for size in _WARM_UP_TOKENS if size < largest]
+        for tokens, images in [*passes, (max(largest, _WARM_UP_TOKENS[0]), False)]:
+            batch = warm_up_requests(tokens, geometry, images)
+            forest = packing.plant(dict(enumerate(batch)), geometry)
+            flops = self.cost.per_token * tokens
+            if self._model.device.type == "cpu" and flops > _CPU_TFLOP * 1e12:
+                break
+            self._warm_up_with(forest)
+        # One row, which compiled code treats apart.
+        single = Features(np.empty(0, np.int32), (np.zeros(1, np.int32),))
+        self._warm_up_with(packing.plant({0: single}, geometry))
+        self._model.embeddings.clear()
+        self._warm = True
+
+    def _warm_up_with(self, forest: Forest) -> None:
+        """Run a forest's micro-batches whole: one that fails is not halved here."""
+        for chosen in plan(forest, self.geometry, self._model.cost, self._config):
+            tokens = len(packing.pack(forest, chosen).input_ids)
+            try:
+                scores = self._forward(forest, chosen)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise Unavailable(
+                        f"a pass of {tokens} tokens, which max_batch_tokens and max_batch_bytes "
+                        f"allow, exceeds the device's free memory: {error}"
+                    ) from None
+                raise _failure(error, tokens) from error
+            if not np.isfinite(scores).all():
+                raise NonFiniteScore(f"warming up: a pass of {tokens} tokens scores {scores}")
+
+    def _score_apart(
+        self, forest: Forest, chosen: Sequence[int], observe: Observer
+    ) -> list[float | TriwardError]:
+        """Run one forward pass; if it fails, halve it until the failure stands alone."""
+        if not chosen:
+            return []
+        try:
+            return list(self._forward(forest, chosen, observe))
+        except Exception as error:
+            if len(chosen) == 1:
+                return [_failure(error, len(forest.branches[chosen[0]].keys))]
+            if is_out_of_memory(error):
+                observe(Pass(out_of_memory=True))
+        # Outside the handler: the traceback would keep the failed pass's tensors in memory.
+        middle = len(chosen) // 2
+        halves = chosen[:middle], chosen[middle:]
+        return [score for half in halves for score in self._score_apart(forest, half, observe)]
+
+    def _forward(
+        self, forest: Forest, chosen: Sequence[int], observe: Observer = lambda done: None
+    ) -> Float32Array:
+        # A pass whose shapes no compiled code serves runs as it is written: compiling takes longer
+        # than any caller waits.
+        compiled = self._config.compile and self._warm
+        batch, clock = packing.pack(forest, chosen), Clock(self._model.device)
+        cached = self._model.embeddings.hits
+        with set_stance("eager_on_recompile") if compiled else nullcontext():
+            scores: Float32Array = self._model(batch, clock).cpu().numpy()
+        vision, language = clock.seconds()
+        observe(
+            Pass(
+                tokens=len(batch.input_ids),
+                tokens_saved=sum(len(forest.branches[i].keys) for i in chosen)
+                - len(batch.input_ids),
+                images=len({item.digest for item in batch.media}),
+                images_cached=self._model.embeddings.hits - cached,
+                cache_bytes=self._model.embeddings.nbytes,
+                vision_seconds=vision,
+                language_model_seconds=language,
+            )
+        )
+        return scores
+
+
+def warm_up_requests(tokens: int, geometry: Geometry, images: bool) -> list[Features]:
+    """Requests of `tokens` tokens together, or a few less, three responses each.
+
+    Args:
+        tokens: at least the smallest of `_WARM_UP_TOKENS`.
+        geometry: the model's.
+        images: whether half of the tokens are images'.
+    """
+    requests: list[Features] = []
+    unit = geometry.patch_size * geometry.merge_size
+    while tokens >= _WARM_UP_TOKENS[0]:
+        length = min(tokens, geometry.max_tokens, _WARM_UP_LENGTH)
+        side = int((length / 2) ** 0.5) if images else 0
+        # Another first token and other pixels for each, so that requests share nothing.
+        first = len(requests)
+        pads = np.full(side * (side + 1), geometry.image_token_id or 0, np.int32)
+        image = np.full((side * unit, (side + 1) * unit, 3), first % 256, np.uint8)
+        text = np.full(max(1, (length - len(pads)) // 2), first, np.int32)
+        rest = length - len(pads) - len(text)
+        lengths = (rest - 2 * (rest // 3), rest // 3, rest // 3)
+        answers = tuple(np.full(n, index, np.int32) for index, n in enumerate(lengths))
+        requests.append(Features(np.concatenate([text, pads]), answers, (image,) if side else ()))
+        tokens -= length
+    return requests
+
+
+def plan(forest: Forest, geometry: Geometry, cost: Cost, config: ForwardConfig) -> list[list[int]]:
+    """Cut a forest into micro-batches within the budgets of tokens, patches, FLOPs and bytes.
+
+    A branch costs what it does not share with the one before it. One that exceeds a budget by
+    itself runs alone. An image that is shown in several micro-batches counts in each.
+
+    Returns:
+        Indices of branches, in order.
+    """
+    micro_batches: list[list[int]] = []
+    budget = (
+        config.max_batch_tokens,
+        config.max_batch_patches,
+        config.max_batch_tflop * 1e12,
+        config.max_batch_bytes,
+    )
+    start = np.array([0, 0, 0, cost.pass_bytes], np.float64)
+    used = start.copy()
+    shown: frozenset[int] = frozenset()
+    for index, branch in enumerate(forest.branches):
+        extra = price(forest, index, int(forest.shared[index]), shown, geometry, cost)
+        if micro_batches and (used + extra <= budget).all():
+            micro_batches[-1].append(index)
+        else:
+            micro_batches.append([index])
+            used, shown = start.copy(), frozenset()
+            extra = price(forest, index, 0, shown, geometry, cost)
+        used += extra
+        shown |= branch.media
+    return micro_batches
+
+
+def price(
+    forest: Forest,
+    index: int,
+    shared: int,
+    shown: frozenset[int],
+    geometry: Geometry,
+    cost: Cost,
+) -> NDArray[np.float64]:
+    """Tokens, patches, FLOPs and bytes of one more branch.
+
+    Args:
+        forest: the batch's conversations.
+        index: which branch.
+        shared: its first tokens that are computed already.
+        shown: media that are encoded already.
+        geometry: the model's.
+        cost: the model's.
+    """
+    branch = forest.branches[index]
+    length = len(branch.keys)
+    # Its own node's keys, and at most those of one node that ends where it leaves its neighbour.
+    keys = length + (branch.prompt_length if forest.canonical else shared)
+    media = (forest.media[i].pixels for i in branch.media - shown)
+    patches = sum(geometry.grid(pixels).patches for pixels in media)
+    pairs = (length * (length + 1) - shared * (shared + 1)) // 2
+    flops = cost.per_token * (length - shared) + cost.per_pair * pairs
+    flops += cost.per_patch * patches + cost.per_score
+    size = cost.token_bytes * (length - shared) + cost.key_bytes * keys + cost.patch_bytes * patches
+    return np.array([length - shared, patches, flops, size], np.float64)
+
+
+def _failure(error: Exception, tokens: int) -> TriwardError:
+    if is_out_of_memory(error):
+        return Unavailable(f"a conversation of {tokens} tokens exceeds the device's free memory")
+    if isinstance(error, TriwardError):
+        return error
+    logger.error("a forward pass failed", exc_info=error)
+    return ForwardError(f"the forward pass failed: {type(error).__name__}: {error}")
+
+
+def _finish(features: Features, rewards: Float32Array) -> Scores | TriwardError:
+    finite = np.isfinite(rewards)
+    if not finite.all():
+        index = int(finite.argmin())
+        return NonFiniteScore(f"responses[{index}]: the model's score is {rewards[index]}")
+    return Scores(rewards, np.array(features.token_counts, dtype=np.int32))

@@ -1,0 +1,399 @@
+"""Pixels -> image embeddings: Qwen2.5-VL's vision tower over all images of a batch, packed.
+
+Every image is a run of patches in one row, a video one for each pair of frames. Most blocks attend
+within windows of 112 x 112 pixels, a few within the whole image (arXiv:2502.13923, section 2.1.1);
+both are one `varlen` call a block. Patches are kept in window order from the start, so that a
+window is a run of the row too.
+
+Parameter names are the checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..schema import FRAMES_PER_GRID, Grid
+from .attention import Layout, blocks, join, make_layout, upload, varlen
+from .packing import Int64Array
+
+
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding, computed in float32 and written in place.
+
+    Args:
+        heads: [T, H, D]; the two halves of D are paired.
+        cos: float32 [T, D / 2].
+        sin: likewise.
+    """
+    first, second = heads.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.addcmul(first * cos, second, sin, value=-1)
+    heads_first, heads_second = heads.chunk(2, dim=-1)
+    heads_second.copy_(torch.addcmul(second * cos, first, sin))
+    heads_first.copy_(turned)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv:1910.07467): float32 in, the weight's dtype out.
+
+    `offset` is added to the weight (Gemma's are stored around 0).
+
+    Its input is the residual stream, which both towers keep in float32 whatever their dtype: what
+    is added up over dozens of layers is where bf16 would lose most.
+    """
+
+    def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension."""
+        # Written out: without a compiler, torch's rms_norm reads and writes more on a CPU.
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        scale = (square / x.shape[-1] + self.eps).rsqrt()
+        # Added in float32: in bfloat16 most weights that are meant as 1 + w would be lost.
+        weight = self.weight.float() + self.offset if self.offset else self.weight
+        out: Tensor = (x * scale).mul_(weight).to(self.weight.dtype)
+        return out
+
+
+CHANNELS = 3  # red, green, blue
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+class GatedMLP(nn.Module):
+    """Gated linear unit (arXiv:2002.05202); gate and up projections are one matrix."""
+
+    def __init__(self, dim: int, inner: int, bias: bool, activation: str = "silu") -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.gate_up_proj = nn.Linear(dim, 2 * inner, bias=bias)
+        self.down_proj = nn.Linear(inner, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, dim] -> [T, dim]."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(self.activation(gate).mul_(up))
+        return out
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a vision tower computes, by transformers' names of the fields.
+
+    Attributes:
+        depth: blocks.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the gated MLP.
+        num_heads: of attention.
+        out_hidden_size: width of an embedding.
+        patch_size: side of a patch in pixels.
+        spatial_merge_size: patches that are merged into one token, along each side.
+        window_size: side of an attention window in pixels.
+        fullatt_block_indexes: blocks that attend within the whole image.
+        rope_theta: base of the rotary positions.
+    """
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    patch_size: int
+    spatial_merge_size: int
+    window_size: int
+    fullatt_block_indexes: tuple[int, ...]
+    rope_theta: float
+
+
+class VisionAttention(nn.Module):
+    """Projections of attention with axial rotary positions."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block: attention between two row-wise halves."""
+
+    def __init__(self, config: Tower) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm2 = RMSNorm(config.hidden_size, eps=1e-6)
+        self.attn = VisionAttention(config.hidden_size, config.num_heads)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        """[T, dim] -> [T, dim], the same tensor with the layer's results added."""
+        heads = join(self.before(*rows) for rows in blocks(layout, x, *rotary))
+        q, k, v = heads.chunk(3, dim=1)
+        for rows in blocks(layout, x, varlen(q, k, v, layout)):
+            self.after_(*rows)
+        return x
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotated queries, rotated keys and values: [T, dim] -> [T, 3 H, D]."""
+        heads: Tensor = self.attn.qkv(self.norm1(x)).unflatten(-1, (3 * self.attn.heads, -1))
+        rotate_(heads[:, : 2 * self.attn.heads], cos, sin)
+        return heads
+
+    def after_(self, x: Tensor, attended: Tensor) -> None:
+        """Add attention's [T, H, D] and what follows to the residual stream [T, dim], in place."""
+        x += self.attn.proj(attended.flatten(1))
+        x += self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel: one matrix product over flattened patches."""
+
+    def __init__(self, config: Tower) -> None:
+        super().__init__()
+        kernel = (FRAMES_PER_GRID, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(CHANNELS, config.hidden_size, kernel, stride=kernel, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[T, channels * frames * patch * patch] -> float32 [T, dim]."""
+        weight = self.proj.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight).float()
+
+
+class PatchMerger(nn.Module):
+    """Joins each square of merge x merge patches into one token of the language model."""
+
+    def __init__(self, config: Tower) -> None:
+        super().__init__()
+        self.merged = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = RMSNorm(config.hidden_size, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.merged, self.merged),
+            nn.GELU(),
+            nn.Linear(self.merged, config.out_hidden_size),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, dim] -> [T / merge², out]."""
+        out: Tensor = self.mlp(self.ln_q(x).view(-1, self.merged))
+        return out
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a checkpoint cuts media into patches, and patches into windows.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        frames: that a patch spans; a still image fills all of them.
+        merge_size: patches that are merged into one token, along each side.
+        window: tokens of an attention window, along each side.
+        mean: of each channel's values 0 … 255, which normalising subtracts.
+        std: by which it then divides.
+    """
+
+    patch_size: int
+    frames: int
+    merge_size: int
+    window: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def cut_of(tower: Tower, mean: Sequence[float], std: Sequence[float]) -> Cut:
+    """What a checkpoint says.
+
+    Args:
+        tower: what it computes.
+        mean: the image processor's normalisation, per channel of values in 0 … 1.
+        std: likewise.
+    """
+    return Cut(
+        patch_size=tower.patch_size,
+        frames=FRAMES_PER_GRID,
+        merge_size=tower.spatial_merge_size,
+        window=tower.window_size // tower.spatial_merge_size // tower.patch_size,
+        # As the processor has it: (x - 255 mean) / (255 std), on values 0 … 255.
+        mean=tuple(255 * m for m in mean),
+        std=tuple(255 * s for s in std),
+    )
+
+
+class VisionTower(nn.Module):
+    """The whole tower.
+
+    Args:
+        config: what it computes.
+        cut: how media become its patches.
+    """
+
+    def __init__(self, config: Tower, cut: Cut) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+        self.cut = cut
+
+    def forward(self, media: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
+        """Encode images and videos.
+
+        Args:
+            media: uint8 [H, W, 3] or [T, H, W, 3] each, on the tower's device.
+            grids: their patches. A video's frames are resized where they do not fill them.
+
+        Returns:
+            [M, out]: the items' tokens one item behind the other, rows before columns.
+        """
+        config = self.config
+        plans = [plan_windows(grid, config.spatial_merge_size, self.cut.window) for grid in grids]
+        device = self.merger.ln_q.weight.device
+
+        # Units (merged squares of patches) in window order, counted over the whole row.
+        first = np.cumsum([0, *(len(order) for order, _ in plans)])
+        order = np.concatenate([order + at for (order, _), at in zip(plans, first, strict=False)])
+        units = upload(torch.from_numpy(order), device)
+        in_windows = self._layout([n for _, lengths in plans for n in lengths])
+        in_images = self._layout([grid.h * grid.w for grid in grids for _ in range(grid.t)])
+
+        patches = torch.cat([self._patchify(*item) for item in zip(media, grids, strict=True)])
+        x = self.patch_embed(self._by_unit(patches)[units].flatten(0, 1))
+        angles = self._by_unit(self._angles(grids, device))[units].flatten(0, 1)
+        rotary = (angles.cos(), angles.sin())
+        for index, block in enumerate(self.blocks):
+            whole = index in config.fullatt_block_indexes
+            x = block(x, rotary, in_images if whole else in_windows)
+        merged = self.merger(x)
+        out = torch.empty_like(merged)
+        out[units] = merged
+        return out
+
+    def _layout(self, lengths: Sequence[int]) -> Layout:
+        weight = self.merger.ln_q.weight
+        return make_layout(lengths, causal=False, device=weight.device, dtype=weight.dtype)
+
+    def _by_unit(self, rows: Tensor) -> Tensor:
+        units: Tensor = rows.unflatten(0, (-1, self.config.spatial_merge_size**2))
+        return units
+
+    def _patchify(self, pixels: Tensor, grid: Grid) -> Tensor:
+        return patchify(pixels, grid, self.cut)
+
+    def _angles(self, grids: Sequence[Grid], device: torch.device) -> Tensor:
+        """Rotary angles float32 [T, head_dim / 2]: rows take the first half, columns the second."""
+        config = self.config
+        half = config.hidden_size // config.num_heads // 2
+        inverse = 1.0 / config.rope_theta ** (
+            torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
+        )
+        rows = np.concatenate([places(grid, config.spatial_merge_size) for grid in grids])
+        angles: Tensor = upload(torch.from_numpy(rows), device)[..., None].float() * inverse
+        return angles.flatten(1)
+
+
+class EmbeddingCache:
+    """Image embeddings by content digest, least recently used first out.
+
+    The digest covers the resized pixels, so that other pixel limits are another image. The cache
+    belongs to one loaded model, so that other weights are another cache.
+
+    Args:
+        max_bytes: size of all embeddings together; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._items: LRUCache[bytes, Tensor] = LRUCache(max_bytes, getsizeof=lambda t: t.nbytes)
+        self.hits = 0
+        self.misses = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept at present."""
+        return int(self._items.currsize)
+
+    def clear(self) -> None:
+        """Forget everything but the counts."""
+        self._items.clear()
+
+    def get(self, digest: bytes) -> Tensor | None:
+        """The embedding [M, out], or None; either is counted."""
+        embedding = self._items.get(digest)
+        self.hits += embedding is not None
+        self.misses += embedding is None
+        return embedding
+
+    def put(self, digest: bytes, embedding: Tensor) -> None:
+        """Keep an embedding if it fits at all; others make room."""
+        if embedding.nbytes <= self._items.maxsize:
+            self._items[digest] = embedding.clone()  # not a view that keeps its batch alive
+
+
+def patchify(pixels: Tensor, grid: Grid, cut: Cut) -> Tensor:
+    """uint8 [H, W, 3] or [T, H, W, 3] -> normalised float32 [P, 3 * frames * patch²], by unit.
+
+    A still image fills both frames of a temporal patch. A video's frames are resized where they do
+    not fill the grid.
+    """
+    side, merge = cut.patch_size, cut.merge_size
+    pairs = _sized(pixels, grid.h * side, grid.w * side)
+    squares = pairs.unflatten(3, (-1, merge, side)).unflatten(2, (-1, merge, side))
+    # pair, frame, row, merge, side, column, merge, side, channel
+    patches: Tensor = squares.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).flatten(0, 4)
+    mean, std = (
+        upload(torch.tensor(values), pixels.device)[:, None, None, None]
+        for values in (cut.mean, cut.std)
+    )
+    patches = (patches.float() - mean) / std
+    return patches.expand(-1, -1, cut.frames, -1, -1).flatten(1)
+
+
+def _sized(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Pairs of frames [t, 2, height, width, 3]; of an image one with a single frame.
+
+    The second resize of the processor's: unlike the first one it works on float32, which it neither
+    rounds nor clamps.
+    """
+    if pixels.ndim == 3:
+        return pixels[None, None]
+    if pixels.shape[1:3] != (height, width):
+        frames = pixels.permute(0, 3, 1, 2).float()
+        resized = F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
+        pixels = resized.permute(0, 2, 3, 1)
+    pairs: Tensor = pixels.unflatten(0, (-1, FRAMES_PER_GRID))
+    return pairs
+
+
+@lru_cache(maxsize=64)
+def plan_windows(grid: Grid, merge: int, window: int) -> tuple[Int64Array, tuple[int, ...]]:
+    """Order of an image's units by window, and the patches of each window.
+
+    Windows are cut from the top left corner; those at the right and lower edge are smaller.
+    """
+    rows, columns = grid.h // merge, grid.w // merge
+    t, row, column = np.indices((grid.t, rows, columns)).reshape(3, -1)
+    across, down = -(-columns // window), -(-rows // window)
+    index = (t * down + row // window) * across + column // window
+    order = np.argsort(index, kind="stable")
+    return order, tuple((np.bincount(index) * merge**2).tolist())
+
+
+@lru_cache(maxsize=64)
+def places(grid: Grid, merge: int) -> Int64Array:
+    """Row and column int64 [T, 2] of each patch, in the order of `_patchify`."""
+    place = np.moveaxis(np.indices((grid.h, grid.w)), 0, -1)
+    blocks = place.reshape(grid.h // merge, merge, grid.w // merge, merge, 2)
+    return np.tile(blocks.swapaxes(1, 2).reshape(-1, 2), (grid.t, 1))

@@ -1,0 +1,1 @@
+"""Makes model repositories and random checkpoints, and verifies checkpoints."""

@@ -1,0 +1,144 @@
+"""What a score should be: transformers' own class, with the checkpoint's head, in float32.
+
+`Reference` is a model card's code without what costs memory and packages and changes no score:
+trl's wrapper, whose head is one affine map, and the logits of a vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from qwen_vl_utils import process_vision_info
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from ..engine.checkpoint import architecture_of, canonical_name, head_of, load_config, read_tensors
+from ..engine.streaming import load, parameters_on_meta
+from ..schema import Int32Array
+
+Messages = Sequence[dict[str, Any]]
+
+
+class Reference:
+    """Scores one conversation at a time.
+
+    Args:
+        checkpoint: a folder that `checkpoint.verify` has passed.
+        device: where it runs.
+        streamed: with one layer's weights at a time in memory.
+    """
+
+    def __init__(self, checkpoint: Path, device: torch.device, streamed: bool = False) -> None:
+        config = load_config(checkpoint)
+        self._sees = architecture_of(config).vision is not None
+        auto = AutoProcessor if self._sees else AutoTokenizer
+        self._processor: Any = auto.from_pretrained(checkpoint)
+        self._device = device
+        valued = head_of(checkpoint, config) == "v_head"
+        self._model = reference_model(config, valued, device)
+
+        def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+            return read_tensors(checkpoint, torch.float32, device, wanted)
+
+        load(self._model, tensors, canonical_name, streamed)
+
+    def score(self, messages: Messages) -> float:
+        """The number for one conversation whose last message is the assistant's."""
+        inputs = card_inputs if self._sees else text_inputs
+        return self._score(inputs(self._processor, [messages]))
+
+    def score_ids(self, ids: Int32Array) -> float:
+        """The number for the token ids [L] of a conversation without media."""
+        row = torch.from_numpy(ids.astype(np.int64))[None]
+        inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        return self._score(inputs | ({"mm_token_type_ids": row * 0} if self._sees else {}))
+
+    def _score(self, inputs: Any) -> float:
+        on_device = {name: value.to(self._device) for name, value in dict(inputs).items()}
+        return score_inputs(self._model, on_device)
+
+
+def score_inputs(model: Any, inputs: dict[str, Tensor]) -> float:
+    """The number of a `reference_model` for one row."""
+    with torch.inference_mode():
+        if not isinstance(model, _Valued):
+            return float(model(**inputs, use_cache=False).logits[0, 0])
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        return float(model.v_head["summary"](hidden[0, -1]))
+
+
+class _Valued(nn.Module):
+    """A backbone and trl's value head, by the names of a checkpoint's tensors."""
+
+    def __init__(self, model: nn.Module, hidden: int) -> None:
+        super().__init__()
+        self.model = model
+        self.v_head = nn.ModuleDict({"summary": nn.Linear(hidden, 1)})
+
+
+def reference_model(config: Any, valued: bool, device: torch.device) -> Any:
+    """transformers' own model, its parameters on the meta device.
+
+    Args:
+        config: transformers' configuration.
+        valued: whether trl's value head scores, and not transformers' classification head.
+        device: where its buffers are.
+    """
+    sees = architecture_of(config).vision is not None
+    auto: Any = AutoModelForSequenceClassification
+    if valued:
+        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.return_dict = True  # a form of the result alone, which no caller can ask for inside
+    # "eager" caps attention's products where a model asks for that; for images it is too slow.
+    attention = "sdpa" if sees else "eager"
+    with device, parameters_on_meta():
+        model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        return _Valued(model.model, config.get_text_config().hidden_size) if valued else model
+
+
+def card_inputs(processor: Any, conversations: Sequence[Messages]) -> Any:
+    """A multimodal card's padded batch for whole conversations, responses included."""
+    texts = [
+        processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        for messages in conversations
+    ]
+    images, videos = process_vision_info(list(conversations))
+    return processor(text=texts, images=images, videos=videos, padding=True, return_tensors="pt")
+
+
+def text_inputs(tokenizer: Any, conversations: Sequence[Messages]) -> Any:
+    """A text card's padded batch.
+
+    The BOS token that some templates write is left to the tokenizer, as the cards of
+    Skywork-Reward-V2 do, so that it is there once.
+    """
+    texts = [
+        tokenizer.apply_chat_template(list(map(_joined, messages)), tokenize=False)
+        for messages in conversations
+    ]
+    if tokenizer.bos_token is not None:
+        texts = [text.removeprefix(tokenizer.bos_token) for text in texts]
+    return tokenizer(texts, padding=True, return_tensors="pt")
+
+
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose parts of text are one string: templates of text models know no parts."""
+    if isinstance(message["content"], str):
+        return message
+    return {**message, "content": "".join(part["text"] for part in message["content"])}
+
+
+def fp32_budget(score: float) -> float:
+    """How far a float32 score may be from the reference's: 1e-4, relative above 1."""
+    return 1e-4 * max(1.0, abs(score))

@@ -1,0 +1,324 @@
+"""Whether the engine scores a checkpoint as transformers does: `triward-server verify`.
+
+A built-in set of conversations is scored twice in float32, by `reference.Reference` and by what
+serves (`Preprocessor`, `Scorer`), and compared within `fp32_budget`. An export asks a few of them,
+so that an architecture that is read wrong never becomes ready.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from torch import Tensor
+
+from ..config import ForwardConfig, PreprocessConfig
+from ..engine import checkpoint as checkpoints
+from ..engine.decoder import weights_per_layer
+from ..engine.scoring import Scorer
+from ..engine.streaming import fits, load
+from ..errors import CheckpointError, ConfigError, InvalidRequest, TriwardError
+from ..intake.preprocess import Preprocessor
+from ..schema import Features
+from .reference import Reference, fp32_budget
+
+_PROSE = "The chart compares five colours; purple is the tallest bar, at eighty-six. "
+_SIZES = {"tiny": (10, 10), "odd": (333, 215), "wide": (900, 56), "large": (640, 480)}
+_FRAMES = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversation that both sides score.
+
+    Attributes:
+        name: in the report.
+        turns: role, and parts: text, an image, or a list of images, which is a video.
+        literal: its text spells control tokens, which are text to the engine and not to a card. The
+            reference is given the engine's token ids.
+    """
+
+    name: str
+    turns: tuple[tuple[str, tuple[Any, ...]], ...]
+    literal: bool = False
+
+    @property
+    def media(self) -> list[Image.Image]:
+        """All images and frames, in order."""
+        parts = [part for _, parts in self.turns for part in parts if not isinstance(part, str)]
+        return [image for p in parts for image in (p if isinstance(p, list) else [p])]
+
+    def card(self) -> list[dict[str, Any]]:
+        """As a model card's code takes it."""
+        return [
+            {"role": role, "content": _content(parts, _card_part)} for role, parts in self.turns
+        ]
+
+    def wire(self) -> tuple[bytes, list[bytes], list[bytes]]:
+        """Messages, responses and media, as a request has them."""
+        *prompt, (_, (response,)) = self.turns
+        messages = [{"role": r, "content": _content(parts, _wire_part)} for r, parts in prompt]
+        return json.dumps(messages).encode(), [response.encode()], list(map(_png, self.media))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a case.
+
+    Attributes:
+        name: the case's.
+        score: the engine's, or why it has none.
+        reference: transformers', likewise.
+    """
+
+    name: str
+    score: float | str
+    reference: float | str
+
+    @property
+    def distance(self) -> float:
+        """Between the scores; NaN where one of them is missing."""
+        if isinstance(self.score, str) or isinstance(self.reference, str):
+            return float("nan")
+        return abs(self.score - self.reference)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether it is within the budget, or both refuse."""
+        if isinstance(self.score, str) or isinstance(self.reference, str):
+            return isinstance(self.score, str) and isinstance(self.reference, str)
+        return self.distance <= fp32_budget(self.reference)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All cases.
+
+    Attributes:
+        rows: one for each.
+        seconds: that both sides took.
+        streamed: whether layers came and went one by one.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+    streamed: bool = False
+
+    @property
+    def wrong(self) -> list[Row]:
+        """Those beyond the budget; all, if none has two scores to compare."""
+        if np.isnan(self.largest):
+            return self.rows
+        return [row for row in self.rows if not row.agrees]
+
+    @property
+    def largest(self) -> float:
+        """The largest distance; NaN if no case has two scores."""
+        distances = [row.distance for row in self.rows]
+        return float(np.nanmax(distances)) if not np.isnan(distances).all() else float("nan")
+
+
+def verify(
+    checkpoint: Path,
+    device: torch.device,
+    streamed: bool | None = None,
+    small: bool = False,
+) -> Report:
+    """Score cases with the engine and with transformers.
+
+    Args:
+        checkpoint: a folder.
+        device: where both run, in turn.
+        streamed: layer by layer; None: where the weights do not fit into free memory.
+        small: a few short conversations.
+
+    Raises:
+        CheckpointError: the checkpoint is not served at all, by name.
+    """
+    start = time.monotonic()
+    blueprint = checkpoints.verify(checkpoint)
+    if streamed is None:
+        streamed = not fits(_weights(blueprint), device)
+    torch.backends.cudnn.allow_tf32 = False  # the reference's patches are a convolution
+    preprocessor = Preprocessor(checkpoint, PreprocessConfig())
+    window = max(filter(None, blueprint.decoder.windows), default=0)
+    within = window if 8 * window <= blueprint.geometry.max_tokens else 0
+    chosen = cases(preprocessor.reads_images, small, within)
+    features = {case.name: _features(preprocessor, case) for case in chosen}
+    reference = Reference(checkpoint, device, streamed)
+    expected = {case.name: _expected(reference, case, features[case.name]) for case in chosen}
+    del reference
+    gc.collect()  # its weights, before the engine's come
+    scores = _scores(_scorer(checkpoint, blueprint, device, streamed), features)
+    rows = [Row(case.name, scores[case.name], expected[case.name]) for case in chosen]
+    return Report(rows, time.monotonic() - start, streamed)
+
+
+def run(checkpoint: Path, device: str, streamed: bool | None, small: bool) -> Report:
+    """`verify` for the command; also raises `ConfigError` for a device that is not there."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"--device {device!r}: cpu, cuda or cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: this machine has no CUDA GPU; try --device cpu")
+    return verify(checkpoint, torch.device(device), streamed, small)
+
+
+def check(report: Report) -> None:
+    """Raise `CheckpointError` that names the cases beyond the budget."""
+    for row in report.wrong:
+        raise CheckpointError(
+            f"verify: conversation {row.name!r}: the score is {row.score}, transformers' own class "
+            f"has {row.reference}; the architecture is not read as it computes "
+            f"({len(report.wrong)} of {len(report.rows)} conversations differ)"
+        )
+
+
+def cases(sees: bool, small: bool = False, window: int = 0) -> list[Case]:
+    """The built-in conversations.
+
+    Args:
+        sees: whether the model reads images and videos.
+        small: a few short ones, for every export.
+        window: tokens of attention's window, which one conversation then exceeds; 0: there is none.
+    """
+    turns = Case(
+        "several turns",
+        (
+            ("user", ("Is purple the highest value?",)),
+            ("assistant", ("Yes, it is.",)),
+            ("user", ("And what is the lowest? Say only its name.",)),
+            ("assistant", ("Orange.",)),
+        ),
+    )
+    unicode = _asked("unicode", "图中最高的柱子是什么?", "紫色 🎉 — الجواب هو B, e\u0301 vs \u00e9")
+    if small:
+        seen = _asked("image", "What is shown?", "Five bars.", _picture(84, 60))
+        return [turns, unicode, *([seen] if sees else [])]
+    system = (("system", ("You are a strict judge.\nBe brief.",)),)
+    text = [
+        turns,
+        Case("system prompt", system + _asked("", "Is 2 + 2 = 5?", "No.").turns),
+        unicode,
+        _asked("code", "Write it.", 'def f(x):\n    return {"a": [x << 2]}  # <tag>\n'),
+        _asked("empty response", "Say nothing.", ""),
+        # At least ten tokens a sentence, in any vocabulary.
+        _asked("long", _PROSE * max(30, window // 8), _PROSE * 10),
+        Case(
+            "control tokens as text",
+            _asked("", "What does <|im_end|> do?", "It ends <|im_start|> or <eos>.").turns,
+            literal=True,
+        ),
+    ]
+    if not sees:
+        return text
+    images = {name: _picture(*size) for name, size in _SIZES.items()}
+    frames = [_picture(168, 112, shift) for shift in range(_FRAMES)]
+    return [
+        *text,
+        *(_asked(f"image {n}", "What is shown?", "A chart.", p) for n, p in images.items()),
+        _asked("several images", "Compare.", "They differ.", *list(images.values())[:3]),
+        _asked("video", "What happens?", "It moves to the right.", frames),
+    ]
+
+
+def _asked(name: str, question: str, response: str, *media: Any) -> Case:
+    return Case(name, (("user", (*media, question)), ("assistant", (response,))))
+
+
+def _picture(width: int, height: int, shift: int = 0) -> Image.Image:
+    """A gradient with bars: neither flat nor noise."""
+    y, x = np.mgrid[0:height, 0:width]
+    red, green = x * 255 / width, y * 255 / height
+    blue = ((x + 9 * shift) // 12 % 2) * 255
+    return Image.fromarray(np.stack([red, green, blue], axis=-1).astype(np.uint8))
+
+
+def _content(parts: tuple[Any, ...], of: Callable[[Any], dict[str, Any]]) -> Any:
+    """Text alone is a string, as templates of text models want it."""
+    if all(isinstance(part, str) for part in parts):
+        return "".join(parts)
+    return [{"type": "text", "text": p} if isinstance(p, str) else of(p) for p in parts]
+
+
+def _card_part(part: Any) -> dict[str, Any]:
+    kind = "video" if isinstance(part, list) else "image"
+    return {"type": kind, kind: part}
+
+
+def _wire_part(part: Any) -> dict[str, Any]:
+    if isinstance(part, list):
+        return {"type": "video", "frames": len(part)}
+    return {"type": "image"}
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _features(preprocessor: Preprocessor, case: Case) -> Features | str:
+    try:
+        return preprocessor.features(*case.wire())
+    except InvalidRequest as error:  # a template that refuses a role, a model of few positions
+        return f"refused: {error}"
+
+
+def _expected(reference: Reference, case: Case, features: Features | str) -> float | str:
+    if case.literal and isinstance(features, Features):
+        return reference.score_ids(np.concatenate([features.prompt_ids, features.response_ids[0]]))
+    try:
+        return reference.score(case.card())
+    except TemplateError as error:
+        return f"refused: {error}"
+
+
+def _scores(scorer: Scorer, features: dict[str, Features | str]) -> dict[str, float | str]:
+    """All together, as a server would batch them."""
+    ready = {name: each for name, each in features.items() if isinstance(each, Features)}
+    scored = dict(zip(ready, scorer.score(list(ready.values())), strict=True))
+    results: dict[str, float | str] = {}
+    for name, each in features.items():
+        result = each if isinstance(each, str) else scored[name]
+        if isinstance(result, TriwardError):
+            results[name] = f"refused: {result}"
+        else:
+            results[name] = result if isinstance(result, str) else float(result.scores[0])
+    return results
+
+
+def _scorer(
+    checkpoint: Path, blueprint: checkpoints.Blueprint, device: torch.device, streamed: bool
+) -> Scorer:
+    config = ForwardConfig(dtype="float32", device=str(device), embedding_cache_bytes=0)
+    if not streamed:
+        return Scorer(checkpoint, config)
+    model = checkpoints.empty_model(blueprint, torch.float32)
+
+    def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        return checkpoints.read_state(checkpoint, torch.float32, device, wanted)
+
+    load(model, tensors, str, streamed=True)
+    return Scorer(checkpoint, config, model=model)
+
+
+def _weights(blueprint: checkpoints.Blueprint) -> int:
+    """About how many numbers a model has."""
+    decoder, tower = blueprint.decoder, blueprint.tower
+    layer, _ = weights_per_layer(decoder)
+    count = layer * decoder.layers + decoder.vocab_size * decoder.hidden
+    if tower is not None:
+        width, inner = tower.hidden_size, tower.intermediate_size
+        count += tower.depth * (4 * width**2 + 3 * width * inner)
+    return count

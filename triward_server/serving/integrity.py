@@ -1,0 +1,265 @@
+"""The manifest of a version, and whether its files are still those that were exported.
+
+`<model>/<version>/manifest.json` says under `files`, for each file of the version's steps,
+
+    bytes    its size
+    sha256   of its whole content
+    sampled  SHA-256 of 64 blocks of 64 KiB, the first at its beginning, the last at its end, the
+             others evenly between (block i at i * (bytes - 65536) // 63); of the whole content
+             where that is no more
+
+`full` compares whole contents; `sampled` sizes and blocks, which takes milliseconds for any size
+and finds files that are cut short, mixed up or of another checkpoint, not every flipped bit.
+A manifest of an earlier release has `sha256` by file name alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import LaunchError
+from ..schema import ModelNames
+from .canary import Canary
+from .repository import loads_all, models, pin, pinned
+
+MANIFEST = "manifest.json"
+
+_BLOCKS, _BLOCK = 64, 1 << 16
+_ROLES = ("preprocess", "forward", "vision")
+
+
+class Verify(str, Enum):
+    """How a version's files are compared with its manifest."""
+
+    FULL = "full"
+    SAMPLED = "sampled"
+    OFF = "off"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a comparison that found nothing wrong took.
+
+    Attributes:
+        how: `full` or `sampled`.
+        files: that were looked at.
+        size: their bytes, all together.
+        read: bytes that were read of them.
+        seconds: it took.
+        old: whether the manifest, of an earlier release, has no sizes.
+    """
+
+    how: Verify
+    files: int
+    size: int
+    read: int
+    seconds: float
+    old: bool
+
+    def __str__(self) -> str:
+        """A line for an operator."""
+        text = (
+            f"{self.files} files verified ({self.how.value}): read {self.read:,} of "
+            f"{self.size:,} bytes in {self.seconds:.2f} s"
+        )
+        if self.old and self.how is Verify.SAMPLED:
+            text += "; its manifest, of an earlier release, has no sizes: --verify full compares"
+        return text
+
+
+def describe(files: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
+    """The manifest's `files`: of `<role>/<path in the version's folder>` and the file itself."""
+    return {
+        name: {
+            "bytes": path.stat().st_size,
+            "sha256": _digest(path, Verify.FULL)[0],
+            "sampled": _digest(path, Verify.SAMPLED)[0],
+        }
+        for name, path in files
+    }
+
+
+def read_manifest(repository: Path, names: ModelNames, version: str) -> dict[str, Any]:
+    """A version's manifest.
+
+    Raises:
+        LaunchError: there is none of ours, or it is damaged.
+    """
+    where = f"{names.ensemble}/{version}/{MANIFEST}"
+    try:
+        fields = json.loads((repository / where).read_text())
+    except FileNotFoundError:
+        raise LaunchError(f"{where}: missing") from None
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{where}: {type(error).__name__}: {error}") from None
+    if not isinstance(fields, dict) or "triward_server" not in fields:
+        raise LaunchError(f"{where}: no manifest of ours")
+    return fields
+
+
+def check(repository: Path, names: ModelNames, version: str, how: Verify) -> Checked:
+    """Compare a version's files with its manifest.
+
+    Args:
+        repository: where it is.
+        names: of which model.
+        version: which one.
+        how: `full` or `sampled`.
+
+    Raises:
+        LaunchError: the first file that is wrong, and what is wrong with it.
+    """
+    begun = time.monotonic()
+    manifest = read_manifest(repository, names, version)
+    Canary.of(repository, version, names)
+    for step in names.steps:
+        if not (repository / step / version / "model.py").is_file():
+            raise LaunchError(f"{step}/{version}/model.py: missing")
+    count = size = read = 0
+    for file, expected in _expected(repository, names, version, manifest):
+        where = file.relative_to(repository)
+        try:
+            read += _compare(file, expected, how)
+            size += file.stat().st_size
+        except FileNotFoundError:
+            raise LaunchError(f"{where}: missing") from None
+        except (LaunchError, OSError) as error:
+            raise LaunchError(f"{where}: {error}") from None
+        count += 1
+    return Checked(how, count, size, read, time.monotonic() - begun, "files" not in manifest)
+
+
+def check_served(repository: Path, how: Verify, say: Callable[[str], None]) -> None:
+    """What a server does before it starts: know that what it will load is whole.
+
+    Args:
+        repository: what will be served.
+        how: `off` compares nothing.
+        say: takes a line for each model, and one for each version that is broken and not served.
+
+    Raises:
+        LaunchError: a served version is broken, or Triton would load a broken one beside it.
+    """
+    for names in models(repository):
+        served = pinned(repository, names)
+        broken: dict[str, LaunchError] = {}
+        if how is not Verify.OFF:
+            try:
+                checked = check(repository, names, served, how)
+            except LaunchError as error:
+                raise LaunchError(
+                    f"{names.ensemble}: version {served}, which is served, is broken: {error}"
+                ) from None
+            say(f"{names.ensemble}: version {served}: {checked}")
+            broken = _broken(repository, names, served)
+            for version, fault in broken.items():
+                say(f"{names.ensemble}: version {version} is broken, and not served: {fault}")
+        if loads_all(repository, names):
+            _load_served_only(repository, names, served, list(broken))
+
+
+def _broken(repository: Path, names: ModelNames, served: str) -> dict[str, LaunchError]:
+    """Versions that nobody serves, and what is wrong with them."""
+    folders = (names.ensemble, *names.steps)
+    found = {p.name for f in folders for p in (repository / f).iterdir() if p.name.isdecimal()}
+    broken = {}
+    for version in sorted(found - {served}, key=int):
+        try:
+            check(repository, names, version, Verify.SAMPLED)
+        except LaunchError as error:
+            broken[version] = error
+    return broken
+
+
+def _load_served_only(repository: Path, names: ModelNames, served: str, broken: list[str]) -> None:
+    """Bring a repository of an earlier release, whose steps load every version, up to date."""
+    try:
+        pin(repository, served, names)
+    except OSError as error:
+        if broken:  # otherwise it is served as it always was
+            raise LaunchError(
+                f"{names.ensemble}: the configuration of its steps, of an earlier release, loads "
+                f"the broken version {', '.join(broken)}, too, and cannot be changed "
+                f"({error.strerror}): delete that version's folders, or serve the repository once "
+                "where it is writable"
+            ) from None
+
+
+def _expected(
+    repository: Path, names: ModelNames, version: str, manifest: dict[str, Any]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every file that a version must have, with its entry."""
+    folders = {role: repository / f"{names.ensemble}_{role}" / version for role in _ROLES}
+    try:
+        if "files" in manifest:
+            for name, entry in manifest["files"].items():
+                role, *rest = PurePosixPath(name).parts
+                entry = {key: entry[key] for key in ("bytes", "sha256", "sampled")}
+                yield folders[role].joinpath(*rest), entry
+            return
+        for name, digest in manifest["sha256"].items():
+            places = [folders[role] / "checkpoint" / name for role in ("preprocess", "forward")]
+            places.append(folders["vision"] / name)
+            there = [place for place in places if place.is_file()]
+            for place in there or places[1:2]:
+                yield place, {"sha256": digest}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        where = f"{names.ensemble}/{version}/{MANIFEST}"
+        raise LaunchError(f"{where}: {type(error).__name__}: {error}") from None
+
+
+def _compare(file: Path, expected: dict[str, Any], how: Verify) -> int:
+    """Bytes that were read; raises `LaunchError` for what differs."""
+    size = file.stat().st_size
+    if "bytes" not in expected:
+        _check_length(file, size)
+    elif size != expected["bytes"]:
+        raise LaunchError(f"{size:,} bytes, {expected['bytes']:,} at export")
+    kind = "sha256" if how is Verify.FULL else "sampled"
+    if kind not in expected:
+        return 0
+    digest, read = _digest(file, how)
+    if digest != expected[kind]:
+        raise LaunchError(f"not what was exported: {kind} {digest[:12]}…, {expected[kind][:12]}…")
+    return read
+
+
+def _check_length(file: Path, size: int) -> None:
+    """Of a safetensors file, whose header says where its data end."""
+    if file.suffix != ".safetensors":
+        return
+    with file.open("rb") as stream:
+        try:
+            [length] = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, size)))
+            ends = [entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"]
+        except (struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise LaunchError(f"no safetensors header: {type(error).__name__}") from None
+    if (whole := 8 + length + max(ends, default=0)) != size:
+        raise LaunchError(f"{size:,} bytes, {whole:,} by its header")
+
+
+def _digest(file: Path, how: Verify) -> tuple[str, int]:
+    """A file's SHA-256, of everything or of the sampled blocks, and how many bytes that were."""
+    digest, read = hashlib.sha256(), 0
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if how is Verify.SAMPLED and size > _BLOCKS * _BLOCK:
+            for index in range(_BLOCKS):
+                stream.seek(index * (size - _BLOCK) // (_BLOCKS - 1))
+                block = stream.read(_BLOCK)
+                digest.update(block)
+                read += len(block)
+        else:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                read += len(block)
+    return digest.hexdigest(), read

@@ -1,0 +1,1 @@
+"""The model card's code as the oracle, and error budgets."""
