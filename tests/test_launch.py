@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -461,7 +463,7 @@ def test_a_crash_while_models_load_is_tried_once_more(
     with (tmp_path / "log").open("w") as log, TritonServer(repository, LOCAL, log=log) as server:
         assert server.http.is_ready()
     said = (tmp_path / "log").read_text()
-    assert said.count("it is started once more") == 1
+    assert said.count("it is started again") == 1
     assert "tritonserver: signal SIGABRT" in said
 
 
@@ -478,4 +480,35 @@ def test_a_crash_that_comes_again_is_told(
         TritonServer(repository, LOCAL, log=log),
     ):
         pass
-    assert (tmp_path / "log").read_text().count("it is started once more") == 1
+    assert (tmp_path / "log").read_text().count("it is started again") == 2
+
+
+def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Path) -> None:
+    """Triton 24.10 gives a model's process up that is silent for a second, and waits for ever."""
+    done = threading.Event()
+
+    def is_loading(process: psutil.Process) -> bool:
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        return "reward_forward" in " ".join(process.cmdline()) and "libtorch_cpu" in maps
+
+    def freeze_one() -> None:
+        while not done.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error, OSError):
+                    if is_loading(process):
+                        process.suspend()
+                        done.wait(3.0)
+                        process.resume()
+                        return
+
+    with (tmp_path / "log").open("w") as log, ThreadPoolExecutor(1) as pool:
+        freezing = pool.submit(freeze_one)
+        try:
+            with TritonServer(repository, LOCAL, log=log) as server:
+                assert server.http.is_ready()
+        finally:
+            done.set()
+        freezing.result()
+    said = (tmp_path / "log").read_text()
+    assert "stands still" in said or "lock_exception" in said, said
+    assert "it is started again" in said

@@ -27,6 +27,7 @@ from .gpu import check_gpus
 from .installation import Installation, find_triton
 from .integrity import Verify, check_served
 from .log import LineWriter, LogPump
+from .progress import Progress
 from .repository import DRAINING_VERSION, draining, gpu_models, models
 from .signals import STOP_SIGNALS
 from .triton_http import ADMIN_HEADER, HttpError, TritonHttp, read_metrics
@@ -36,6 +37,7 @@ __all__ = ["STOP_SIGNALS", "Endpoints", "Tls", "TritonServer"]
 _SHARED_MEMORY = Path("/dev/shm")  # Triton's Python backend keeps its regions there
 _EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
 _DRAINED_EXIT_TIMEOUT = 15.0  # nothing is lost any more, whatever Triton still waits for
+_STARTS = 3
 _CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 _PENDING = "nv_inference_pending_request_count"
 _QUIET_LOOKS = 20  # a tenth of a second apart: longer than a request is between two steps
@@ -47,10 +49,9 @@ _ADMIN_PROTOCOLS = "model-repository,model-config,shared-memory,trace,logging"
 
 
 class _Crash(LaunchError):
-    """Ended by a fault of its own while models were loading.
+    """Ended, or stands still, by a fault of its own while models were loading.
 
-    On a machine with far too much to do Triton 24.10 aborts at times (`lock_exception`); what is
-    wrong with a model fails the second time, too.
+    That happens on an overloaded machine (`progress.py`); what is wrong with a model comes again.
     """
 
 
@@ -116,11 +117,13 @@ class TritonServer:
         if used := check_gpus(gpu_models(self.repository)):
             self._say(f"uses {', '.join(map(str, used))}")
         check_served(self.repository, self.verify, self._say)
-        try:
-            self._start()
-        except _Crash as crash:
-            self._say(f"{crash}; it is started once more")
-            self._start()
+        for _ in range(_STARTS - 1):
+            try:
+                self._start()
+                return self
+            except _Crash as crash:
+                self._say(f"{crash}; it is started again")
+        self._start()
         return self
 
     def _start(self) -> None:
@@ -332,6 +335,7 @@ class TritonServer:
         self, process: subprocess.Popen[str], served: Sequence[ModelNames]
     ) -> None:
         deadline = time.monotonic() + self.startup_timeout
+        progress = Progress(process.pid)
         while time.monotonic() < deadline:
             code = process.poll()
             if code is not None:
@@ -339,6 +343,8 @@ class TritonServer:
                 raise kind(self._why_it_ended(code) + self._where_the_log_is())
             if all(self.http.is_ready(names.ensemble) for names in served):
                 return
+            if progress.stands_still():
+                raise _Crash("tritonserver stands still" + self._where_the_log_is())
             time.sleep(0.1)
         waited = f"not ready after {self.startup_timeout:.0f} s; the log says why"
         raise LaunchError(waited + self._where_the_log_is())
