@@ -31,10 +31,11 @@ from triward import RewardClient, ServerUnavailable
 from triward_server import __version__
 from triward_server.cli import app
 from triward_server.errors import LaunchError
+from triward_server.schema import CONTRACT_VERSION
 from triward_server.serving import gpu, installation, launch
 from triward_server.serving.installation import find_triton
 from triward_server.serving.launch import Endpoints, TritonServer
-from triward_server.serving.triton_http import Loaded, TritonHttp
+from triward_server.serving.triton_http import HttpError, Loaded, TritonHttp
 
 ASK: list[dict[str, Any]] = [
     {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
@@ -306,7 +307,7 @@ def test_a_typing_mistake_is_answered_with_what_was_meant(mistake: list[str], me
 
 def test_its_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
-    assert result.stdout == f"triward-server {__version__}\n"
+    assert result.stdout == f"triward-server {__version__}, wire contract {CONTRACT_VERSION}\n"
 
 
 def test_a_wrong_parameter(serve: Callable[..., Command], repository: Path, tmp_path: Path) -> None:
@@ -443,6 +444,25 @@ def test_a_request_that_triton_never_lets_go_delays_no_stop(
             monkeypatch.setattr(TritonHttp, "index", unloading)
         assert 0 < looks < 100, "it waits for a model that has nothing to do"
     assert "still in flight" not in (tmp_path / "log").read_text()
+
+
+def test_an_index_that_does_not_answer_does_not_end_the_draining(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def silent(http: TritonHttp, timeout: float = 5.0) -> list[Loaded]:
+        nonlocal looks
+        looks += 1
+        raise HttpError(0, "no answer within 5 s")
+
+    with (
+        (tmp_path / "log").open("w") as log,
+        TritonServer(repository, LOCAL, log=log, drain_timeout=600),
+    ):
+        monkeypatch.setattr(TritonHttp, "index", silent)
+    assert looks > 1, "it gave up"
+    assert "cannot drain" not in (tmp_path / "log").read_text()
 
 
 def test_a_crash_while_models_load_is_tried_once_more(

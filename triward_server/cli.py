@@ -55,7 +55,7 @@ AdminKeyFile = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"triward-server {__version__}")
+        typer.echo(f"triward-server {__version__}, wire contract {schema.CONTRACT_VERSION}")
         raise typer.Exit
 
 

@@ -235,18 +235,15 @@ class TritonServer:
         deadline = time.monotonic() + self.drain_timeout
         with suppress(LaunchError):  # what the folder no longer says was read at the start
             self._read_stand_ins()
-        try:
-            for names in self._stand_ins:
-                self._refuse(names, deadline)
-            quiet = 0
-            while time.monotonic() < deadline:
-                quiet = 0 if self._works() else quiet + 1
-                if quiet == _QUIET_LOOKS or self._is_unloaded():
-                    return True
-                time.sleep(0.1)
-            self._say(f"requests are still in flight after {self.drain_timeout:g} s")
-        except HttpError as error:
-            self._say(f"cannot drain: {error}")
+        for names in self._stand_ins:
+            self._refuse(names, deadline)
+        quiet = 0
+        while time.monotonic() < deadline:
+            quiet = 0 if self._works() else quiet + 1
+            if quiet == _QUIET_LOOKS or self._is_unloaded():
+                return True
+            time.sleep(0.1)
+        self._say(f"requests are still in flight after {self.drain_timeout:g} s")
         return False
 
     def _read_stand_ins(self) -> None:
@@ -278,7 +275,11 @@ class TritonServer:
         public = {names.ensemble for names in self._stand_ins}
         if not all((self.repository / name).is_dir() for name in public):
             return False
-        return "UNLOADING" not in {m.state for m in self.http.index() if m.name in public}
+        try:
+            index = self.http.index()
+        except HttpError:  # too busy to say so
+            return False
+        return "UNLOADING" not in {model.state for model in index if model.name in public}
 
     def _kill(self) -> None:
         if self._process:
