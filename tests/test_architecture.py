@@ -22,9 +22,9 @@ ROOMS = {
     "resizing token_bound tokenization preprocess",
     "engine": "packing attention vision decoder architectures processors backbone checkpoint "
     "streaming scoring",
-    "backend": "stub metrics draining onnx_inputs onnx_runner onnx_vision triton_io",
+    "backend": "metrics draining onnx_inputs onnx_runner onnx_vision triton_io",
     "serving": "canary log repository integrity triton_http installation signals child endpoints "
-    "gpu progress launch watchdog switch",
+    "gpu progress ending launch watchdog switch",
     "export": "reference verify onnx random_checkpoint random_text_checkpoint",
     "testing": "oracle",
     "commands": "cli",

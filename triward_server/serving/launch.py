@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from ..backend.metrics import WORKING
 from ..errors import LaunchError, Unhealthy
 from ..schema import ModelNames
 from .child import prepare
+from .ending import describe_exit, why_it_ended
 from .endpoints import ANY, CHUNKS_FIXED, Endpoints, Tls
 from .gpu import check_gpus
 from .installation import Installation, find_triton
@@ -187,7 +187,7 @@ class TritonServer:
             self._pump.join()
             if self._pump.signalled and code == 0:
                 break
-            raise LaunchError(f"tritonserver stopped by itself ({_describe_exit(code)})")
+            raise LaunchError(f"tritonserver stopped by itself ({describe_exit(code)})")
         self._wait_for_others_stop(self._process)
 
     def _wait_for_others_stop(self, process: subprocess.Popen[str]) -> NoReturn:
@@ -353,11 +353,7 @@ class TritonServer:
     def _why_it_ended(self, code: int) -> str:
         assert self._pump
         self._pump.join()
-        reason = _failure(self._pump.tail)
-        if code < 0 or reason is None:  # a crash is told besides what led to it
-            crash = f"tritonserver: {_describe_exit(code)}"
-            reason = f"{reason}; {crash}" if reason else crash
-        return reason
+        return why_it_ended(code, self._pump.tail)
 
     def _where_the_log_is(self) -> str:
         """Nothing for standard error: there it stands above."""
@@ -386,34 +382,6 @@ def _trace_flags(endpoint: str) -> list[str]:
         "--trace-config=mode=opentelemetry", f"--trace-config=opentelemetry,url={endpoint}",
         "--trace-config=level=TIMESTAMPS", "--trace-config=rate=1",
     ]  # fmt: skip
-
-
-_FAILURES = (
-    # A model's own exception, as the Python backend reports it.
-    re.compile(r"failed to load '(?P<model>[^']+)' version \d+: [\w ]+: (?P<reason>.+)"),
-    # The same, from its process: all there is when Triton itself crashes over it.
-    re.compile(r"Failed to initialize Python stub: (?P<reason>.+)"),
-    re.compile(r"^error: (?P<reason>.+)"),
-    re.compile(r"failed to start \w+ service: (?P<reason>.+)"),
-    # Every start without a GPU has one of these that means nothing.
-    re.compile(r"^E\d+ .*?\] (?P<reason>(?!\"CudaDriverHelper has not been initialized).+)"),
-)
-
-
-def _failure(log: Sequence[str]) -> str | None:
-    """The line of Triton's log that says why it ended, as one sentence."""
-    for pattern in _FAILURES:
-        for line in log:
-            match = pattern.search(line.strip())
-            if match:
-                groups = match.groupdict()
-                reason = groups["reason"].strip().strip('"')
-                return f"{groups['model']}: {reason}" if "model" in groups else reason
-    return None
-
-
-def _describe_exit(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 @contextmanager
