@@ -20,6 +20,7 @@ import yaml
 from tests import chromium
 from tests.chromium import STICKING_OUT, sideways
 from tests.conftest import ROOT
+from tests.test_architecture import ROOMS
 
 browser, page = chromium.browser, chromium.page
 
@@ -184,6 +185,12 @@ def test_named_targets_exist() -> None:
         if path.name != "CHANGELOG.md":
             named = re.findall(r"(?:^|`)make ([a-z][\w-]*)", path.read_text("utf-8"), re.MULTILINE)
             assert set(named) <= make_targets(), path
+
+
+def test_the_picture_draws_the_rooms_in_their_order() -> None:
+    picture = (DOCS / "images" / "rooms.svg").read_text(encoding="utf-8")
+    rooms = [room for room in ROOMS if room not in ("", "commands")]
+    assert [name for name in re.findall(r">(\w+)/<", picture) if name != "model_repository"] == rooms
 
 
 def test_packages_name_their_pythons_and_home() -> None:
