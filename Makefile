@@ -5,13 +5,18 @@ READY := .venv/.ready
 # Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
 PERF ?=
 
-.PHONY: demo test interpreters soak lint audit bench perf clean
+.PHONY: demo test test-all interpreters soak lint audit docs site bench perf clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# Ten minutes: every module, a real server, parity on every conversation and architecture.
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# And what is marked `slow`.
+test-all: $(READY)
+	$(BIN)/python -m pytest -m 'not soak'
 
 # The client's tests on every Python from 3.9 to 3.13 that is on this machine.
 interpreters:
@@ -33,6 +38,14 @@ lint: $(READY)
 audit: $(READY)
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --format json \
 	    --progress-spinner off | $(BIN)/python .ci/audit.py
+
+# The documentation at http://127.0.0.1:8080, built anew with every change.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8080
+
+# The same into site/; a dead link, or a page outside the navigation, is an error.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.compare --output benchmarks/results/$$(date +%F)-cpu-small.json

@@ -1,4 +1,4 @@
-"""`make demo`: the model card's conversation through a real Triton, beside the card's own code.
+"""Score the model card's conversation with a real Triton and with the card's own code: `make demo`.
 
 Makes a tiny checkpoint with random weights, exports it, serves it on free ports, scores two
 answers over gRPC, scores them again with the model card's code in this process, and shuts down.
@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# No model hub is needed, and none is asked.
+# No model hub is needed.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ["NO_PROXY"] = "127.0.0.1"  # a proxy for the outside is of no use here
+os.environ["NO_PROXY"] = "127.0.0.1"  # a proxy would not reach this machine itself
 
 from rich.console import Console
 from rich.table import Table
@@ -86,11 +86,11 @@ def _show(console: Console, served: list[float], reference: list[float]) -> None
         table.add_row(answer, f"{ours:.5f}", f"{card:.5f}", f"{abs(ours - card):.1e}")
     console.print(table)
     console.print(
-        "\nThe weights are random, so the opinions are random too; that both columns agree is the "
-        "point.\nThe real model, on a machine with a GPU:\n"
+        "\nThe weights are random, so the scores mean nothing; the point is that the columns agree."
+        "\nThe real model, on a machine with a GPU:\n"
     )
     console.print(
-        f"  python export/build_repository.py --checkpoint {REAL} --output skywork\n"
+        f"  triward-server export --checkpoint {REAL} --output skywork\n"
         "  triward-server serve --repository skywork\n",
         highlight=False,
         soft_wrap=True,

@@ -70,7 +70,7 @@ def score_parquet(
     replaced. Row groups are what actors share among them.
 
     Raises:
-        The same; the first error of an actor ends the job.
+        TriwardError: as `offline.score_parquet`; the first error of an actor ends the job.
     """
     job = begin(source, output, scorer, keep=keep, chunk_rows=chunk_rows)
     unfinished = job.unfinished()
