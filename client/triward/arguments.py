@@ -11,9 +11,6 @@ from typing import Any, NoReturn
 
 from triward.errors import InvalidRequest
 
-# What brings the packages that some commands need. Not on an index yet, so from a checkout.
-INSTALL_TOOLS = "pip install './client[tools]' in a checkout of Triward"
-
 
 def whole_number(text: str, least: int = 1) -> int:
     """A whole number from `least` on; an ArgumentTypeError for anything else."""
@@ -40,13 +37,20 @@ def check_free(path: Path) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Suggests what a word that it does not know may have been meant to be."""
+    """Suggests what a word that it does not know may have been meant to be.
 
+    Attributes:
+        needed: error of a command that is not installed, whatever its arguments are.
+    """
+
+    needed = ""
     _given: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; keeps what was given, for `error`."""
         self._given = list(sys.argv[1:] if args is None else args)
+        if self.needed:
+            self.error(self.needed)
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

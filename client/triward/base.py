@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, Generic, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from weakref import WeakSet
 
 from triward.channel import Address, Tls, Url
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from triward.sharedmemory import Place
 
 OnError = Literal["raise", "return"]
-Outcome = Union[float, TriwardError]
+Outcome = float | TriwardError
 T = TypeVar("T")
 
 POLL = 0.5  # seconds between two looks at a server that starts

@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from triward.errors import ServerUnavailable
 from triward.protocol import GRPC_PORT
@@ -22,8 +22,8 @@ from triward.protocol import GRPC_PORT
 if TYPE_CHECKING:
     import grpc
 
-Url = Union[str, Sequence[str]]
-Path = Union[str, "os.PathLike[str]"]
+Url = str | Sequence[str]
+Path = str | os.PathLike[str]
 
 # gRPC counts a message's bytes in a signed 32-bit integer.
 _MAX_MESSAGE_BYTES = 2**31 - 1

@@ -6,9 +6,8 @@ A request holds one prompt and N responses, and the server computes the prompt o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Callable
 
 from triward.conversation import (
     MediaRef,
@@ -50,7 +49,7 @@ class Group:
             and len(self.responses) + len(other.responses) <= MAX_GROUP
             and self.messages == other.messages
             and len(self.refs) == len(other.refs)
-            and all(_same(a.value, b.value) for a, b in zip(self.refs, other.refs))
+            and all(_same(a.value, b.value) for a, b in zip(self.refs, other.refs, strict=True))
         )
 
     def request(self, read: Callable[[MediaRef], bytes]) -> RewardRequest:

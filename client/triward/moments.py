@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from triward.errors import InvalidRequest
 
 Array = npt.NDArray[np.float64]
-Rewards = Union[Sequence[float], npt.NDArray[Any]]
+Rewards = Sequence[float] | npt.NDArray[Any]
 
 EPS = 1e-4  # TRL's
 

@@ -70,7 +70,9 @@ def pixels_of(
     spread = values.astype(np.float64).reshape(len(values), _CHANNELS, -1)
     pixels = _rounded((spread * scale + shift) * 255)
     items = np.split(pixels, np.cumsum(rows)[:-1])
-    frames = [_unfold(item, grid, patch_size, merge_size) for item, grid in zip(items, grids)]
+    frames = [
+        _unfold(item, grid, patch_size, merge_size) for item, grid in zip(items, grids, strict=True)
+    ]
     return frames if video else [_still(item, index) for index, item in enumerate(frames)]
 
 

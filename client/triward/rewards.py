@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ __all__ = [
     "with_rules",
 ]
 
-Groups = Union[int, Sequence[Hashable], npt.NDArray[Any]]
+Groups = int | Sequence[Hashable] | npt.NDArray[Any]
 
 
 def group_advantages(
@@ -127,7 +127,7 @@ def mix(
     for name, given in components.items():
         rewards = plain(given)
         there = np.array([name not in optional or reward is not None for reward in rewards], bool)
-        known = [reward if here else 0.0 for reward, here in zip(rewards, there)]
+        known = [reward if here else 0.0 for reward, here in zip(rewards, there, strict=True)]
         total += _weight(weights[name], name) * finite(known, f"components[{name!r}]")
         applied |= there
     if not applied.all():

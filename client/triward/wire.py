@@ -39,7 +39,7 @@ def infer_arguments(
     _check_size(sum(4 + len(value) for values in sent for value in values))
     inputs = [
         _input(spec, values, media if spec is protocol.MEDIA else None)
-        for spec, values in zip(protocol.INPUTS, fields)
+        for spec, values in zip(protocol.INPUTS, fields, strict=True)
     ]
     return _arguments(model, inputs, remaining)
 

@@ -25,11 +25,11 @@ import argparse
 import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable
+from typing import Any
 
 from triward.client import RewardClient
 from triward.conversation import Messages
@@ -139,7 +139,7 @@ def score(
         counts = f"{len(queries)} queries, {len(prompts)} prompts and {len(labels)} labels"
         raise InvalidRequest(f"each query needs its prompt and label, got {counts}")
     conversations = []
-    for index, (query, prompt, label) in enumerate(zip(queries, prompts, labels)):
+    for index, (query, prompt, label) in enumerate(zip(queries, prompts, labels, strict=True)):
         try:
             response = {"role": "assistant", "content": _response(query, prompt, ends)}
             conversations.append([*_messages(prompt, label, parse), response])

@@ -11,13 +11,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from time import monotonic, sleep
-from typing import Any, Union
+from typing import Any
 
 from triward.client import RewardClient
 from triward.conversation import Message, Messages
 from triward.errors import InvalidRequest, ServerUnavailable
 
-Score = Union[float, list[float]]
+Score = float | list[float]
 
 # Between two rounds, for clients that do not pause by themselves before they try again.
 _PAUSE = 1.0
@@ -92,8 +92,8 @@ class RowScorer:
             ServerUnavailable: for `patience` seconds there was no other answer.
             TriwardError: a server failed, or the client's timeout ran out.
         """
-        rows = zip(*(table[name] for name in self.columns))
-        asked = [self._read(dict(zip(self.columns, row))) for row in rows]
+        rows = zip(*(table[name] for name in self.columns), strict=True)
+        asked = [self._read(dict(zip(self.columns, row, strict=True))) for row in rows]
         answers = iter(self._ask([each for row in asked for each in row.conversations]))
         told = [row.tell(list(islice(answers, len(row.conversations)))) for row in asked]
         return [score for score, _ in told], [error for _, error in told]
@@ -139,7 +139,7 @@ class RowScorer:
                 on_error="return",
             )
             with closing(outcomes):  # or requests would go on after an error
-                for index, outcome in zip(pending, outcomes):
+                for index, outcome in zip(pending, outcomes, strict=True):
                     if isinstance(outcome, ServerUnavailable):
                         if monotonic() - last_answer > self.patience:
                             raise outcome
@@ -235,7 +235,7 @@ def _illustrate(messages: list[Message], images: list[object]) -> list[Message]:
     if len(places) != len(images):
         given = f"the row has {len(images)} for them"
         raise InvalidRequest(f"{len(places)} image parts hold no image, {given}")
-    for part, image in zip(places, images):
+    for part, image in zip(places, images, strict=True):
         part["image"] = image
     return list(copies)
 

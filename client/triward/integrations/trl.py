@@ -16,16 +16,16 @@ by `reward_weights`, and normalises each group: see docs/rewards.md before doing
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Callable, Union
+from typing import Any
 
 from triward.aio import AsyncRewardClient
 from triward.client import RewardClient
 from triward.conversation import Messages
 from triward.rewards import Shape
 
-Text = Union[str, Messages]
+Text = str | Messages
 
 
 class TriwardReward:
@@ -80,7 +80,7 @@ async def async_triward(
 
 def _conversations(prompts: Iterable[Text], completions: Iterable[Text]) -> Iterator[Messages]:
     shared: Any = None
-    for prompt, completion in zip(prompts, completions):
+    for prompt, completion in zip(prompts, completions, strict=True):
         # A dataset decodes a repeated row's image each time. The client takes images for the same,
         # and sends them once, when they are the same object, so equal ones become it here.
         if prompt != shared:

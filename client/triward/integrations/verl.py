@@ -20,9 +20,9 @@ import asyncio
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, Callable
+from typing import Any
 
 from triward.aio import AsyncRewardClient
 from triward.channel import Url
@@ -196,7 +196,7 @@ class TriwardBatchRewardManager:
         order = sorted(range(len(data)), key=lambda row: str(uids[row]))
         found = self._client.score_many(_rollout(data[row], self._tokenizer) for row in order)
         found = self._shape(found) if self._shape else found
-        return [score for _, score in sorted(zip(order, found))]
+        return [score for _, score in sorted(zip(order, found, strict=True))]
 
 
 @cache
@@ -283,7 +283,7 @@ def _with_images(messages: Iterable[Message], images: Sequence[Any]) -> Messages
     filled = [{**message, "content": _parts(message["content"], places)} for message in messages]
     if len(places) != len(images):
         raise InvalidRequest(f"images: {len(images)} for {len(places)} places in the prompt")
-    for place, image in zip(places, images):
+    for place, image in zip(places, images, strict=True):
         if place.get("image") is None:
             place.update(_image_part(image))
     return filled
