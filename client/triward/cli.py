@@ -31,7 +31,6 @@ from typing import Any
 from triward import __version__ as version
 from triward import jsonl, protocol
 from triward.arguments import Parser, check_free, whole_number
-from triward.base import ranked
 from triward.channel import Tls
 from triward.client import RewardClient
 from triward.deadline import Deadline
@@ -42,6 +41,7 @@ from triward.errors import (
     ServerUnavailable,
     TriwardError,
 )
+from triward.many import ranked
 
 _CODES = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from triward.base import Outcome, ranked
 from triward.client import RewardClient
 from triward.conversation import Message
 from triward.errors import InvalidRequest, TriwardError, located
+from triward.many import Outcome, ranked
 
 # What an earlier run may have said; all other keys are handed on.
 _SAID = ("score", "scores", "ranking", "error")

@@ -21,12 +21,14 @@ import secrets
 import struct
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any, TypeVar
 
+from triward.deadline import Deadline
 from triward.errors import InvalidRequest, TriwardError, is_unknown_region
 
 FOLDER = Path("/dev/shm")
@@ -35,6 +37,9 @@ PREFIX = "triward-client-"
 # Seconds. Requests wait for each model 30 s by default, and one that hangs ends the server after
 # 120 s at the latest.
 _REST = 300.0
+
+T = TypeVar("T")
+Steps = Generator[Any, Any, T]  # as `base.Steps`
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,55 @@ class Region:
                 return None
             self._taken[start] = (start + size, float("inf"))
             return start
+
+
+def sharing(
+    region: Region,
+    media: Sequence[bytes],
+    deadline: Deadline,
+    ask: Callable[..., Steps[Any]],
+    send: Callable[[Place | None], Steps[T]],
+) -> Steps[T]:
+    """Register a region where that is due, and send a request whose media lie in it.
+
+    Args:
+        region: of this process.
+        media: of the request.
+        deadline: of the request.
+        ask: calls a method of tritonclient's.
+        send: sends the request, with None if there was no room for its media.
+    """
+    yield from _register(region, deadline, ask)
+    try:
+        with region.lend(media) as place:
+            return (yield from send(place))
+    except TriwardError as error:
+        if not is_unknown_region(error):
+            raise
+    # The server has been started again since the region was registered there.
+    region.registered = False
+    yield from _register(region, deadline, ask)
+    with region.lend(media) as place:
+        return (yield from send(place))
+
+
+def _register(region: Region, deadline: Deadline, ask: Callable[..., Steps[Any]]) -> Steps[None]:
+    """Tell the server about a region, and make it forget those that are gone."""
+    if not region.registering.acquire(timeout=deadline.remaining()):
+        raise deadline.exceeded()
+    try:
+        if region.registered:
+            return
+        known = (yield from ask("get_system_shared_memory_status")).regions
+        for other in known.values():
+            if is_gone(other.key):
+                yield from ask("unregister_system_shared_memory", name=other.name)
+        if region.name not in known:
+            new = {"name": region.name, "key": region.key, "byte_size": region.size}
+            yield from ask("register_system_shared_memory", **new)
+        region.registered = True
+    finally:
+        region.registering.release()
 
 
 def sweep() -> None:
