@@ -35,7 +35,18 @@ _ENSEMBLE_PREFIX = re.compile(r"^(?:in ensemble '[^']*', )+")
 
 
 class TriwardError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Attributes:
+        place: in the caller's input, with which the message begins; "" for none.
+    """
+
+    place: str = ""
+
+    @property
+    def reason(self) -> str:
+        """The message without the place."""
+        return str(self).removeprefix(f"{self.place}: ") if self.place else str(self)
 
 
 class InvalidRequest(TriwardError, ValueError):
@@ -59,10 +70,17 @@ class ServerError(TriwardError):
 
 
 def located(error: TriwardError, place: str) -> TriwardError:
-    """The same error, caused by it, with the place in the caller's input in front."""
+    """Return the same error, caused by it, with the place in the caller's input in front."""
     placed = type(error)(f"{place}: {error}")
-    placed.__cause__ = error
+    placed.place, placed.__cause__ = place, error
     return placed
+
+
+def relocated(error: TriwardError, place: str = "") -> TriwardError:
+    """Return the same error, caused by it, with another place than its own, or none."""
+    bare = type(error)(error.reason)
+    bare.__cause__ = error
+    return located(bare, place) if place else bare
 
 
 def from_triton(error: InferenceServerException, *, model: str, url: str) -> TriwardError:

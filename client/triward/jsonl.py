@@ -10,7 +10,7 @@ from typing import Any
 
 from triward.client import RewardClient
 from triward.conversation import Message
-from triward.errors import InvalidRequest, TriwardError, located
+from triward.errors import InvalidRequest, TriwardError, located, relocated
 from triward.many import Outcome, ranked
 
 # What an earlier run may have said; all other keys are handed on.
@@ -122,9 +122,8 @@ def _finish(
     for index, outcome in enumerate(outcomes):
         if isinstance(outcome, TriwardError) and error is None:
             place = f"line {line.number}" + (f": responses[{index}]" if line.many else "")
-            # Its cause does not count conversations, which a reader of lines never sees.
-            cause = outcome.__cause__
-            error = located(cause if isinstance(cause, TriwardError) else outcome, place)
+            # A reader of lines never sees the conversations' numbers.
+            error = relocated(outcome, place)
     if error:
         return {**line.row, "error": {"type": type(error).__name__, "message": str(error)}}, error
     scores = [outcome for outcome in outcomes if not isinstance(outcome, TriwardError)]

@@ -16,7 +16,7 @@ import triward.cli
 from tests.benchmarkdata import BENCHMARKS, png, write, write_rows
 from tests.fakeserver import FakeServer, Fault
 from triward import InvalidRequest, RewardClient, ServerError, ServerUnavailable
-from triward_tools.evaluation import asking, run
+from triward_tools.evaluation import run
 from triward_tools.evaluation.asking import results_of
 from triward_tools.evaluation.ledger import Ledger
 from triward_tools.evaluation.results import Pair, Problem, Result
@@ -55,7 +55,7 @@ def reports(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(asking, "_PAUSE", 0.01)
+    monkeypatch.setattr("triward.retries._PAUSE", 0.01)
 
 
 @pytest.fixture

@@ -10,17 +10,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from time import monotonic, sleep
 from typing import Any
 
 from triward.client import RewardClient
-from triward.conversation import Message, Messages
-from triward.errors import InvalidRequest, ServerUnavailable
+from triward.conversation import Message
+from triward.errors import InvalidRequest
+from triward.retries import until_answered
 
 Score = float | list[float]
-
-# Between two rounds, for clients that do not pause by themselves before they try again.
-_PAUSE = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,14 @@ class RowScorer:
         """
         rows = zip(*(table[name] for name in self.columns), strict=True)
         asked = [self._read(dict(zip(self.columns, row, strict=True))) for row in rows]
-        answers = iter(self._ask([each for row in asked for each in row.conversations]))
-        told = [row.tell(list(islice(answers, len(row.conversations)))) for row in asked]
+        answers = until_answered(
+            self.client,
+            (each for row in asked for each in row.conversations),
+            concurrency=self.concurrency,
+            patience=self.patience,
+        )
+        with closing(answers):
+            told = [row.tell(list(islice(answers, len(row.conversations)))) for row in asked]
         return [score for score, _ in told], [error for _, error in told]
 
     def conversations(self, row: Mapping[str, Any]) -> list[list[Message]]:
@@ -123,36 +126,6 @@ class RowScorer:
         except InvalidRequest as error:
             return _Row([], error=str(error))
 
-    def _ask(self, conversations: list[Messages]) -> list[float | InvalidRequest]:
-        """An answer for each conversation, however often it takes.
-
-        A request that is UNAVAILABLE stays in flight until the client gives it up, so the pauses
-        between its attempts slow everything down here, too.
-        """
-        found: dict[int, float | InvalidRequest] = {}
-        pending = list(range(len(conversations)))
-        last_answer = monotonic()
-        while pending:
-            outcomes: Any = self.client.iter_scores(
-                (conversations[index] for index in pending),
-                concurrency=self.concurrency,
-                on_error="return",
-            )
-            with closing(outcomes):  # or requests would go on after an error
-                for index, outcome in zip(pending, outcomes, strict=True):
-                    if isinstance(outcome, ServerUnavailable):
-                        if monotonic() - last_answer > self.patience:
-                            raise outcome
-                    elif isinstance(outcome, (float, InvalidRequest)):
-                        found[index] = outcome
-                        last_answer = monotonic()
-                    else:
-                        raise outcome
-            pending = [index for index in pending if index not in found]
-            if pending:
-                sleep(_PAUSE)
-        return [found[index] for index in range(len(conversations))]
-
 
 @dataclass
 class _Row:
@@ -175,8 +148,7 @@ class _Row:
         scores = [answer for answer in answers if isinstance(answer, float)]
         for place, answer in enumerate(answers):
             if isinstance(answer, InvalidRequest):
-                # The cause does not name the place in the batch, which means nothing here.
-                reason = str(answer.__cause__ or answer)
+                reason = answer.reason  # its place in the batch means nothing here
                 return None, f"response {place}: {reason}" if self.several else reason
         return (scores if self.several else scores[0]), ""
 

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from time import monotonic, sleep
-from typing import Any
 
 from triward.client import RewardClient
 from triward.conversation import Messages
-from triward.errors import InvalidRequest, ServerUnavailable, TriwardError
+from triward.errors import InvalidRequest
+from triward.retries import Answered, until_answered
 
 from triward_tools.evaluation.results import Pair, Problem, Result
-
-# Between two attempts, for clients that do not pause by themselves before they try again.
-_PAUSE = 1.0
-
-_Answer = float | InvalidRequest
 
 
 def results_of(
@@ -52,7 +46,14 @@ def results_of(
                 for response in (row.chosen, row.rejected):
                     yield [*row.prompt, {"role": "assistant", "content": response}]
 
-    with closing(_answers(client, conversations(), concurrency, patience)) as answers:
+    answers = until_answered(
+        client,
+        conversations(),
+        concurrency=concurrency,
+        patience=patience,
+        impatient_at_first=True,
+    )
+    with closing(answers):
         for chosen in answers:
             rejected = next(answers)
             place, row = taken.popleft()
@@ -63,11 +64,11 @@ def results_of(
     yield from (row for _, row in taken if isinstance(row, Problem))
 
 
-def _result(place: str, pair: Pair, chosen: _Answer, rejected: _Answer) -> Result | Problem:
+def _result(place: str, pair: Pair, chosen: Answered, rejected: Answered) -> Result | Problem:
     if isinstance(chosen, float) and isinstance(rejected, float):
         return Result(pair.index, pair.id, pair.subset, chosen, rejected)
     said = {
-        name: str(_unplaced(answer))
+        name: answer.reason
         for name, answer in (("chosen", chosen), ("rejected", rejected))
         if isinstance(answer, InvalidRequest)
     }
@@ -76,46 +77,3 @@ def _result(place: str, pair: Pair, chosen: _Answer, rejected: _Answer) -> Resul
     else:
         reason = "; ".join(f"the {name} response: {text}" for name, text in said.items())
     return Problem(pair.index, place, reason)
-
-
-def _unplaced(error: TriwardError) -> TriwardError:
-    """The error without its place among conversations, which a reader of rows never sees."""
-    cause = error.__cause__
-    return cause if isinstance(cause, TriwardError) else error
-
-
-def _answers(
-    client: RewardClient, conversations: Iterable[Messages], concurrency: int, patience: float
-) -> Generator[_Answer, None, None]:
-    """An answer for each conversation, in order, however often it takes.
-
-    When one finds no server, it and those behind it are asked for again.
-    """
-    source = iter(conversations)
-    waiting: deque[Messages] = deque()
-
-    def unanswered() -> Iterator[Messages]:
-        yield from list(waiting)
-        for conversation in source:
-            waiting.append(conversation)
-            yield conversation
-
-    answered, last_answer = False, monotonic()
-    while True:
-        outcomes: Any = client.iter_scores(unanswered(), concurrency=concurrency, on_error="return")
-        with closing(outcomes):  # or requests would go on after an error
-            for outcome in outcomes:
-                if isinstance(outcome, ServerUnavailable):
-                    # Who names a wrong address should not wait until patience ends.
-                    wrong = not answered and not client.is_ready()
-                    if wrong or monotonic() - last_answer > patience:
-                        raise _unplaced(outcome)
-                    break
-                if not isinstance(outcome, (float, InvalidRequest)):
-                    raise _unplaced(outcome)
-                waiting.popleft()
-                answered, last_answer = True, monotonic()
-                yield outcome
-            else:
-                return
-        sleep(_PAUSE)
