@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from triward.client import RewardClient
 from triward.conversation import Message
 from triward.errors import InvalidRequest, TriwardError, located, relocated
+from triward.jsonvalue import read_object
 from triward.many import Outcome, ranked
 
 # What an earlier run may have said; all other keys are handed on.
@@ -87,10 +87,10 @@ def _read(text: str, number: int) -> tuple[_Line, list[list[Message]]]:
     """A line and the conversations it asks for."""
     line = _Line(number)
     try:
-        row = _object(text)
+        row = read_object(text)
         line.row = {key: value for key, value in row.items() if key not in _SAID}
         if not isinstance(row.get("messages"), list):
-            raise InvalidRequest("must be an object with 'messages', a list")
+            raise InvalidRequest("needs 'messages', a list")
         if "responses" not in row:
             line.count = 1
             return line, [row["messages"]]
@@ -103,16 +103,6 @@ def _read(text: str, number: int) -> tuple[_Line, list[list[Message]]]:
     except InvalidRequest as error:
         line.error = located(error, f"line {number}")
         return line, []
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise InvalidRequest("must be an object with 'messages', a list")
-    return row
 
 
 def _finish(

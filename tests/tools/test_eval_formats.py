@@ -191,7 +191,7 @@ def test_long_values_are_shown_in_part(tmp_path):
     ("line", "said"),
     [
         ('{"prompt": "q", ', "not JSON: "),
-        ("[1]", "must be an object with the row's values, got list"),
+        ("[1]", "must be an object, got list"),
         ('{"a": ' + "[" * 100_000, "not JSON: "),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_line_that_is_no_text(tmp_path):
 
 def test_an_element_of_an_array_that_is_no_row(tmp_path):
     [problem] = read(tmp_path, "rewardbench", ["prompt"], suffix=".json")
-    assert problem.reason == "must be an object with the row's values, got list"
+    assert problem.reason == "must be an object, got list"
 
 
 def columns(rows):

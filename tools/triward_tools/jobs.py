@@ -75,11 +75,6 @@ def fingerprint(path: Path) -> str:
     return f"{size} bytes, sha256 {digest.hexdigest()}"
 
 
-def is_hidden(path: Path, root: Path) -> bool:
-    """By the custom of those who write Parquet: what is not data, or not yet."""
-    return any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Let an OSError say which file it is about; that of a write, as on a full disk, does not."""

@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from triward.integrations.rows import RowScorer
 
-from triward_tools.jobs import JobMismatch, check_apart, is_hidden, pin, whole_file
+from triward_tools.inputs import files_below, parquet_file
+from triward_tools.jobs import JobMismatch, check_apart, pin, whole_file
 
 __all__ = ["Job", "JobMismatch", "RowGroup", "Summary", "begin", "score_parquet", "score_table"]
 
@@ -190,7 +191,7 @@ def begin(
     }
     for place, path in enumerate(_files(source)):
         name = path.relative_to(root).as_posix()
-        with pq.ParquetFile(path) as file:
+        with parquet_file(path) as file:
             _check_columns(name, file.schema_arrow.names, scorer, keep)
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         groups += [RowGroup(name, place, number, count) for number, count in enumerate(rows)]
@@ -222,7 +223,7 @@ def _score_type(scorer: RowScorer, schema: pa.Schema) -> pa.DataType:
 def _files(source: Path) -> list[Path]:
     if not source.is_dir():
         return [source]
-    files = sorted(path for path in source.rglob("*.parquet") if not is_hidden(path, source))
+    files = files_below(source)
     if not files:
         raise ValueError(f"there is no *.parquet file in {source}")
     return files

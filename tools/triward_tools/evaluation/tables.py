@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from triward.errors import InvalidRequest
+from triward.jsonvalue import as_object, read_object
 
-from triward_tools.jobs import is_hidden
+from triward_tools.inputs import files_below, parquet_file
 
 # What a row holds, or why it cannot be read.
 Values = Mapping[str, Any] | str
@@ -48,8 +49,7 @@ class Row:
 def data_files(data: Path) -> list[Path]:
     """The file itself, or a folder's files of data, at any depth, by path.
 
-    Files and folders whose name begins with a dot or an underscore are no data; neither is what
-    has another suffix than .parquet, .json or .jsonl, as pictures.
+    What has another suffix than .parquet, .json or .jsonl, as pictures, is no data.
 
     Raises:
         InvalidRequest: there are none, or they have several formats.
@@ -61,8 +61,7 @@ def data_files(data: Path) -> list[Path]:
         if data.suffix.lower() not in _READERS:
             raise InvalidRequest(f"{data}: the suffix must be one of {known}, got {data.suffix!r}")
         return [data]
-    paths = (path for path in data.rglob("*") if path.suffix.lower() in _READERS)
-    files = sorted(path for path in paths if path.is_file() and not is_hidden(path, data))
+    files = files_below(data, _READERS)
     if not files:
         raise InvalidRequest(f"{data}: holds no file of {known}")
     first = {path.suffix.lower(): path.relative_to(data).as_posix() for path in reversed(files)}
@@ -93,20 +92,13 @@ def read_rows(files: Sequence[Path], columns: Columns) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path, columns: Columns) -> Iterator[tuple[int, Values]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _check_columns(path, columns, [names])
-            wanted = [name for same in columns for name in same if name in names]
-            batches = file.iter_batches(_BATCH, columns=wanted)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from enumerate(rows, start=1)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).strip()
-        raise InvalidRequest(f"{path}: cannot be read as Parquet: {reason}") from error
+    with parquet_file(path) as file:
+        names = file.schema_arrow.names
+        _check_columns(path, columns, [names])
+        wanted = [name for same in columns for name in same if name in names]
+        batches = file.iter_batches(_BATCH, columns=wanted)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
 
 
 def _read_jsonl(path: Path, columns: Columns) -> Iterator[tuple[int, Values]]:
@@ -119,21 +111,14 @@ def _lines(path: Path) -> Iterator[tuple[int, Values]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, _line(line)
+                yield number, _row(read_object, line)
 
 
-def _line(line: bytes) -> Values:
+def _row(read: Callable[..., Mapping[str, Any]], value: Any) -> Values:
     try:
-        values = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    return _object(values)
-
-
-def _object(values: object) -> Values:
-    if isinstance(values, dict):
-        return values
-    return f"must be an object with the row's values, got {type(values).__name__}"
+        return read(value)
+    except InvalidRequest as error:
+        return str(error)
 
 
 def _read_json(path: Path, columns: Columns) -> Iterator[tuple[int, Values]]:
@@ -141,7 +126,7 @@ def _read_json(path: Path, columns: Columns) -> Iterator[tuple[int, Values]]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{path}: not JSON: {error}") from error
-    rows = [_object(values) for values in _elements(path, content)]
+    rows = [_row(as_object, values) for values in _elements(path, content)]
     _check_columns(path, columns, (row for row in rows if not isinstance(row, str)))
     return iter(list(enumerate(rows, start=1)))
 

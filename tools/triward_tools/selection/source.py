@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from triward.errors import InvalidRequest
+from triward.jsonvalue import read_object
 
-from triward_tools.jobs import is_hidden
+from triward_tools.inputs import files_below, parquet_file
 from triward_tools.selection.verdicts import Row
 
 JSONL = (".jsonl", ".ndjson", ".json")
@@ -56,7 +56,7 @@ def open_source(path: Path) -> Source:
         InvalidRequest: it is not there, or of another kind.
     """
     if path.is_dir():
-        files = sorted(each for each in path.rglob("*.parquet") if not is_hidden(each, path))
+        files = files_below(path)
         if not files:
             raise InvalidRequest(f"{path}: there is no *.parquet file in it")
         return _Parquet.of(path, files)
@@ -124,14 +124,11 @@ def _row(number: int, text: str) -> Row:
     place = f"line {number}"
     try:
         text.encode()
-        values = json.loads(text)
+        return Row(place, read_object(text))
     except UnicodeEncodeError:
         return Row(place, {"line": text}, "not UTF-8")
-    except (ValueError, RecursionError) as error:
-        return Row(place, {"line": text}, f"not JSON: {error}")
-    if not isinstance(values, dict):
-        return Row(place, {"line": text}, "must be an object")
-    return Row(place, values)
+    except InvalidRequest as error:
+        return Row(place, {"line": text}, str(error))
 
 
 @dataclass(frozen=True)
@@ -178,18 +175,7 @@ class _Parquet:
 
         start = 0
         for path in self.paths:
-            for batch in _batches(path, rows):
-                yield _Table(pa.Table.from_batches([batch]), start)
-                start += batch.num_rows
-
-
-def _batches(path: Path, rows: int) -> Iterator[Any]:
-    """Raise InvalidRequest for a file that is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(rows)
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidRequest(f"{path}: {error}") from error
+            with parquet_file(path) as file:
+                for batch in file.iter_batches(rows):
+                    yield _Table(pa.Table.from_batches([batch]), start)
+                    start += batch.num_rows
