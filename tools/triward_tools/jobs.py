@@ -75,6 +75,20 @@ def fingerprint(path: Path) -> str:
     return f"{size} bytes, sha256 {digest.hexdigest()}"
 
 
+def footer_fingerprint(path: Path) -> str:
+    """Return a Parquet file's size and footer as text, for a manifest.
+
+    A footer says where in the file each column of each row group lies, how long it is, and what its
+    extremes are. Other rows change it, and it is short however long the file is.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(size - 8)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(size - 8 - length)
+        return f"{size} bytes, {hashlib.sha256(file.read()).hexdigest()}"
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Let an OSError say which file it is about; that of a write, as on a full disk, does not."""

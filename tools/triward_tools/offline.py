@@ -12,7 +12,6 @@ What chunks and scores depend on stands in a manifest beside them. A job that di
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 from triward.integrations.rows import RowScorer
 
 from triward_tools.inputs import files_below, parquet_file
-from triward_tools.jobs import JobMismatch, check_apart, pin, whole_file
+from triward_tools.jobs import JobMismatch, check_apart, footer_fingerprint, pin, whole_file
 
 __all__ = ["Job", "JobMismatch", "RowGroup", "Summary", "begin", "score_parquet", "score_table"]
 
@@ -35,9 +34,6 @@ MANIFEST = "_manifest.json"
 
 # Of the manifest, and of the chunks' names.
 _FORMAT = 1
-
-# What of a scorer decides about scores. Servers, concurrency and patience may be others each time.
-_PINNED = ("messages", "prompt", "responses", "images", "score")
 
 
 @dataclass(frozen=True)
@@ -184,8 +180,8 @@ def begin(
     groups: list[RowGroup] = []
     manifest: dict[str, Any] = {
         "format": _FORMAT,
-        "model": scorer.client.model,
-        **{name: getattr(scorer, name) for name in _PINNED},
+        **scorer.identity,
+        "score": scorer.score,
         "keep": None if keep is None else [*keep],
         "chunk_rows": chunk_rows,
     }
@@ -195,7 +191,7 @@ def begin(
             _check_columns(name, file.schema_arrow.names, scorer, keep)
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         groups += [RowGroup(name, place, number, count) for number, count in enumerate(rows)]
-        manifest[f"file {name}"] = _fingerprint(path)
+        manifest[f"file {name}"] = footer_fingerprint(path)
     pin(output, MANIFEST, manifest)
     return Job(root, output, scorer, keep, chunk_rows, groups)
 
@@ -239,20 +235,6 @@ def _check_columns(
     for name in (scorer.score, scorer.error):
         if name in (names if keep is None else keep):
             raise ValueError(f"{file} has a column {name!r} already")
-
-
-def _fingerprint(path: Path) -> str:
-    """Of a Parquet file: its size, and its footer.
-
-    A footer says where in the file each column of each row group lies, how long it is, and what its
-    extremes are. Other rows change it, and it is short however long the file is.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(size - 8)
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(size - 8 - length)
-        return f"{size} bytes, {hashlib.sha256(file.read()).hexdigest()}"
 
 
 def _cut(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:

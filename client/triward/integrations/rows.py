@@ -15,6 +15,7 @@ from typing import Any
 from triward.client import RewardClient
 from triward.conversation import Message
 from triward.errors import InvalidRequest
+from triward.integrations.images import copied, holds_none, image_of, image_parts
 from triward.retries import until_answered
 
 Score = float | list[float]
@@ -68,6 +69,17 @@ class RowScorer:
         """Names of the columns that are read."""
         names = (self.messages, self.prompt, self.responses, self.images)
         return [name for name in names if name is not None]
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What decides about scores; servers, concurrency and patience may be others each time."""
+        return {
+            "model": self.client.model,
+            "messages": self.messages,
+            "prompt": self.prompt,
+            "responses": self.responses,
+            "images": self.images,
+        }
 
     @property
     def error(self) -> str:
@@ -176,59 +188,32 @@ def _messages(value: object, role: str, column: str) -> list[Message]:
 
 
 def _images(value: object) -> list[object]:
-    """A row's images as the client takes them: one, some, or None for none."""
+    """Return a row's images as the client takes them: one, some, or None for none."""
     if value is None:
         return []
-    return [_image(each) for each in value] if isinstance(value, (list, tuple)) else [_image(value)]
-
-
-def _image(value: object) -> object:
-    """What is in a struct of Hugging Face's; any other value as it is."""
-    if not isinstance(value, Mapping):
-        return value
-    held = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if held is None:
-        raise InvalidRequest("an image has neither bytes nor a path")
-    return held
+    return [image_of(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def _illustrate(messages: list[Message], images: list[object]) -> list[Message]:
-    """Copies of the messages, with the images in their places.
+    """Return copies of the messages, with the images in their places.
 
     Raises:
         InvalidRequest: there are more images than places, or fewer.
     """
-    copies = [{**message, "content": _copied(message.get("content"))} for message in messages]
-    contents = [copy["content"] for copy in copies if isinstance(copy["content"], list)]
-    parts = [part for content in contents for part in content if _is_image(part)]
+    copies = [{**message, "content": copied(message.get("content"))} for message in messages]
+    parts = [part for copy in copies for part in image_parts(copy["content"])]
     if images and not parts:
         return _led_by(images, copies)
-    places = [p for p in parts if p.get("image") is None and p.get("image_url") is None]
+    for part in parts:
+        if part.get("image") is not None:
+            part["image"] = image_of(part["image"])
+    places = [part for part in parts if holds_none(part)]
     if len(places) != len(images):
         given = f"the row has {len(images)} for them"
         raise InvalidRequest(f"{len(places)} image parts hold no image, {given}")
     for part, image in zip(places, images, strict=True):
         part["image"] = image
     return list(copies)
-
-
-def _copied(content: object) -> object:
-    """Content whose parts can be changed; what is wrong with it the client will say."""
-    if not isinstance(content, (list, tuple)):
-        return content
-    parts = [dict(part) if isinstance(part, Mapping) else part for part in content]
-    for part in parts:
-        if _is_image(part) and part.get("image") is not None:
-            part["image"] = _image(part["image"])
-    return parts
-
-
-def _is_image(part: object) -> bool:
-    return isinstance(part, dict) and (
-        part.get("type") in ("image", "image_url")
-        or part.get("image") is not None
-        or part.get("image_url") is not None
-    )
 
 
 def _led_by(images: list[object], messages: list[dict[str, Any]]) -> list[Message]:

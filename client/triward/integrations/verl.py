@@ -29,6 +29,7 @@ from triward.channel import Url
 from triward.client import RewardClient
 from triward.conversation import Message, Messages
 from triward.errors import InvalidRequest
+from triward.integrations.images import copied, holds_none, image_of, image_parts
 from triward.rewards import Shape, mix, shape_of
 
 # In a prompt of verl's datasets it stands for the next of the row's images.
@@ -279,36 +280,26 @@ def _with_images(messages: Iterable[Message], images: Sequence[Any]) -> Messages
     """
     if not len(images):
         return list(messages)
-    places: list[dict[str, Any]] = []
-    filled = [{**message, "content": _parts(message["content"], places)} for message in messages]
+    filled = [{**message, "content": _parts(message["content"])} for message in messages]
+    places = [part for message in filled for part in image_parts(message["content"])]
     if len(places) != len(images):
         raise InvalidRequest(f"images: {len(images)} for {len(places)} places in the prompt")
     for place, image in zip(places, images, strict=True):
-        if place.get("image") is None:
-            place.update(_image_part(image))
+        if holds_none(place):
+            described = isinstance(image, Mapping) and "image" in image
+            place.update(image if described else {"image": image_of(image)})
     return filled
 
 
-def _parts(content: Any, places: list[dict[str, Any]]) -> list[Any]:
-    """Copies of a content's parts; those for images are also put into `places`."""
-    if isinstance(content, str):
-        pieces = [piece for piece in re.split(f"({_IMAGE})", content) if piece]
-        content = [
-            {"type": "image"} if piece == _IMAGE else {"type": "text", "text": piece}
-            for piece in pieces
-        ]
-    parts = [dict(part) for part in content]
-    places += [part for part in parts if part.get("type") == "image"]
-    return parts
-
-
-def _image_part(image: Any) -> Mapping[str, Any]:
-    if not isinstance(image, Mapping):
-        return {"image": image}
-    if "image" in image:
-        return image
-    # Tables of Hugging Face datasets hold an image so.
-    return {"image": image.get("bytes") or image.get("path")}
+def _parts(content: Any) -> Any:
+    """Return copies of a content's parts; `<image>` in a text becomes one."""
+    if not isinstance(content, str):
+        return copied(list(content))  # of a table it may be an array
+    pieces = [piece for piece in re.split(f"({_IMAGE})", content) if piece]
+    return [
+        {"type": "image"} if piece == _IMAGE else {"type": "text", "text": piece}
+        for piece in pieces
+    ]
 
 
 def _at_last_tokens(data: Any, scores: Sequence[float]) -> Any:

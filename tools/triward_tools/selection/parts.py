@@ -20,9 +20,6 @@ from triward_tools.selection.verdicts import Judge, Verdict
 _MANIFEST = "_manifest.json"
 _FORMAT = 1
 
-# What of a scorer decides about scores. Servers, concurrency and patience may be others each time.
-_PINNED = ("messages", "prompt", "responses", "images")
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -50,8 +47,8 @@ class Parts:
         manifest: dict[str, Any] = {
             "format": _FORMAT,
             "task": type(task).__name__,
-            "model": scorer.client.model if self.judge.scores is None else None,
-            **{name: getattr(scorer, name) for name in _PINNED},
+            **scorer.identity,
+            **({} if self.judge.scores is None else {"model": None}),  # nobody is asked
             "scores": self.judge.scores,
             "chunk_rows": self.chunk_rows,
             **{
