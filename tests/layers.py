@@ -1,4 +1,4 @@
-"""Which modules of a package a file of it imports, for the tests of the layers."""
+"""Imports and docstrings of a package, for the tests of its architecture."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ def below(package: Path, order: list[str]) -> list[str]:
         for other in sorted(imported(files[name]))
         if places.get(other, -1) >= place
     ]
+
+
+def vague(package: Path) -> list[str]:
+    """Docstrings that open with a pronoun, where an imperative or a noun phrase is asked for."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    openings = {"What", "Whether", "Of", "Those", "Who", "Which", "Why", "How", "Where"}
+    found = []
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ast.get_docstring(node) if isinstance(node, documented) else None
+            if text and text.split()[0] in openings:
+                found.append(f"{path.name}: {text.splitlines()[0]}")
+    return found
 
 
 def _nodes(node: ast.AST) -> Iterator[ast.AST]:

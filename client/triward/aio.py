@@ -61,14 +61,14 @@ class AsyncRewardClient(BaseClient):
         )
 
     async def score(self, messages: Messages, *, timeout: float | None = None) -> float:
-        """The reward of a conversation whose last message is the assistant's."""
+        """Return the reward of a conversation whose last message is the assistant's."""
         prompt, response = split_conversation(messages)
         return (await self.score_responses(prompt, [response], timeout=timeout))[0]
 
     async def score_responses(
         self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
     ) -> list[float]:
-        """The rewards of N >= 1 candidate responses to one prompt, in their order."""
+        """Return the rewards of N >= 1 candidate responses to one prompt, in their order."""
         deadline = await self._begin(timeout)
         request = await _in_thread(partial(build_request, messages, responses, deadline), deadline)
         return await self._run(self._infer(request, deadline))
@@ -83,7 +83,7 @@ class AsyncRewardClient(BaseClient):
         patch_size: int = 14,
         timeout: float | None = None,
     ) -> list[float]:
-        """The rewards of N >= 1 responses whose token ids are known; see `RewardClient`."""
+        """Return the rewards of N >= 1 responses whose token ids are known; see `RewardClient`."""
         deadline = self._deadline(timeout)
         read = partial(token_request, prompt_ids, response_ids, media, seconds_per_grid, patch_size)
         request = await _in_thread(read, deadline)
@@ -98,7 +98,7 @@ class AsyncRewardClient(BaseClient):
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> list[Any]:
-        """The rewards of conversations, in their order; see `RewardClient.score_many`."""
+        """Return the rewards of conversations, in their order; see `RewardClient.score_many`."""
         outcomes = self.iter_scores(
             conversations,
             timeout=timeout,
@@ -117,7 +117,7 @@ class AsyncRewardClient(BaseClient):
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> AsyncIterator[Any]:
-        """What `score_many` returns, one by one: for more conversations than fit into memory."""
+        """Yield the outcomes of `score_many`, for more conversations than fit into memory."""
         schedule: Schedule[asyncio.Task[list[Outcome]]]
         schedule = Schedule(conversations, concurrency, on_error)
         self._deadline(timeout)  # raises for a wrong timeout even when there is no conversation
@@ -126,18 +126,18 @@ class AsyncRewardClient(BaseClient):
     async def rank(
         self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
     ) -> list[int]:
-        """Indices of `responses`, best first; equal scores keep their order."""
+        """Return indices of `responses`, best first; equal scores keep their order."""
         return ranked(await self.score_responses(messages, responses, timeout=timeout))
 
     async def compare(
         self, messages: Messages, a: str, b: str, *, timeout: float | None = None
     ) -> bool:
-        """True when response `a` scores strictly higher than response `b`."""
+        """Return True if response `a` scores strictly higher than response `b`."""
         score_a, score_b = await self.score_responses(messages, [a, b], timeout=timeout)
         return score_a > score_b
 
     async def is_ready(self, timeout: float | None = None) -> bool:
-        """True when the model can be asked; False when it is not reachable or not ready in time.
+        """Return True if the model can be asked; False if it is not reachable or not ready in time.
 
         Raises:
             ServerError: the server fails, or does not serve this model at all.
@@ -160,7 +160,7 @@ class AsyncRewardClient(BaseClient):
             await mine.close()
 
     async def __aenter__(self) -> AsyncRewardClient:
-        """The client itself."""
+        """Return the client itself."""
         return self
 
     async def __aexit__(
@@ -188,7 +188,7 @@ class AsyncRewardClient(BaseClient):
         return AsyncPatient(self._address.connect(InferenceServerClient))
 
     async def _begin(self, timeout: float | None) -> Deadline:
-        """The deadline of a call. It begins when the server has started, if that is waited for."""
+        """Wait for the server, if that is wanted, and begin the call's deadline."""
         if self._wait_ready and not self._closed and not self._contact.get().waited:
             loop = asyncio.get_running_loop()
             if loop not in self._starting:
@@ -306,7 +306,7 @@ class AsyncRewardClient(BaseClient):
 
 @dataclass(frozen=True)
 class _Reading:
-    """How the media of one call are read: as many at once as there are requests in flight."""
+    """Shared reading of one call's media, as many at once as there are requests in flight."""
 
     shelf: Shelf
     threads: ThreadPoolExecutor
@@ -317,7 +317,7 @@ async def _in_thread(
     deadline: Deadline,
     threads: ThreadPoolExecutor | None = None,
 ) -> T:
-    """A request that is made in one of `threads`, or of the event loop's own."""
+    """Make a request in one of `threads`, or of the event loop's own."""
     reading = asyncio.get_running_loop().run_in_executor(threads, read)
     try:
         return await asyncio.wait_for(reading, deadline.remaining())

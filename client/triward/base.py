@@ -52,7 +52,7 @@ Steps = Generator[Step, Any, T]
 
 
 class Contact:
-    """What this process knows of the servers.
+    """State of this process's contact with the servers.
 
     Attributes:
         made: True if one has answered; or if several are named, of which one may be away. Then a
@@ -99,7 +99,7 @@ class BaseClient:
         return self._model
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The settings; connections stay behind."""
+        """Pickle the settings; connections stay behind."""
         return partial(type(self), self._address.url, **self._settings()), ()
 
     def _settings(self) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _health(client: RewardClient, options: argparse.Namespace) -> int:
 
 
 def _score_lines(client: RewardClient, options: argparse.Namespace) -> int:
-    """Every line comes back, in order, with its scores or its error."""
+    """Write every line back, in order, with its scores or its error."""
     if options.output != "-" and options.input != "-" and _same(options.input, options.output):
         raise InvalidRequest(f"{options.output}: is the input, too")
     if options.output != "-" and not options.force:
@@ -328,7 +328,7 @@ def _messages(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _print_scores(
     scores: list[float], options: argparse.Namespace, as_json: dict[str, Any]
 ) -> None:
-    """A table, best first, or JSON."""
+    """Print a table, best first, or JSON."""
     if options.json:
         print(json.dumps(as_json))
         return
@@ -344,7 +344,7 @@ def _print_scores(
 
 
 def _shortened(text: str, room: int) -> str:
-    """The text in one line of at most `room` columns of a terminal, without control characters."""
+    """Return the text as a line of at most `room` terminal columns, without control characters."""
     line = "".join(c for c in " ".join(text.split()) if unicodedata.category(c) != "Cc")
     widths = [_width(character) for character in line]
     if sum(widths) <= room:

@@ -94,7 +94,7 @@ class RewardClient(BaseClient):
         self._region: PerProcess[Region] = PerProcess(self._make_region)
 
     def score(self, messages: Messages, *, timeout: float | None = None) -> float:
-        """The reward of a conversation whose last message is the assistant's."""
+        """Return the reward of a conversation whose last message is the assistant's."""
         deadline = self._begin(timeout)
         prompt, response = split_conversation(messages)
         return self._score(build_request(prompt, [response], deadline), deadline)[0]
@@ -102,7 +102,7 @@ class RewardClient(BaseClient):
     def score_responses(
         self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
     ) -> list[float]:
-        """The rewards of N >= 1 candidate responses to one prompt, in their order.
+        """Return the rewards of N >= 1 candidate responses to one prompt, in their order.
 
         One request: the prompt and its media are sent once.
         """
@@ -119,7 +119,7 @@ class RewardClient(BaseClient):
         patch_size: int = 14,
         timeout: float | None = None,
     ) -> list[float]:
-        """The rewards of N >= 1 responses whose token ids are known: no preprocessing.
+        """Return the rewards of N >= 1 responses whose token ids are known: no preprocessing.
 
         Conversation i is `prompt_ids` followed by `response_ids[i]`, scored at its last token. A
         server knows ids and pixels only: whether they are the checkpoint's own chat template and
@@ -150,7 +150,7 @@ class RewardClient(BaseClient):
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> list[Any]:
-        """The rewards of conversations, in their order.
+        """Return the rewards of conversations, in their order.
 
         Args:
             conversations: each as for `score`; taken one by one, as earlier ones finish.
@@ -189,7 +189,7 @@ class RewardClient(BaseClient):
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> Iterator[Any]:
-        """What `score_many` returns, one by one: for more conversations than fit into memory."""
+        """Yield the outcomes of `score_many`, for more conversations than fit into memory."""
         schedule: Schedule[Future[list[Outcome]]] = Schedule(conversations, concurrency, on_error)
         self._deadline(timeout)  # raises for a wrong timeout even when there is no conversation
         return self._outcomes(schedule, timeout, progress)
@@ -197,16 +197,16 @@ class RewardClient(BaseClient):
     def rank(
         self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
     ) -> list[int]:
-        """Indices of `responses`, best first; equal scores keep their order."""
+        """Return indices of `responses`, best first; equal scores keep their order."""
         return ranked(self.score_responses(messages, responses, timeout=timeout))
 
     def compare(self, messages: Messages, a: str, b: str, *, timeout: float | None = None) -> bool:
-        """True when response `a` scores strictly higher than response `b`."""
+        """Return True if response `a` scores strictly higher than response `b`."""
         score_a, score_b = self.score_responses(messages, [a, b], timeout=timeout)
         return score_a > score_b
 
     def is_ready(self, timeout: float | None = None) -> bool:
-        """True when the model can be asked; False when it is not reachable or not ready in time.
+        """Return True if the model can be asked; False if it is not reachable or not ready in time.
 
         Raises:
             ServerError: the server fails, or does not serve this model at all.
@@ -239,7 +239,7 @@ class RewardClient(BaseClient):
             region.close()
 
     def __enter__(self) -> RewardClient:
-        """The client itself."""
+        """Return the client itself."""
         return self
 
     def __exit__(
@@ -255,7 +255,7 @@ class RewardClient(BaseClient):
         return {**super()._settings(), "shared_memory_bytes": self._shared_memory_bytes}
 
     def _begin(self, timeout: float | None) -> Deadline:
-        """The deadline of a call. It begins when the server has started, if that is waited for."""
+        """Wait for the server, if that is wanted, and begin the call's deadline."""
         if self._wait_ready and not self._closed:
             contact = self._contact.get()
             with contact.lock:

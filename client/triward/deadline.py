@@ -53,7 +53,7 @@ class Deadline:
         return left
 
     def exceeded(self, said: str = "") -> DeadlineExceeded:
-        """The error that says that this deadline passed, and over what.
+        """Return the error that says that this deadline passed, and over what.
 
         Args:
             said: a server's own words.

@@ -1,4 +1,4 @@
-"""Everything that a call to the server can raise.
+"""Errors that a call to the server can raise.
 
     TriwardError
     ├── InvalidRequest      the input is wrong (also a ValueError); the same request fails again
@@ -103,7 +103,7 @@ def from_triton(error: InferenceServerException, *, model: str, url: str) -> Tri
 
 
 def code_of(error: InferenceServerException) -> str:
-    """The name of the gRPC status, as "UNAVAILABLE"."""
+    """Return the name of the gRPC status, as "UNAVAILABLE"."""
     return str(error.status()).rpartition(".")[2]
 
 
@@ -116,5 +116,5 @@ def _unavailable(message: str) -> str:
 
 
 def is_unknown_region(error: TriwardError) -> bool:
-    """Whether the server says that it does not know a region of shared memory."""
+    """Return True if the server says that it does not know a region of shared memory."""
     return _UNKNOWN_REGION in str(error)

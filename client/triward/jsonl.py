@@ -84,7 +84,7 @@ def score_lines(
 
 
 def _read(text: str, number: int) -> tuple[_Line, list[list[Message]]]:
-    """A line and the conversations it asks for."""
+    """Return a line and the conversations it asks for."""
     line = _Line(number)
     try:
         row = read_object(text)

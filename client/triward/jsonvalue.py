@@ -33,7 +33,7 @@ def plain(value: object, place: str) -> Any:
 
 
 def check_text(value: object, place: str) -> str:
-    """The value itself, once it is known to be text that UTF-8 can encode.
+    """Return the value, once it is known to be text that UTF-8 can encode.
 
     Raises:
         InvalidRequest: it is no str, or holds half of a surrogate pair.

@@ -41,7 +41,7 @@ def finite(rewards: Rewards, place: str) -> Array:
 
 
 def plain(rewards: Any) -> Any:
-    """A tensor's numbers as a list; anything else as it is."""
+    """Return a tensor's numbers as a list; anything else as it is."""
     # numpy knows no bfloat16, and torch's own conversion no device but the CPU.
     return rewards.tolist() if hasattr(rewards, "tolist") else rewards
 

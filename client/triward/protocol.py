@@ -18,7 +18,7 @@ CONTRACT_VERSION = 1
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a model.
+    """Name, type and dimensions of a model's tensor.
 
     Attributes:
         name: Triton's name of the tensor.
@@ -49,5 +49,5 @@ OUTPUTS = (SCORES, TOKEN_COUNTS)
 
 
 def forward_model(model: str) -> str:
-    """The ensemble's step that takes tokens."""
+    """Return the name of the ensemble's step that takes tokens."""
     return f"{model}_forward"

@@ -44,7 +44,7 @@ Steps = Generator[Any, Any, T]  # as `base.Steps`
 
 @dataclass(frozen=True)
 class Place:
-    """Where a BYTES tensor lies.
+    """Position of a BYTES tensor in a region.
 
     Attributes:
         region: name under which the server knows the region.
@@ -92,7 +92,7 @@ class Region:
 
     @contextmanager
     def lend(self, values: Sequence[bytes]) -> Iterator[Place | None]:
-        """A place that holds a BYTES tensor while the context lasts; None if there is no room.
+        """Lend a place that holds a BYTES tensor while the context lasts; None if there is no room.
 
         It rests if the context is left by an exception other than `InvalidRequest`.
         """
@@ -119,7 +119,7 @@ class Region:
                 self._taken[start] = (start + size, monotonic() + rest)
 
     def _take(self, size: int) -> int | None:
-        """The first gap that is large enough."""
+        """Take the first gap that is large enough."""
         with self._lock:
             now, start = monotonic(), 0
             for first, (last, free) in sorted(self._taken.items()):
@@ -197,13 +197,13 @@ def sweep() -> None:
 
 
 def is_gone(key: str) -> bool:
-    """Whether a region that a server knows was a client's, and its file is not there any more."""
+    """Return True if a region that a server knows was a client's, and its file is gone."""
     name = key.lstrip("/")
     return name.startswith(PREFIX) and not (FOLDER / name).exists()
 
 
 def _create() -> tuple[Path, int]:
-    """A new file and its descriptor, with the lock that says that its owner lives."""
+    """Return a new file and its descriptor, with the lock that says that its owner lives."""
     while True:
         path = FOLDER / f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)

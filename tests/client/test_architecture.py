@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.layers import below, imported, modules
+from tests.layers import below, imported, modules, vague
 
 PACKAGE = Path(__file__).parents[2] / "client" / "triward"
 
@@ -40,3 +40,7 @@ def test_a_call_is_made_in_one_place():
     files = modules(PACKAGE)
     shared = {"triward.contract", "triward.connection", "triward.wire", "triward.grouping.grouped"}
     assert imported(files["client"]) & shared == imported(files["aio"]) & shared == set()
+
+
+def test_docstrings_name_the_thing():
+    assert vague(PACKAGE) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.layers import below, imported, modules
+from tests.layers import below, imported, modules, vague
 
 PACKAGE = Path(__file__).parents[2] / "tools" / "triward_tools"
 
@@ -47,3 +47,7 @@ def test_the_server_is_not_imported():
     roots = {name.split(".")[0] for p in modules(PACKAGE).values() for name in imported(p)}
     assert "triward" in roots
     assert "triward_server" not in roots
+
+
+def test_docstrings_name_the_thing():
+    assert vague(PACKAGE) == []

@@ -160,7 +160,7 @@ def _selection() -> Any:
 
 
 def _settings(selection: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """What the three commands' functions share."""
+    """Return the arguments that the three commands' functions share."""
     picture = options.picture or f"{options.output}.svg"
     return {
         "columns": selection.Columns(**{name: getattr(options, name) for name in _COLUMNS}),
@@ -173,7 +173,7 @@ def _settings(selection: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rule(selection: Any, options: argparse.Namespace) -> Rule:
-    """The one rule that the options name; without any, all scores are kept."""
+    """Return the one rule that the options name; without any, all scores are kept."""
     others = [options.quantiles, options.outliers, options.outliers_by_length]
     bounded = options.min is not None or options.max is not None
     if bounded and any(other is not None for other in others):

@@ -1,4 +1,4 @@
-"""What jobs share that write a folder and can be resumed: the manifest, and files that are whole.
+"""Jobs that write a folder and can be resumed: the manifest, and files that are whole.
 
 A manifest says what the folder's content depends on. A job that differs is refused.
 """
@@ -66,7 +66,7 @@ def check_apart(source: Path, output: Path) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    """Of a file's whole content, for a manifest."""
+    """Return a file's size and the digest of its whole content, for a manifest."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -101,7 +101,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path, scratch: Path | None = None) -> Iterator[IO[bytes]]:
-    """A file that is at `path` once it is complete and on disk, and never before.
+    """Open a file that is at `path` once it is complete and on disk, and never before.
 
     Args:
         path: where it will be.
@@ -122,7 +122,7 @@ def whole_file(path: Path, scratch: Path | None = None) -> Iterator[IO[bytes]]:
 
 
 def _nothing_finished(output: Path, manifest: Path) -> bool:
-    """Whether nothing in the folder but the manifest holds anything that is whole."""
+    """Return True if nothing in the folder but the manifest holds anything that is whole."""
     others = (entry for entry in output.iterdir() if entry != manifest and entry.suffix != ".tmp")
     return all(entry.is_file() and not entry.stat().st_size for entry in others)
 

@@ -38,7 +38,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished job's output holds.
+    """Counts of a finished job's output.
 
     Attributes:
         rows: as many as the input.
@@ -51,7 +51,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """What one worker reads in one go.
+    """A row group of a file, which one worker reads in one go.
 
     Attributes:
         path: of the file, below the input folder.
@@ -107,7 +107,7 @@ class Job:
     groups: Sequence[RowGroup]
 
     def unfinished(self) -> list[RowGroup]:
-        """The row groups that have chunks to do."""
+        """Return the row groups that have chunks to do."""
         done = {path.name for path in self.output.iterdir()}
         return [group for group in self.groups if not done.issuperset(self._chunks(group))]
 
@@ -197,7 +197,7 @@ def begin(
 
 
 def score_table(scorer: RowScorer, table: pa.Table, keep: Sequence[str] | None = None) -> pa.Table:
-    """The columns to keep, and those of scores and errors.
+    """Return the columns to keep, and those of scores and errors.
 
     Scores are float32, as the server's are, or lists of them; null where there is an error.
     """
@@ -209,7 +209,7 @@ def score_table(scorer: RowScorer, table: pa.Table, keep: Sequence[str] | None =
 
 
 def _score_type(scorer: RowScorer, schema: pa.Schema) -> pa.DataType:
-    """Of the whole column, also where a chunk holds no score to tell it from."""
+    """Return the whole column's type, also where a chunk holds no score to tell it from."""
     kind = schema.field(scorer.responses).type if scorer.responses else pa.null()
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     several = any(is_a(kind) for is_a in lists) and not pa.types.is_struct(kind.value_type)

@@ -48,7 +48,7 @@ class RayScorer:
         self._scorer = scorer
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """The batch with its scores and errors."""
+        """Return the batch with its scores and errors."""
         if not isinstance(batch, pa.Table):
             kind = type(batch).__name__
             raise TypeError(f"RayScorer needs batch_format='pyarrow', got a batch of type {kind}")
@@ -64,7 +64,7 @@ def score_parquet(
     keep: Sequence[str] | None = None,
     chunk_rows: int = 1000,
 ) -> Summary:
-    """Like `offline.score_parquet`, by `actors` actors of a Ray cluster.
+    """Score Parquet files as `offline.score_parquet` does, by `actors` actors of a Ray cluster.
 
     Input and output lie where all nodes find them under the same path. An actor that is lost is
     replaced. Row groups are what actors share among them.
@@ -108,7 +108,7 @@ def best_of_n(dataset: ray.data.Dataset, columns: Columns) -> ray.data.Dataset:
 
 
 def filter_scored(dataset: ray.data.Dataset, rule: Rule, columns: Columns) -> ray.data.Dataset:
-    """The rows whose scores a rule keeps, as `triward_tools.selection.filter_file` writes them.
+    """Return the rows whose scores a rule keeps, as `selection.filter_file` writes them.
 
     The rule is fitted on this machine, to scores and lengths alone. The dataset is run for that,
     and then held in Ray's object store.
@@ -138,7 +138,7 @@ def pairs(dataset: ray.data.Dataset, pairing: Pairing, columns: Columns) -> ray.
 
 
 def _held(dataset: ray.data.Dataset, columns: Columns) -> tuple[ray.data.Dataset, Columns]:
-    """The rows in the object store, and the names of their columns."""
+    """Return the rows in the object store, and the names of their columns."""
     _check_scores(columns)
     # Each look at a dataset runs what comes before it again, which may be to ask for scores.
     held = dataset.materialize()
@@ -172,7 +172,7 @@ def _chosen(
 
 @dataclass(frozen=True)
 class _Judged:
-    """What a worker does with a batch of rows that hold scores."""
+    """A worker's part in choosing among rows that hold scores."""
 
     columns: Columns
     task: Task
@@ -183,7 +183,7 @@ class _Judged:
         return pa.Table.from_pylist(found, _VERDICT)
 
     def chosen(self, batch: pa.Table, chooser: Chooser) -> pa.Table:
-        """What is chosen of them."""
+        """Return what is chosen of them."""
         scorer = self.columns.among(batch.schema.names).scorer(None)
         rows = [
             made

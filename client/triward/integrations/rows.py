@@ -72,7 +72,7 @@ class RowScorer:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """What decides about scores; servers, concurrency and patience may be others each time."""
+        """Settings that decide about scores. Servers, concurrency and patience do not."""
         return {
             "model": self.client.model,
             "messages": self.messages,
@@ -114,7 +114,7 @@ class RowScorer:
         return [score for score, _ in told], [error for _, error in told]
 
     def conversations(self, row: Mapping[str, Any]) -> list[list[Message]]:
-        """What is asked for a row: a conversation for each response, with the row's images.
+        """Return a conversation for each of a row's responses, with the row's images.
 
         Raises:
             InvalidRequest: the row holds none.
@@ -141,7 +141,7 @@ class RowScorer:
 
 @dataclass
 class _Row:
-    """What a row asks for.
+    """Conversations of a row, and whether its score is a list.
 
     Attributes:
         conversations: none if there is an error.
@@ -154,7 +154,7 @@ class _Row:
     error: str = ""
 
     def tell(self, answers: list[float | InvalidRequest]) -> tuple[Score | None, str]:
-        """The row's score and error; one response without a score leaves the row without."""
+        """Return the row's score and error; one response without a score leaves the row without."""
         if self.error:
             return None, self.error
         scores = [answer for answer in answers if isinstance(answer, float)]
@@ -166,7 +166,7 @@ class _Row:
 
 
 def _endings(value: object, column: str) -> tuple[list[list[Message]], bool]:
-    """The messages that end each of the row's conversations, and whether its score is a list."""
+    """Return the messages that end each of a row's conversations; True for a list of scores."""
     if not isinstance(value, (list, tuple)) or any(isinstance(each, Mapping) for each in value):
         return [_messages(value, "assistant", column)], False
     if not value:
@@ -217,7 +217,7 @@ def _illustrate(messages: list[Message], images: list[object]) -> list[Message]:
 
 
 def _led_by(images: list[object], messages: list[dict[str, Any]]) -> list[Message]:
-    """The messages; the first of the user's begins with the images."""
+    """Return the messages; the first of the user's begins with the images."""
     first = [{"type": "image", "image": image} for image in images]
     for place, message in enumerate(messages):
         content = message["content"]

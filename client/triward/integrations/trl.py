@@ -47,7 +47,7 @@ class TriwardReward:
     def __call__(
         self, prompts: list[Text], completions: list[Text], **columns: object
     ) -> list[float]:
-        """The reward of each completion; the dataset's other columns are not used.
+        """Return the reward of each completion; the dataset's other columns are not used.
 
         Raises:
             TriwardError: a completion has no score; the message names it.
@@ -59,7 +59,7 @@ class TriwardReward:
 def async_triward_reward(
     client: AsyncRewardClient, shape: Shape | None = None
 ) -> Callable[..., Awaitable[list[float]]]:
-    """A coroutine reward function: TRL runs it beside the other coroutines of `reward_funcs`."""
+    """Return a coroutine reward function, which TRL runs beside the others of `reward_funcs`."""
     # TRL tells coroutine functions from others with inspect, which does not see through an object
     # with an async __call__, but through a partial.
     return partial(async_triward, client, shape)
@@ -73,7 +73,7 @@ async def async_triward(
     completions: list[Text],
     **columns: object,
 ) -> list[float]:
-    """What `async_triward_reward` is made of; see `TriwardReward.__call__`."""
+    """Score completions as `TriwardReward.__call__` does."""
     scores = await client.score_many(_conversations(prompts, completions))
     return shape(scores) if shape else scores
 

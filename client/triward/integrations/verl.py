@@ -47,7 +47,7 @@ def compute_score(
     shape: Shape | Mapping[str, Any] | None = None,
     **verl: object,
 ) -> float:
-    """The reward of a rollout, as verl's custom reward function.
+    """Return the reward of a rollout, as verl's custom reward function.
 
     Args:
         data_source: not used.
@@ -117,7 +117,7 @@ class TriwardRewardManager:
         self._tokenizer = tokenizer
 
     async def run_single(self, data: Any) -> dict[str, Any]:
-        """The reward of a trajectory, which is its last sequence's, as in verl's own managers.
+        """Return the reward of a trajectory: that of its last sequence, as in verl's own managers.
 
         Args:
             data: a DataProto of the trajectory's sequences.
@@ -221,7 +221,7 @@ def _shaped(score: float, settings: Shape | Mapping[str, Any] | None) -> float:
 
 
 async def _ruled(rule: Callable[..., Any], item: Any, response: str) -> Any:
-    """What a custom reward function says; verl's take a number, or a dict with it as `score`."""
+    """Return a custom reward function's number; verl's return it, or a dict with it as `score`."""
     fields = item.non_tensor_batch
     asked = {
         "data_source": fields["data_source"],
@@ -245,7 +245,7 @@ def _conversation(prompt: Iterable[Message], response: str) -> Messages:
 
 
 def _rollout(item: Any, tokenizer: Any) -> Messages:
-    """The conversation of a DataProtoItem."""
+    """Return the conversation of a DataProtoItem."""
     fields = item.non_tensor_batch
     if "raw_prompt" in fields:
         # Up to 0.6 the images stand beside the messages.
@@ -264,7 +264,7 @@ def _response(item: Any, tokenizer: Any) -> str:
 
 
 def _described(extra_info: Mapping[str, Any] | None) -> Messages:
-    """The prompt that a dataset repeats in `extra_info`."""
+    """Return the prompt that a dataset repeats in `extra_info`."""
     prompt = (extra_info or {}).get("prompt")
     if extra_info is None or prompt is None:
         raise InvalidRequest("extra_info: needs 'prompt', the messages before the response")

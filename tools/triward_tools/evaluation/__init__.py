@@ -1,1 +1,1 @@
-"""How good a judge is: pairs of a benchmark's public files, scored by a server, as a report."""
+"""Evaluation of a judge: pairs of a benchmark's public files, scored by a server, as a report."""

@@ -34,7 +34,7 @@ from triward_tools.evaluation.sections import (
 
 @dataclass(frozen=True)
 class Tally:
-    """What was counted in one subset.
+    """Counts of one subset.
 
     Attributes:
         pairs: how many have scores, at least 1.
@@ -71,7 +71,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Scores:
-    """Every number of a benchmark that its data allow; a score without any pair is left out.
+    """All numbers of a benchmark that its data allow; a score without any pair is left out.
 
     Attributes:
         subsets: subset -> what was counted, in the benchmark's order.
@@ -108,7 +108,7 @@ class Benchmark:
     subsets: frozenset[str]
 
     def scores(self, results: Sequence[Result]) -> Scores:
-        """The numbers of these pairs.
+        """Return the numbers of these pairs.
 
         Raises:
             ValueError: a pair's subset is not the benchmark's.
@@ -127,7 +127,7 @@ class Benchmark:
         return Scores(tallies, _present(sections), _present(totals))
 
     def tallies(self, results: Sequence[Result]) -> dict[str, Tally]:
-        """What was counted in each subset that has a pair, in the benchmark's order."""
+        """Return the counts of each subset that has a pair, in the benchmark's order."""
         grouped: dict[str, list[Result]] = defaultdict(list)
         for result in results:
             if result.subset not in self.subsets:

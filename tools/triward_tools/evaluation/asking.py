@@ -21,7 +21,7 @@ def results_of(
     concurrency: int = 32,
     patience: float = 600.0,
 ) -> Generator[Result | Problem, None, None]:
-    """A result for each pair, in order; problems stay what they are.
+    """Yield a result for each pair, in order; problems stay what they are.
 
     Both responses of a pair travel in one request, with those of its neighbours that have the same
     prompt. A pair that the server refuses becomes a problem.

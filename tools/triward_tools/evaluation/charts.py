@@ -50,7 +50,7 @@ _STYLE = {
 
 
 def margin_chart(results: Sequence[Result]) -> str:
-    """How many pairs have which margin, the right ones apart from ties and wrong ones."""
+    """Draw a histogram of margins, the right pairs apart from ties and wrong ones."""
     values = np.array([r.margin for r in results])
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     width = max(high - low, 1e-9) / _BARS
@@ -100,7 +100,7 @@ def calibration_chart(calibration: Calibration) -> str:
 
 
 def _svg(name: str, draw: Any) -> str:
-    """A chart whose bytes depend on its data alone."""
+    """Return a chart whose bytes depend on its data alone."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Every number of a report, computed once; `report.json` is this, and the pages show it."""
+"""Numbers of a report, computed once; `report.json` is this, and the pages show it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report says.
+    """Content of a report.
 
     Attributes:
         benchmark: its name.
@@ -89,7 +89,7 @@ class Facts:
     published: tuple[Published, ...]
 
     def of(self, level: str) -> list[Row]:
-        """The rows of one level."""
+        """Return the rows of one level."""
         return [row for row in self.rows if row.level == level]
 
     @property

@@ -36,7 +36,7 @@ _MARKER = "<image>"
 
 @dataclass(frozen=True)
 class Format:
-    """How a benchmark is published.
+    """Publication format of a benchmark.
 
     Attributes:
         columns: what a file must have; alternatives stand together.
@@ -50,7 +50,7 @@ class Format:
 
 
 def files_of(benchmark: str, data: Path) -> list[Path]:
-    """The files that are read, in order.
+    """Return the files that are read, in order.
 
     Raises:
         InvalidRequest: there are none, or they have several formats.
@@ -61,7 +61,7 @@ def files_of(benchmark: str, data: Path) -> list[Path]:
 
 
 def read_pairs(benchmark: str, data: Path) -> Iterator[Pair | Problem]:
-    """Every row of the files, in order: as a pair, or as the problem that it is none.
+    """Yield every row of the files, in order: a pair, or the problem why it is none.
 
     Args:
         benchmark: one of `FORMATS`.
@@ -74,7 +74,7 @@ def read_pairs(benchmark: str, data: Path) -> Iterator[Pair | Problem]:
 
 
 def placed_pairs(benchmark: str, data: Path) -> Iterator[tuple[str, Pair | Problem]]:
-    """The same, each with its file and row in front."""
+    """Yield the same, each with its file and row in front."""
     format_ = FORMATS[benchmark]
     for row in read_rows(files_of(benchmark, data), format_.columns):
         try:
@@ -86,7 +86,7 @@ def placed_pairs(benchmark: str, data: Path) -> Iterator[tuple[str, Pair | Probl
 
 
 def _rewardbench(row: Row) -> Pair:
-    """A row of allenai/reward-bench, which has no pictures.
+    """Read a row of allenai/reward-bench, which has no pictures.
 
     `prompt`, `chosen`, `rejected` and `subset` are texts, `id` is a number. In some variants
     `prompt` is a list of messages. The published scores are of the split `filtered`; `raw` has
@@ -103,7 +103,7 @@ def _rewardbench(row: Row) -> Pair:
 
 
 def _vl_rewardbench(row: Row) -> Pair:
-    """A row of MMInstruction/VL-RewardBench, or of data.jsonl of vl-rewardbench/VL_RewardBench.
+    """Read a row of MMInstruction/VL-RewardBench, or of vl-rewardbench/VL_RewardBench's data.jsonl.
 
     `response` has two texts and `human_ranking` their ranks, 0 for the better one. The picture
     stands in `image`, in data.jsonl as a path in `image_path`. `query` has the marker `<image>` in
@@ -122,7 +122,7 @@ def _vl_rewardbench(row: Row) -> Pair:
 
 
 def _vl_subset(row: Row) -> str:
-    """By what stands before the first hyphen or underscore of the id.
+    """Return the subset, which stands before the first hyphen or underscore of the id.
 
     As the benchmark's cal.py does it, but that `hallucination` is povid, upper or lower case is the
     same, and an id without such a beginning names no source. What begins like no other is
@@ -137,7 +137,7 @@ def _vl_subset(row: Row) -> str:
 
 
 def _multimodal_rewardbench(row: Row) -> Pair:
-    """A row of all_data.json, as the scripts of facebookresearch/multimodal_rewardbench write it.
+    """Read a row of all_data.json, as facebookresearch/multimodal_rewardbench's scripts write it.
 
     `Text`, `Output1`, `Output2` and `Category` are texts, `Better` is "Output1" or "Output2", and
     `Image` is a path that starts at the file's folder.
@@ -153,7 +153,7 @@ def _multimodal_rewardbench(row: Row) -> Pair:
 
 
 def _illustrated(row: Row, column: str, text: str) -> list[Message]:
-    """The user's message: the picture, then the text without markers of where a picture is."""
+    """Return the user's message: the picture, then the text without markers for a picture."""
     shown = picture(row.values.get(column), row.folder, column)
     text = text.replace(f"{_MARKER}\n", "").replace(_MARKER, "")
     parts = [{"type": "image", "image": shown}, {"type": "text", "text": text}]

@@ -1,4 +1,4 @@
-"""What a row of a data set calls its picture -> what a message may hold."""
+"""Pictures of a data set's rows, as a message may hold them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 100  # characters of a value in a message
 
 
 def picture(value: object, folder: Path, column: str) -> Picture:
-    """A picture's bytes, or its path, at which there is a file.
+    """Return a picture's bytes, or its path, at which there is a file.
 
     Args:
         value: bytes; the struct of `bytes` and `path` that Hugging Face datasets write; a data:

@@ -49,15 +49,15 @@ class Ledger:
             self._file.flush()
 
     def results(self) -> Sequence[Result]:
-        """The rows that have scores."""
+        """Return the rows that have scores."""
         return [entry for entry in self.entries if isinstance(entry, Result)]
 
     def problems(self) -> Sequence[Problem]:
-        """The others."""
+        """Return the rows that have none."""
         return [entry for entry in self.entries if isinstance(entry, Problem)]
 
     def __enter__(self) -> Ledger:
-        """The ledger itself."""
+        """Return the ledger itself."""
         return self
 
     def __exit__(

@@ -47,7 +47,7 @@ class Turn:
 
 
 def turns(messages: Sequence[Message]) -> list[Turn]:
-    """The messages with their pictures made small; nothing in them makes this fail."""
+    """Return the messages with their pictures made small; nothing in them makes this fail."""
     return [
         Turn(visible(str(m.get("role", "?"))), tuple(_parts(m.get("content")))) for m in messages
     ]
@@ -74,7 +74,7 @@ def _part(part: object) -> Part:
 
 
 def picture(value: object) -> Part:
-    """A small copy of an image, or words that say why there is none."""
+    """Return a small copy of an image, or words that say why there is none."""
     if isinstance(value, str) and value[:8].lower().startswith(("http://", "https://")):
         return Part(visible(f"image at {value[:200]}, not fetched"))
     from PIL import Image, ImageOps

@@ -1,4 +1,4 @@
-"""What others published for their models, in percent, as it stands in their tables.
+"""Results that others published for their models, in percent, as in their tables.
 
 Rounded sections must give their mean within 0.1. Where they do not, the row is shown as published
 and marked (`doubtful`). RewardBench's Scores and VL-RewardBench's Macros all follow. Of
@@ -86,7 +86,7 @@ internlm2-20b-reward             | 98.9 76.5 89.9 95.8 90.3
 
 
 def _expected(values: Mapping[str, float]) -> dict[str, float]:
-    """The totals that a row's sections give, in percent."""
+    """Return the totals that a row's sections give, in percent."""
     if "Score" in values:
         return {"Score": sum(values[c] for c in _RB_COLUMNS[:4]) / 4}
     pooled = sum(values[c] * n for c, n in VL_PAIRS.items()) / sum(VL_PAIRS.values())

@@ -22,12 +22,12 @@ PairOf = Callable[[Sequence[int]], Mapping[int, Pair]]
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """A report that was written."""
 
     facts: Facts
 
     def lines(self) -> list[str]:
-        """A summary to print: scores with intervals, ties, and how many rows have no score."""
+        """Return a summary to print: scores with intervals, ties, and rows without a score."""
         facts = self.facts
         lines = [
             f"{facts.benchmark}, {facts.model}: {facts.correct:,} of {counted(facts.pairs)} right"
@@ -94,17 +94,17 @@ def write_report(
 
 
 def percent(value: float) -> str:
-    """A share in percent, with one decimal, as the benchmarks' tables have it."""
+    """Return a share in percent, with one decimal, as the benchmarks' tables have it."""
     return f"{100 * value:.1f}"
 
 
 def counted(pairs: int) -> str:
-    """As "1 pair" or "1,250 pairs"."""
+    """Return a count with its noun, as "1 pair" or "1,250 pairs"."""
     return f"{pairs:,} {'pair' if pairs == 1 else 'pairs'}"
 
 
 def statement(facts: Facts) -> str:
-    """What the headline means, in a sentence."""
+    """Return a sentence that says what the headline means."""
     if not facts.pairs:
         return "No pair has scores, so there is nothing to report."
     ties = f"; {facts.ties:,} of the others are ties" if facts.ties else ""
@@ -115,7 +115,7 @@ def statement(facts: Facts) -> str:
 
 
 def warnings(facts: Facts) -> list[str]:
-    """What a reader must know before the numbers, a sentence each."""
+    """Return what a reader must know before the numbers, a sentence each."""
     found = []
     if facts.problems:
         count = len(facts.problems)

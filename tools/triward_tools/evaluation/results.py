@@ -1,4 +1,4 @@
-"""What an evaluation knows of a pair: what is asked, what came back, or why nothing could."""
+"""Pairs of an evaluation, their results, and the problems of those that have none."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class Result:
 
     @property
     def margin(self) -> float:
-        """By how much the better response scores higher."""
+        """Difference of the scores, above 0 where the better response scores higher."""
         return self.chosen - self.rejected
 
     @property
     def correct(self) -> bool:
-        """Whether the better response scores higher; a tie is a loss, as in RewardBench."""
+        """True if the better response scores higher; a tie is a loss, as in RewardBench."""
         return self.chosen > self.rejected

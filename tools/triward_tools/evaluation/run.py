@@ -90,7 +90,7 @@ def evaluate(
 
 
 def _manifest(client: RewardClient, benchmark: str, data: Path) -> dict[str, Any]:
-    """What the scores depend on. Of pictures beside the files only the paths are."""
+    """Return what the scores depend on. Of pictures beside the files only the paths are in it."""
     root = data if data.is_dir() else data.parent
     files = files_of(benchmark, data)
     return {
@@ -102,7 +102,7 @@ def _manifest(client: RewardClient, benchmark: str, data: Path) -> dict[str, Any
 
 
 def _bar(wanted: bool, done: int, total: int) -> Any:
-    """A bar that begins at what is done."""
+    """Return a bar that begins at what is done."""
     from tqdm.auto import tqdm
 
     return tqdm(initial=done, total=total, unit="row", disable=not wanted)

@@ -1,4 +1,4 @@
-"""How sure the numbers are, and whether a large margin means more than a small one."""
+"""Confidence of the numbers, and whether a large margin means more than a small one."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def bootstrap(
 
 
 def wilson(correct: int, pairs: int) -> Interval:
-    """The score interval of a proportion (Wilson 1927, JASA 22:209), which never has no width."""
+    """Return a proportion's score interval (Wilson 1927, JASA 22:209), which is never empty."""
     p, z2 = correct / pairs, _Z * _Z
     center = (p + z2 / (2 * pairs)) / (1 + z2 / pairs)
     half = _Z / (1 + z2 / pairs) * sqrt(p * (1 - p) / pairs + z2 / (4 * pairs * pairs))
@@ -168,7 +168,7 @@ def calibration(results: Sequence[Result]) -> Calibration:
 
 
 def auroc(sizes: Floats, correct: NDArray[np.bool_]) -> float | None:
-    """How probable it is that a right pair has the larger |margin| than a wrong one.
+    """Return how probable it is that a right pair has the larger |margin| than a wrong one.
 
     The Mann-Whitney statistic, where equal ones count half: 0.5 says that the size of a margin
     tells nothing (Hanley & McNeil 1982, Radiology 143:29).
@@ -200,5 +200,5 @@ def _bin(sizes: Floats, correct: NDArray[np.bool_]) -> Bin:
 
 
 def _sigmoid(sizes: Floats) -> Floats:
-    """Of values that are not negative, so that nothing overflows."""
+    """Return the sigmoid of values that are not negative, so that nothing overflows."""
     return 1 / (1 + np.exp(-sizes))

@@ -47,7 +47,7 @@ class Row:
 
 
 def data_files(data: Path) -> list[Path]:
-    """The file itself, or a folder's files of data, at any depth, by path.
+    """Return the file itself, or a folder's files of data, at any depth, by path.
 
     What has another suffix than .parquet, .json or .jsonl, as pictures, is no data.
 
@@ -72,7 +72,7 @@ def data_files(data: Path) -> list[Path]:
 
 
 def read_rows(files: Sequence[Path], columns: Columns) -> Iterator[Row]:
-    """The rows of all files.
+    """Yield the rows of all files.
 
     Raises:
         InvalidRequest: a file cannot be read, or no row of it has one of the columns.
@@ -132,7 +132,7 @@ def _read_json(path: Path, columns: Columns) -> Iterator[tuple[int, Values]]:
 
 
 def _elements(path: Path, content: object) -> list[Any]:
-    """The rows of an array, of an object with an array `data`, or of an object of columns."""
+    """Return the rows of an array, an object with an array `data`, or an object of columns."""
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if isinstance(content, dict):

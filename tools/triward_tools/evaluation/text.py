@@ -22,7 +22,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
 
 
 def visible(text: str) -> str:
-    r"""The text, with what is unseen in it written as its code point, such as `<U+202E>`.
+    r"""Return the text, with what is unseen in it written as its code point, such as `<U+202E>`.
 
     The result has an encoding in UTF-8, and cannot reorder the page around it. `\r\n` is a newline.
     Emojis that are joined of several show how: joiners are format characters.
@@ -33,7 +33,7 @@ def visible(text: str) -> str:
 
 
 def markdown(text: object) -> str:
-    """The text as a cell of a Markdown table: one line, without tags, emphasis, links or cells.
+    """Return the text as a Markdown table's cell: one line without tags, emphasis, links or cells.
 
     Of an address that stands in it for itself, some viewers make a link all the same.
     """
@@ -41,7 +41,7 @@ def markdown(text: object) -> str:
 
 
 def fenced(text: str) -> str:
-    """The text as a code block, whose fence is longer than any row of backticks in it."""
+    """Return the text as a code block, whose fence is longer than any row of backticks in it."""
     shown = visible(text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
     return f"{fence}text\n{shown}\n{fence}"

@@ -1,4 +1,4 @@
-"""What scores are for: the best of N, data without its outliers, preference pairs."""
+"""Selection by scores: the best of N, data without its outliers, preference pairs."""
 
 from triward_tools.selection.best import best_of, best_of_n_curve
 from triward_tools.selection.columns import Columns

@@ -24,7 +24,7 @@ def best_of(scores: Numbers) -> int:
 
 
 def best_of_n_curve(groups: Iterable[Numbers], ks: Sequence[int]) -> list[float]:
-    """The expected score of the best of k responses, for each k.
+    """Return the expected score of the best of k responses, for each k.
 
     Of a group of n scores it is the mean maximum of all its subsets of k, so it is unbiased and
     needs no draw at random: the i-th lowest score is the highest of comb(i - 1, k - 1) of the
@@ -53,7 +53,7 @@ def best_of_n_curve(groups: Iterable[Numbers], ks: Sequence[int]) -> list[float]
 
 
 def points(sizes: Sequence[int]) -> list[int]:
-    """The k to show for groups of these sizes: 1, 2, 4, ... and what half of them reach."""
+    """Return the k to show for groups of these sizes: 1, 2, 4, ... and what half of them reach."""
     if not len(sizes):
         return []
     last = sorted(sizes, reverse=True)[(len(sizes) - 1) // 2]

@@ -1,4 +1,4 @@
-"""Which columns of a row hold what."""
+"""Names of the columns that hold conversations and scores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Columns:
     scores: str | None = None
 
     def among(self, names: Sequence[str], *, several: bool = False) -> Columns:
-        """The same with all names, for a table with these columns.
+        """Return the same with all names, for a table with these columns.
 
         Args:
             names: of the table's columns.
@@ -59,7 +59,7 @@ class Columns:
     def scorer(
         self, client: RewardClient | None, *, concurrency: int = 32, patience: float = 600.0
     ) -> RowScorer:
-        """Whoever scores the rows.
+        """Return a scorer of the rows.
 
         Raises:
             InvalidRequest: the names are not those of a conversation, or nobody can be asked.

@@ -140,13 +140,13 @@ def pairs_file(
 
 
 def filtering(rule: Rule, columns: Columns, *, reasons: bool = False) -> Filter:
-    """The task for a table with these columns; `reasons` for one that writes what it drops."""
+    """Return the task for a table with these columns; `reasons` if what it drops is written."""
     named = columns.scores
     return Filter(rule, named or "scores", named or "score", columns.responses, reasons)
 
 
 def pairing_of(pairing: Pairing, columns: Columns) -> Pairs:
-    """The task for a table with these columns."""
+    """Return the task for a table with these columns."""
     held = (columns.prompt, columns.messages, columns.responses, columns.images, columns.scores)
     # TRL would take the last two for the prompt's images, which stand in `images` anew.
     return Pairs(pairing, (*(name for name in held if name is not None), "image", "images"))

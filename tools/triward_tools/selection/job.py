@@ -32,7 +32,7 @@ Made = tuple[list[Values], list[Values], list[Values]]  # output, dropped, rejec
 
 @dataclass
 class Files:
-    """What a job writes.
+    """Files that a job writes.
 
     Attributes:
         output: .jsonl or .parquet; beside it lie the parts, and `OUTPUT.rejected.jsonl` if rows
@@ -71,7 +71,7 @@ class Files:
                 raise InvalidRequest(f"{path}: the folder {path.parent} cannot be written to")
 
     def written(self) -> list[Path]:
-        """All of them."""
+        """Return the paths of all outputs."""
         named = (self.output, self.rejected, self.dropped, self.picture)
         return [path for path in named if path is not None]
 
@@ -94,7 +94,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done.
+    """A task on a file's rows.
 
     Attributes:
         source: the input.
@@ -177,7 +177,7 @@ class Job:
         return chooser, written, failed, first
 
     def _shapes(self, parts: Parts, seen: Seen) -> list[Any]:
-        """The schemas of outputs that are Parquet, from everything that they will hold."""
+        """Return the schemas of outputs that are Parquet, from everything that they will hold."""
         paths = [self.files.output, self.files.dropped]
         if not any(path and path.suffix == PARQUET for path in paths):
             return [None, None]
@@ -188,7 +188,7 @@ class Job:
         return [shape.schema() for shape in shapes]
 
     def _known(self) -> Any:
-        """The columns whose types are the input's."""
+        """Return the columns whose types are the input's."""
         schema = self.source.schema
         if schema is None:
             return None
@@ -199,7 +199,7 @@ class Job:
         return schema
 
     def _made(self, parts: Parts, chooser: Chooser) -> Iterator[Made]:
-        """What becomes of each chunk's rows."""
+        """Yield what becomes of each chunk's rows."""
         for number, chunk in enumerate(self.source.chunks(self.chunk_rows)):
             made: Made = ([], [], [])
             for row, verdict in zip(chunk.rows(), parts.verdicts(number), strict=True):
@@ -231,7 +231,7 @@ def _rejected(row: Row, verdict: Verdict) -> Values:
 
 
 def _shown(value: Any) -> Any:
-    """What JSON can hold of a value: bytes are named by their number."""
+    """Return what JSON can hold of a value: bytes are named by their number."""
     if isinstance(value, dict):
         return {key: _shown(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

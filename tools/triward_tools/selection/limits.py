@@ -1,4 +1,4 @@
-"""Which scores a fitted rule keeps, and what numbers it takes."""
+"""Limits of scores, which a fitted rule keeps; and the numbers that it takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Numbers = Sequence[float] | Sequence[int] | NDArray[Any]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a fitted rule keeps: scores from `low` to `high`, for each range of lengths.
+    """Scores that a fitted rule keeps: from `low` to `high`, for each range of lengths.
 
     Attributes:
         edges: lengths at which the second, third, ... range begins; none for one range.
@@ -28,14 +28,14 @@ class Limits:
     high: tuple[float, ...]
 
     def keep(self, scores: Numbers, lengths: Numbers = ()) -> NDArray[np.bool_]:
-        """Whether each score is kept; lengths are needed where there are several ranges."""
+        """Return True for each score that is kept; several ranges need lengths."""
         found = finite(scores)
         place = np.searchsorted(self.edges, lengths_of(found, lengths, self.edges), side="right")
         inside = (found >= np.asarray(self.low)[place]) & (found <= np.asarray(self.high)[place])
         return np.asarray(inside, dtype=np.bool_)
 
     def reason(self, score: float, length: float = 0) -> str:
-        """Why a score is dropped; "" if it is kept."""
+        """Return why a score is dropped; "" if it is kept."""
         side, place = self.side(score, length), self._place(length)
         if not side:
             return ""
@@ -43,7 +43,7 @@ class Limits:
         return f"score {score:.6g} is {side} {limit:.6g}{self._range(place)}"
 
     def side(self, score: float, length: float = 0) -> str:
-        """Whether a score is "below" the limits or "above" them; "" if it is kept."""
+        """Return "below" or "above" for a score outside the limits; "" if it is kept."""
         place = self._place(length)
         if score < self.low[place]:
             return "below"
@@ -76,7 +76,7 @@ def finite(scores: Numbers) -> Floats:
 
 
 def lengths_of(scores: Floats, lengths: Numbers, edges: tuple[float, ...]) -> Floats:
-    """The lengths as an array; any will do where there is one range only."""
+    """Return the lengths as an array; any will do where there is one range only."""
     if not edges and not len(lengths):
         return np.zeros(len(scores))
     found = np.asarray(lengths, dtype=np.float64)

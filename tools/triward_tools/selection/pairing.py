@@ -31,7 +31,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairing:
-    """How responses become pairs.
+    """Choice of pairs among responses.
 
     Attributes:
         strategy: "best-worst" is one pair; "adjacent" pairs each response with the next lower one;
@@ -71,7 +71,7 @@ class Pairing:
             raise ValueError(f"length_penalty must be a number or 'auto', got {penalty!r}")
 
     def penalty(self, slope: float | None) -> float:
-        """The penalty itself, where `slope` is that of all the data.
+        """Return the penalty, where `slope` is that of all the data.
 
         Raises:
             ValueError: it is needed, and None.
@@ -85,7 +85,7 @@ class Pairing:
     def pairs(
         self, responses: Sequence[str], scores: Numbers, slope: float | None = None
     ) -> list[Pair]:
-        """The pairs of a prompt, highest margins first. Equal texts count as one response.
+        """Return the pairs of a prompt, highest margins first. Equal texts count as one response.
 
         Args:
             responses: their texts.
@@ -112,7 +112,7 @@ class Pairing:
         return sorted(kept, key=lambda pair: -pair.margin)[: self.max_pairs]
 
     def _candidates(self, order: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Indices of better and worse responses, of those that are ordered best first."""
+        """Yield indices of better and worse responses, of those that are ordered best first."""
         if self.strategy == "all":
             yield from combinations(order, 2)
         elif self.strategy == "adjacent":
@@ -139,7 +139,7 @@ def make_pairs(
     length_penalty: float = 0.0,
     max_pairs: int | None = None,
 ) -> list[Pair]:
-    """The pairs of one prompt; arguments and errors are those of `Pairing` and its `pairs`.
+    """Return the pairs of one prompt; arguments and errors are those of `Pairing` and its `pairs`.
 
     For the slope of all the data, as `length_penalty`, see `length_slope`.
     """
@@ -148,7 +148,7 @@ def make_pairs(
 
 
 def length_slope(scores: Iterable[Numbers], lengths: Iterable[Numbers]) -> float:
-    """How much the score rises with 1,000 characters among responses to the same prompt.
+    """Return the score's rise with 1,000 characters among responses to the same prompt.
 
     The least-squares slope of scores on lengths, both less their prompt's mean, over all prompts
     (the within estimator of panel data): that some prompts have long answers and high scores does
@@ -167,7 +167,7 @@ def length_correlation(scores: Iterable[Numbers], lengths: Iterable[Numbers]) ->
 
 
 def slope_of(x: Floats, y: Floats) -> float:
-    """That of y on x, for 1,000 of x, where both are what `within` makes."""
+    """Return the slope of y on x, for 1,000 of x, where both are what `within` makes."""
     spread = float(x @ x)
     return 1000 * float(x @ y) / spread if spread else 0.0
 
@@ -200,7 +200,7 @@ def within(scores: Floats, lengths: Numbers, counts: Numbers) -> tuple[Floats, F
 def _flat(
     scores: Iterable[Numbers], lengths: Iterable[Numbers]
 ) -> tuple[Floats, list[float], list[int]]:
-    """What `within` takes, from groups."""
+    """Return the arguments of `within`, from groups."""
     groups = [(each, counted) for each, counted in zip(scores, lengths, strict=True) if len(each)]
     flat = [float(value) for each, _ in groups for value in each]
     long = [float(value) for _, counted in groups for value in counted]

@@ -82,12 +82,12 @@ class Parts:
         return True
 
     def verdicts(self, number: int) -> list[Verdict]:
-        """Those on the chunk with this number."""
+        """Return the verdicts on the chunk with this number."""
         with self._path(number).open(encoding="utf-8") as lines:
             return [Verdict(**json.loads(line)) for line in lines]
 
     def all(self) -> Iterator[Verdict]:
-        """Those on all rows."""
+        """Yield the verdicts on all rows."""
         for number, _ in enumerate(self.source.chunks(self.chunk_rows)):
             yield from self.verdicts(number)
 

@@ -53,7 +53,7 @@ def draw(path: Path, chooser: Chooser, summary: Summary, scratch: Path) -> None:
 
 
 def _best(axes: Any, chooser: BestChooser) -> None:
-    """The best of each prompt beside its mean."""
+    """Draw the best of each prompt beside its mean."""
     means = np.array([group.mean() for group in chooser.seen.groups()])
     best = np.array(chooser.best)
     edges = _edges(np.concatenate([means, best]))
@@ -103,7 +103,7 @@ def _filter(axes: Any, chooser: FilterChooser) -> None:
 
 
 def _pairs(axes: Any, chooser: PairChooser) -> None:
-    """The margins, by which of the two responses is longer."""
+    """Draw the margins, by which of the two responses is longer."""
     margins, longer = np.array(chooser.margins), np.array(chooser.longer)
     sets = (
         (longer > 0, _DROPPED, "chosen is longer"),
@@ -118,7 +118,7 @@ def _pairs(axes: Any, chooser: PairChooser) -> None:
 
 
 def _edges(values: Any) -> Any:
-    """Of the bins for all values."""
+    """Return the edges of the bins for all values."""
     if not len(values):
         return np.linspace(0, 1, _BINS + 1)
     low, high = float(np.min(values)), float(np.max(values))

@@ -35,7 +35,7 @@ class Pairs:
         return ()
 
     def check(self, conversations: Conversations, several: bool) -> None:
-        """A row needs a list of responses, and TRL knows no videos here."""
+        """Raise InvalidRequest for a row with one response, or with a video, unknown to TRL."""
         check_several(several)
         for message in _prompt(conversations)[0]:
             content = message["content"]
@@ -60,7 +60,7 @@ class PairChooser:
     empty: int = 0
 
     def choose(self, values: Values, conversations: Conversations, verdict: Verdict) -> Choice:
-        """A row for each pair."""
+        """Return a row for each pair."""
         texts = texts_of(conversations)
         prompt, images = _prompt(conversations)
         if self.seen.files:
@@ -85,7 +85,7 @@ class PairChooser:
         return Choice(rows)
 
     def _content(self, content: Any) -> Any:
-        """A list of parts in data with images, else a text: a column has one type."""
+        """Return a list of parts in data with images, else a text: a column has one type."""
         if self.seen.images:
             return [{"type": "text", "text": content}] if isinstance(content, str) else content
         return content if isinstance(content, str) else "".join(part["text"] for part in content)
@@ -111,13 +111,13 @@ def _within(seen: Seen) -> tuple[Floats, Floats]:
 
 
 def _file(image: Any) -> Any:
-    """As Hugging Face datasets store an image: one type for contents and places."""
+    """Return an image as Hugging Face datasets store it: one type for contents and places."""
     if isinstance(image, bytes):
         return {"bytes": image, "path": None}
     return {"bytes": None, "path": image} if isinstance(image, str) else image
 
 
 def _prompt(conversations: Conversations) -> tuple[list[Values], list[Any]]:
-    """The messages before the response as they are on the wire, and their images."""
+    """Return the messages before the response as they are on the wire, and their images."""
     encoded, media = encode_messages(conversations[0][:-1])
     return json.loads(encoded), [each.value for each in media]

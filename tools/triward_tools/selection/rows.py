@@ -56,7 +56,7 @@ def filter_rows(
     *,
     columns: Columns = Columns(),  # noqa: B008
 ) -> Iterator[dict[str, Any]]:
-    """The rows whose scores a rule keeps, with `score` or `scores`; see `filter_file`.
+    """Yield the rows whose scores a rule keeps, with `score` or `scores`; see `filter_file`.
 
     All rows are held in memory until the rule is fitted. Arguments and errors are those of
     `best_of_n`.

@@ -1,4 +1,4 @@
-"""Which scores to keep: rules that are fitted to all scores, and then judge one at a time."""
+"""Rules for scores to keep, which are fitted to all scores, and then judge one at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Rule(Protocol):
     """Turns all scores into limits."""
 
     def fit(self, scores: Numbers, lengths: Numbers = ()) -> Limits:
-        """The limits for scores [n] of responses with lengths [n] in characters."""
+        """Return the limits for scores [n] of responses with lengths [n] in characters."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Threshold:
         return math.inf if self.maximum is None else float(self.maximum)
 
     def fit(self, scores: Numbers, lengths: Numbers = ()) -> Limits:
-        """The limits, which do not depend on the scores."""
+        """Return the limits, which do not depend on the scores."""
         return Limits((), (self._low,), (self._high,))
 
 
@@ -75,7 +75,7 @@ class Quantile:
             )
 
     def fit(self, scores: Numbers, lengths: Numbers = ()) -> Limits:
-        """The two quantiles."""
+        """Return the two quantiles as limits."""
         low, high = np.quantile(_some(scores), [self.low, self.high])
         return Limits((), (float(low),), (float(high),))
 
@@ -102,7 +102,7 @@ class RobustOutliers:
         _check_outliers(self.limit, self.side)
 
     def fit(self, scores: Numbers, lengths: Numbers = ()) -> Limits:
-        """The scores whose M is -limit and limit."""
+        """Return the scores whose M is -limit and limit."""
         low, high = _robust(_some(scores), self.limit, self.side)
         return Limits((), (low,), (high,))
 
@@ -175,7 +175,7 @@ def _robust(scores: Floats, limit: float, side: str) -> tuple[float, float]:
 
 
 def _edges(lengths: Floats, bins: int) -> tuple[float, ...]:
-    """Where the ranges behind the first one begin."""
+    """Return where the ranges behind the first one begin."""
     ordered = np.sort(lengths)
     wanted = sorted({float(ordered[len(ordered) * each // bins]) for each in range(1, bins)})
     edges: list[float] = []

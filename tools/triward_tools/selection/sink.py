@@ -19,7 +19,7 @@ Write = Callable[[Rows], None]
 
 @contextmanager
 def writing(path: Path, schema: Any, scratch: Path) -> Iterator[Write]:
-    """A function that writes rows.
+    """Open a file, and return a function that writes rows.
 
     Args:
         path: .jsonl or .parquet.
@@ -35,7 +35,7 @@ def writing(path: Path, schema: Any, scratch: Path) -> Iterator[Write]:
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
-    """A row as a line of UTF-8.
+    """Return a row as a line of UTF-8.
 
     Raises:
         InvalidRequest: JSON cannot hold one of its values.
@@ -90,7 +90,7 @@ class Shape:
             raise InvalidRequest(f"Parquet cannot hold the rows: {error}; write .jsonl") from error
 
     def schema(self) -> Any:
-        """Of all rows seen, the known columns first.
+        """Return the schema of all rows seen, the known columns first.
 
         Raises:
             InvalidRequest: Parquet cannot hold a column.
@@ -104,7 +104,7 @@ class Shape:
 
 
 def table_of(rows: Rows, schema: Any) -> Any:
-    """A pyarrow table of this schema; what a row lacks is null.
+    """Return a pyarrow table of this schema; what a row lacks is null.
 
     Raises:
         InvalidRequest: a column cannot hold a row's value.
@@ -131,7 +131,7 @@ def _parquet(file: IO[bytes], schema: Any) -> Iterator[Write]:
 
 
 def _array(name: str, rows: Rows, kind: Any = None) -> Any:
-    """A column, of a type of its own if none is given."""
+    """Return a column, of a type of its own if none is given."""
     import pyarrow as pa
 
     try:
@@ -141,7 +141,7 @@ def _array(name: str, rows: Rows, kind: Any = None) -> Any:
 
 
 def _hollow(kind: Any) -> bool:
-    """Whether it has a struct without fields, which is what {} becomes."""
+    """Return True if a type has a struct without fields, which is what {} becomes."""
     import pyarrow.types as types
 
     inner = [kind.field(place).type for place in range(kind.num_fields)]
@@ -161,7 +161,7 @@ def _fits_json(kind: Any) -> bool:
 
 
 def _culprit(row: Mapping[str, Any]) -> str:
-    """Which of a row's values is no JSON."""
+    """Return the name of the row's value that is no JSON."""
     for name, value in row.items():
         try:
             json.dumps(value, allow_nan=False)

@@ -22,10 +22,10 @@ class Chunk(Protocol):
     """Some rows, which are decoded when they are asked for."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of rows."""
 
     def rows(self) -> list[Row]:
-        """The rows."""
+        """Return the rows."""
 
 
 class Source(Protocol):
@@ -40,17 +40,17 @@ class Source(Protocol):
         """The file, or the folder of all files."""
 
     def names(self, wanted: Iterable[str] = ()) -> list[str]:
-        """The columns; of JSONL those of the first lines, until all that are wanted were there."""
+        """Return the columns; of JSONL those of the first lines, until all that are wanted are in."""
 
     def files(self) -> list[Path]:
-        """What is read, in order."""
+        """Return the files that are read, in order."""
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
         """All rows, in chunks of at most `rows`. Each call gives the same chunks."""
 
 
 def open_source(path: Path) -> Source:
-    """The input at a path, by its suffix; a folder holds Parquet files at any depth.
+    """Return the input at a path, by its suffix; a folder holds Parquet files at any depth.
 
     Raises:
         InvalidRequest: it is not there, or of another kind.
@@ -66,7 +66,7 @@ def open_source(path: Path) -> Source:
 
 
 def check_suffix(path: Path) -> str:
-    """The kind: ".jsonl" or ".parquet".
+    """Return the kind: ".jsonl" or ".parquet".
 
     Raises:
         InvalidRequest: it is another.

@@ -1,4 +1,4 @@
-"""What a job tells at its end."""
+"""Summary of a job."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Summary:
 
 
 def quantiles(scores: Floats) -> dict[str, float]:
-    """Of some scores; nothing if there are none."""
+    """Return the quantiles of some scores; nothing if there are none."""
     if not len(scores):
         return {}
     values = np.quantile(scores, list(_QUANTILES.values()))

@@ -22,7 +22,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of a row.
+    """Output rows that a row becomes.
 
     Attributes:
         rows: of the output.
@@ -39,18 +39,18 @@ class Chooser(Protocol):
     seen: Seen
 
     def choose(self, values: Values, conversations: Conversations, verdict: Verdict) -> Choice:
-        """What becomes of a row that has scores."""
+        """Return what becomes of a row that has scores."""
 
     def figures(self) -> Values:
-        """What there is to tell of all rows; plain JSON values."""
+        """Return what there is to tell of all rows; plain JSON values."""
 
 
 class Task(Protocol):
-    """One of the three."""
+    """A use of scores: best-of-n, filter or pairs."""
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """Name on the command line."""
 
     @property
     def removes(self) -> tuple[str, ...]:
@@ -88,15 +88,15 @@ class BestOfN:
         return "response", "score", "index", self.scores
 
     def adds(self, several: bool) -> tuple[str, ...]:
-        """The same."""
+        """Return the columns of the output, for any number of responses."""
         return self.writes
 
     def check(self, conversations: Conversations, several: bool) -> None:
-        """A row needs a list of responses."""
+        """Raise InvalidRequest for a row without a list of responses."""
         check_several(several)
 
     def begin(self, seen: Seen) -> BestChooser:
-        """What more responses bring is known from all scores."""
+        """Look at all scores, which say what more responses bring."""
         return BestChooser(self, seen)
 
 
@@ -109,7 +109,7 @@ class BestChooser:
     best: list[float] = field(default_factory=list)
 
     def choose(self, values: Values, conversations: Conversations, verdict: Verdict) -> Choice:
-        """The row with `response`, `score` and `index` of the best, and the scores of all."""
+        """Return the row with the best one's `response`, `score` and `index`, and all scores."""
         index = best_of(verdict.scores)
         self.best.append(verdict.scores[index])
         found = {
@@ -121,7 +121,7 @@ class BestChooser:
         return Choice([{**values, **found}])
 
     def figures(self) -> Values:
-        """The curve, and the mean of the best."""
+        """Return the curve, and the mean of the best."""
         ks = points(self.seen.counts)
         curve = best_of_n_curve(self.seen.groups(), ks) if ks else []
         return {
@@ -157,12 +157,12 @@ class Filter:
         return self.score, self.scores, "reason", "reasons"
 
     def adds(self, several: bool) -> tuple[str, ...]:
-        """Those of rows with as many responses."""
+        """Return the columns of rows with as many responses."""
         scores, reasons = (self.scores, "reasons") if several else (self.score, "reason")
         return (scores, reasons) if self.reasons else (scores,)
 
     def check(self, conversations: Conversations, several: bool) -> None:
-        """Every row will do."""
+        """Accept every row."""
 
     def begin(self, seen: Seen) -> FilterChooser:
         """Fit the rule."""
@@ -186,7 +186,7 @@ class FilterChooser:
     lost: int = 0
 
     def choose(self, values: Values, conversations: Conversations, verdict: Verdict) -> Choice:
-        """The row with the responses that are kept and their scores; none if there is none."""
+        """Return the row with the responses that are kept and their scores, if there are any."""
         scored = [*zip(verdict.scores, verdict.lengths, strict=True)]
         reasons = [self.limits.reason(score, length) for score, length in scored]
         self.dropped.update(self.limits.side(score, length) for score, length in scored)
@@ -213,7 +213,7 @@ class FilterChooser:
         }
 
     def figures(self) -> Values:
-        """Counts of responses, and the limits."""
+        """Return counts of responses, and the limits."""
         limits = zip(("from length 0", *(f"from length {edge:.0f}" for edge in self.limits.edges)),
                      self.limits.low, self.limits.high, strict=True)  # fmt: skip
         known = len(self.seen.scores)
@@ -237,7 +237,7 @@ def check_several(several: bool) -> None:
 
 
 def mean_of(values: Any) -> float | None:
-    """The mean, if there is anything."""
+    """Return the mean, if there is anything."""
     return float(np.mean(values)) if len(values) else None
 
 

@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a row before anything is chosen.
+    """Scores and lengths of a row's responses, before anything is chosen.
 
     Attributes:
         scores: of its responses, in their order; none if there is an error.
@@ -88,11 +88,11 @@ class Seen:
         return cls(np.array(scores), np.array(lengths), np.array(counts), images, files)
 
     def without_scores(self) -> Seen:
-        """What a chooser that has been made still needs, which is little to send."""
+        """Return what a chooser that has been made still needs, which is little to send."""
         return replace(Seen.of([]), images=self.images, files=self.files)
 
     def groups(self) -> Iterator[Floats]:
-        """The scores of each row."""
+        """Yield the scores of each row."""
         start = 0
         for count in self.counts:
             yield self.scores[start : start + count]
@@ -100,11 +100,11 @@ class Seen:
 
 
 class Checks(Protocol):
-    """Who knows which rows cannot be used, whatever their scores are."""
+    """Checks of rows that cannot be used, whatever their scores are."""
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """Name on the command line."""
 
     def adds(self, several: bool) -> tuple[str, ...]:
         """Columns that a row may not have."""
@@ -128,7 +128,7 @@ class Judge:
     scores: str | None = None
 
     def verdicts(self, rows: Sequence[Row]) -> list[Verdict]:
-        """One for each row.
+        """Return a verdict for each row.
 
         Raises:
             TriwardError: as for `RowScorer.score_rows`.
@@ -154,7 +154,7 @@ class Judge:
             )
 
     def _read(self, row: Row) -> Verdict:
-        """Everything but the scores, where they must be asked for."""
+        """Return everything but the scores, where they must be asked for."""
         try:
             if row.error:
                 raise InvalidRequest(row.error)
@@ -173,7 +173,7 @@ class Judge:
         return Verdict(scores, [len(text) for text in texts], several, bool(media), files)
 
     def _several(self, row: Row) -> bool:
-        """A list of texts is several responses, a list of messages the end of one conversation."""
+        """Return True for a list of texts; a list of messages is the end of one conversation."""
         value = row.values.get(self.scorer.responses) if self.scorer.responses else None
         return isinstance(value, (list, tuple)) and not any(
             isinstance(each, Mapping) for each in value
@@ -181,7 +181,7 @@ class Judge:
 
 
 def texts_of(conversations: Sequence[Sequence[Message]]) -> list[str]:
-    """The response of each conversation.
+    """Return the response of each conversation.
 
     Raises:
         InvalidRequest: one does not end with a text of the assistant's.
