@@ -40,7 +40,7 @@ class Source(Protocol):
         """The file, or the folder of all files."""
 
     def names(self, wanted: Iterable[str] = ()) -> list[str]:
-        """Return the columns; of JSONL those of the first lines, until all that are wanted are in."""
+        """Return the columns; of JSONL those of the first lines, until all wanted are in."""
 
     def files(self) -> list[Path]:
         """Return the files that are read, in order."""
