@@ -142,10 +142,21 @@ class BaseClient:
         """Ask the forward model for a request's scores."""
         yield from self._meet(deadline)
         self._wait(deadline)
+        version = yield from self._served_version(deadline)
         sent = token_arguments(request, model=self._model, remaining=deadline.remaining())
-        call = Call("infer", {**sent, "headers": self._headers})
+        call = Call("infer", {**sent, "model_version": version, "headers": self._headers})
         result = yield from self._ask(call, deadline, sent["model_name"])
         return read_scores(result, request.responses)
+
+    def _served_version(self, deadline: Deadline) -> Steps[str]:
+        """Return the version that the public model uses.
+
+        Its forward model may have others loaded, before and after a change of versions, and Triton
+        would take the highest. Asked each time, since it may change between two calls.
+        """
+        call = self._short(deadline, "get_model_metadata", model_name=self._model)
+        about = yield from self._ask(call, deadline)
+        return str(about.versions[0])
 
     def _ready(self, deadline: Deadline) -> Steps[bool]:
         self._wait(deadline)
