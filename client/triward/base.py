@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from triward import protocol
 from triward.channel import Address, Tls, Url
 from triward.connection import diagnose, failed_to_connect
 from triward.contract import is_refusal, refusal
@@ -153,10 +154,16 @@ class BaseClient:
 
         Its forward model may have others loaded, before and after a change of versions, and Triton
         would take the highest. Asked each time, since it may change between two calls.
+
+        Raises:
+            ServerUnavailable: no server that is asked takes new requests.
         """
-        call = self._short(deadline, "get_model_metadata", model_name=self._model)
-        about = yield from self._ask(call, deadline)
-        return str(about.versions[0])
+        for _ in range(self._address.max_attempts):  # several servers take turns
+            call = self._short(deadline, "get_model_metadata", model_name=self._model)
+            about = yield from self._ask(call, deadline)
+            if about.versions[0] != protocol.DRAINING_VERSION:
+                return str(about.versions[0])
+        raise ServerUnavailable(f"{self._address}: the server is shutting down")
 
     def _ready(self, deadline: Deadline) -> Steps[bool]:
         self._wait(deadline)

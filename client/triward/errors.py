@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Triton's words for a model that it knows but has not loaded: it stops, or its operator changes it.
 _UNLOADED = "has no available versions"
+_VERSION_GONE = re.compile(r"version \d+ is not found")  # only calls of a served one name any
 
 _UNKNOWN_REGION = "Unable to find shared memory region"
 
@@ -94,7 +95,8 @@ def from_triton(error: InferenceServerException, *, model: str, url: str) -> Tri
     # Also for one that waited too long in a queue: had the caller's own time run out, gRPC would
     # have said so first.
     # And for a call that the server cancels, as gRPC does when it shuts down.
-    if code in ("UNAVAILABLE", "CANCELLED") or (code == "NOT_FOUND" and _UNLOADED in message):
+    unloaded = code == "NOT_FOUND" and (_UNLOADED in message or _VERSION_GONE.search(message))
+    if code in ("UNAVAILABLE", "CANCELLED") or unloaded:
         return ServerUnavailable(f"{url}: {_unavailable(message)}")
     if code == "NOT_FOUND":
         what = url if _UNKNOWN_REGION in message else missing_model(url, model)

@@ -15,6 +15,8 @@ GRPC_PORT = 8001  # where a server listens that is not told otherwise
 # one refuses the call, so that no score comes from a misunderstanding.
 CONTRACT_VERSION = 1
 
+DRAINING_VERSION = "2147483647"  # of the public model of a server that is shutting down
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -85,6 +85,23 @@ def test_each_call_goes_to_the_version_that_is_served_then(client, tokens):
         assert tokens.calls[-1]["model_version"] == tokens.version
 
 
+def test_a_server_that_shuts_down_gets_no_tokens(client, tokens):
+    tokens.version = protocol.DRAINING_VERSION
+    with pytest.raises(ServerUnavailable, match="the server is shutting down"):
+        client.score_tokens([5], [[1]])
+    assert {call["model_name"] for call in tokens.calls} == {"reward"}
+
+
+def test_a_version_that_has_gone_meanwhile_is_no_model_that_is_missing(client, tokens):
+    def gone(arguments):
+        text = "Request for unknown model: 'reward_forward' version 1 is not found"
+        raise InferenceServerException(text, "StatusCode.NOT_FOUND")
+
+    tokens.reply = gone
+    with pytest.raises(ServerUnavailable, match="version 1 is not found"):
+        client.score_tokens([5], [[1]])
+
+
 def test_text_has_tensors_of_length_zero(client, tokens):
     assert client.score_tokens([], [[1]]) == [1.0]
     arrays = sent(tokens.calls[-1])
