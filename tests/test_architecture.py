@@ -14,6 +14,7 @@ from tritonclient.grpc import model_config_pb2
 from tests.conftest import ROOT
 from triward import protocol
 from triward_server import schema
+from triward_server.serving.repository import DRAINING_VERSION
 
 # In the order in which data flows; a module imports only what stands above it.
 ROOMS = {
@@ -141,6 +142,7 @@ def test_client_and_server_agree_on_the_wire() -> None:
     assert specs(protocol.OUTPUTS) == specs(schema.REWARD_OUTPUTS)
     assert protocol.MODEL == schema.ENSEMBLE
     assert protocol.CONTRACT_VERSION == schema.CONTRACT_VERSION
+    assert protocol.DRAINING_VERSION == str(DRAINING_VERSION)
     assert protocol.forward_model(protocol.MODEL) == schema.FORWARD
 
 
