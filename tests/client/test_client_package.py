@@ -36,6 +36,9 @@ def test_import_stays_light():
         "transformers",
         "PIL",
         "requests",
+        "urllib.request",
+        "numpy",
+        "grpc",
         "triward_server",
         "triward_tools",
         "pyarrow",
@@ -82,8 +85,9 @@ def test_exported_names():
     assert all(hasattr(triward, name) for name in triward.__all__)
 
 
-def test_versions_agree():
-    project = (CLIENT / "pyproject.toml").read_text(encoding="utf-8")
+@pytest.mark.parametrize("distribution", ["client", "tools"])
+def test_versions_agree(distribution):
+    project = (ROOT / distribution / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.+)"$', project, re.MULTILINE).group(1) == triward.__version__
 
 
