@@ -21,6 +21,7 @@ from rich.table import Table
 
 from . import __version__, schema
 from .errors import LaunchError, TriwardError
+from .export.commands import COMMANDS
 from .memory import half_of_the_machine
 from .serving import repository as repositories
 from .serving.integrity import Verify
@@ -37,7 +38,7 @@ _WATCH_INTERVAL = 2.0
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-Repository = Annotated[Path, typer.Option(help="What export/build_repository.py wrote.")]
+Repository = Annotated[Path, typer.Option(help="What `triward-server export` wrote.")]
 Verified = Annotated[
     Verify,
     typer.Option(help="Compare files with the manifest: whole contents, sizes and samples, not."),
@@ -224,6 +225,10 @@ def switch(
         names = schema.ModelNames(name)
         before = switch_version(triton, repository, str(version), timeout, names, verify, _say)
     typer.echo(f"{name}: version {version} is served, was {before}")
+
+
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def _announce(server: TritonServer) -> None:

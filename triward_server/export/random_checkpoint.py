@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +22,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-Size = Literal["tiny", "small", "7b"]
+from .options import Size as Size
 
 # Qwen2's tokenizer: how text is cut before byte pairs are merged, and the tokens with a role.
 # The first group is special, the second is ordinary text that happens to be one token.

@@ -17,22 +17,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .. import __version__
 from ..errors import LaunchError
-from ..schema import ModelNames
+from ..schema import DRAINING, ModelNames
 from .canary import Canary
 from .repository import loads_all, models, pin, pinned
 
 MANIFEST = "manifest.json"
 
 _BLOCKS, _BLOCK = 64, 1 << 16
+_IMPORT = re.compile(r"^from (triward_server[\w.]*) import", re.MULTILINE)
 _ROLES = ("preprocess", "forward", "vision")
 
 
@@ -123,6 +127,7 @@ def check(repository: Path, names: ModelNames, version: str, how: Verify) -> Che
     for step in names.steps:
         if not (repository / step / version / "model.py").is_file():
             raise LaunchError(f"{step}/{version}/model.py: missing")
+    _check_imports(repository, names, version)
     count = size = read = 0
     for file, expected in _expected(repository, names, version, manifest):
         where = file.relative_to(repository)
@@ -135,6 +140,27 @@ def check(repository: Path, names: ModelNames, version: str, how: Verify) -> Che
             raise LaunchError(f"{where}: {error}") from None
         count += 1
     return Checked(how, count, size, read, time.monotonic() - begun, "files" not in manifest)
+
+
+def _check_imports(repository: Path, names: ModelNames, version: str) -> None:
+    """Raise `LaunchError` if adapters of another release import what this one does not have."""
+    places = [*((step, version) for step in (*names.steps, names.vision)), (DRAINING, "*")]
+    for model, number in places:
+        for file in sorted(repository.glob(f"{model}/{number}/model.py")):
+            missing = [name for name in _IMPORT.findall(file.read_text()) if not _is_there(name)]
+            if missing:
+                raise LaunchError(
+                    f"{file.relative_to(repository)}: written by another release: triward-server "
+                    f"{__version__} has no module {missing[0]}; export it again, into another "
+                    "folder"
+                )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is its package
+        return False
 
 
 def check_served(repository: Path, how: Verify, say: Callable[[str], None]) -> None:
@@ -151,13 +177,17 @@ def check_served(repository: Path, how: Verify, say: Callable[[str], None]) -> N
     for names in models(repository):
         served = pinned(repository, names)
         broken: dict[str, LaunchError] = {}
-        if how is not Verify.OFF:
-            try:
+        checked = None
+        try:
+            if how is Verify.OFF:
+                _check_imports(repository, names, served)
+            else:
                 checked = check(repository, names, served, how)
-            except LaunchError as error:
-                raise LaunchError(
-                    f"{names.ensemble}: version {served}, which is served, is broken: {error}"
-                ) from None
+        except LaunchError as error:
+            raise LaunchError(
+                f"{names.ensemble}: version {served}, which is served, is broken: {error}"
+            ) from None
+        if checked:
             say(f"{names.ensemble}: version {served}: {checked}")
             broken = _broken(repository, names, served)
             for version, fault in broken.items():
