@@ -22,7 +22,7 @@ import typer
 
 from benchmarks.measure import machine, writable
 from triward_server.config import ForwardConfig
-from triward_server.engine.packing import Geometry
+from triward_server.engine.geometry import Geometry
 from triward_server.engine.scoring import Scorer
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.memory import Heap

@@ -25,8 +25,9 @@ import typer
 from benchmarks.workloads import Group, Workload
 from triward import RewardClient
 from triward_server.engine import packing
-from triward_server.engine.packing import Cost, Geometry
-from triward_server.engine.scoring import Scorer, price
+from triward_server.engine.geometry import Geometry
+from triward_server.engine.planning import Cost, price
+from triward_server.engine.scoring import Scorer
 from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
 from triward_server.serving.launch import Endpoints, TritonServer
@@ -195,13 +196,13 @@ class Work:
 
 def work(batch: Sequence[Features], geometry: Geometry, cost: Cost) -> Work:
     """Predict what a batch takes."""
-    forest = packing.plant(dict(enumerate(batch)), geometry)
+    ordered = packing.sort_batch(dict(enumerate(batch)), geometry)
     shown: frozenset[int] = frozenset()
     flops = alone = size = 0.0
-    for index, branch in enumerate(forest.branches):
-        shared = int(forest.shared[index])
-        _, _, more, extra = price(forest, index, shared, shown, geometry, cost)
+    for index, branch in enumerate(ordered.branches):
+        shared = int(ordered.shared[index])
+        _, _, more, extra = price(ordered, index, shared, shown, cost)
         flops, size = flops + more, size + extra
-        alone += price(forest, index, 0, frozenset(), geometry, cost)[2]
+        alone += price(ordered, index, 0, frozenset(), cost)[2]
         shown |= branch.media
     return Work(flops, alone, size)

@@ -20,9 +20,9 @@ ROOMS = {
     "": "errors schema contract config memory",
     "intake": "workers image_codec video_codec codec_worker conversation decoding media video "
     "resizing token_bound tokenization preprocess",
-    "engine": "packing attention vision decoder architectures processors backbone checkpoint "
-    "streaming scoring",
-    "backend": "metrics draining onnx_inputs onnx_runner onnx_vision triton_io",
+    "engine": "geometry packing attention layers decoder vision planning architectures processors "
+    "backbone weights checkpoint streaming scoring",
+    "backend": "metrics draining onnx_inputs onnx_runner onnx_vision codec triton_io",
     "serving": "canary log repository integrity triton_http installation signals child endpoints "
     "gpu launch watchdog switch",
     "export": "options reference verify onnx configuration draft build random_checkpoint "

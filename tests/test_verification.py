@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import Exit
-from triward_server.engine.checkpoint import check_finite, load_model
+from triward_server.engine.checkpoint import load_model
+from triward_server.engine.weights import check_finite
 from triward_server.errors import CheckpointError, LaunchError
 from triward_server.schema import REWARD, ModelNames
 from triward_server.serving import integrity

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from .. import schema
-from ..engine.packing import Int64Array
 from ..engine.vision import Cut, patchify, places, plan_windows
-from ..schema import Array, Grid, TensorSpec, UInt8Array
+from ..schema import Array, Grid, Int64Array, TensorSpec, UInt8Array
 
 
 def graph_inputs(

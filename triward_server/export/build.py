@@ -34,7 +34,7 @@ from PIL import Image
 from .. import __version__, schema
 from ..backend.onnx_runner import VISION_FILE
 from ..backend.triton_io import CHECKPOINT_DIRECTORY
-from ..engine import checkpoint
+from ..engine import checkpoint, weights
 from ..engine.scoring import Scorer
 from ..engine.vision import CHANNELS
 from ..errors import ConfigError, LaunchError, TriwardError
@@ -95,14 +95,14 @@ def _place_files(
     folder: Path, draft: Path, names: ModelNames, version: str, how: Weights
 ) -> list[tuple[str, Path]]:
     """Put the checkpoint's files where the steps read them; their names in the manifest."""
-    weights = checkpoint.weight_files(folder)
+    tensors = weights.weight_files(folder)
     files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
-    index = [p for p in [folder / checkpoint.INDEX_FILE] if p.is_file()]
+    index = [p for p in [folder / weights.INDEX_FILE] if p.is_file()]
     place(files, draft / names.preprocess / version / CHECKPOINT_DIRECTORY, Weights.COPY)
     target = draft / names.forward / version / CHECKPOINT_DIRECTORY
     place([*files, *index], target, Weights.COPY)
-    place(weights, target, how)
-    read = {"preprocess": files, "forward": [*files, *index, *weights]}
+    place(tensors, target, how)
+    read = {"preprocess": files, "forward": [*files, *index, *tensors]}
     return [
         (f"{role}/{CHECKPOINT_DIRECTORY}/{file.name}", file)
         for role, placed in read.items()
@@ -191,7 +191,7 @@ def _canary(folder: Path, preprocessor: Preprocessor, options: Options) -> Canar
             err=True,
         )
     if preprocessor.knows_the_date or not options.export.canary:
-        checkpoint.check_finite(folder)  # as the scorer does when it loads
+        weights.check_finite(folder)  # as the scorer does when it loads
         return canary
     scorer = Scorer(folder, replace(options.forward, device=_device(options), compile=False))
     [scored] = scorer.score([features])
@@ -246,7 +246,7 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
             raise ConfigError(f"--revision {revision}: {source} is a folder and has no revisions")
         return Path(source).resolve(), None
     try:
-        patterns = [*PROCESSOR_FILES, "*.safetensors", checkpoint.INDEX_FILE]
+        patterns = [*PROCESSOR_FILES, "*.safetensors", weights.INDEX_FILE]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]

@@ -13,7 +13,7 @@ from .. import contract, schema
 from ..backend.onnx_runner import VISION_FILE
 from ..config import VisionConfig
 from ..schema import ModelNames
-from .options import Options, VisionBackend
+from .options import OnnxBackend, Options
 
 
 def configure(draft: Path, names: ModelNames, options: Options) -> None:
@@ -66,10 +66,10 @@ def configure_vision(
     # Triton's backend compares these with the graph's own.
     model.input[0].dims[:] = [-1, patch]
     model.output[0].dims[:] = [-1, width]
-    if options.triton.vision_backend is VisionBackend.PYTHON:
+    if options.triton.vision_backend is OnnxBackend.PYTHON:
         _set_parameters(model, asdict(VisionConfig(threads=options.forward.threads)))
     else:
-        model.backend = VisionBackend.ONNXRUNTIME.value
+        model.backend = OnnxBackend.ONNXRUNTIME.value
         model.default_model_filename = VISION_FILE
         _place_on(model, options.forward.device)
     _write_config(path, model)

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..schema import ModelNames
 from ..serving.repository import models
 from .configuration import comparable
-from .options import Options, VisionBackend, Weights
+from .options import OnnxBackend, Options, Weights
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 SOURCE_VERSION = "1"  # of the adapters in `source`
@@ -34,7 +34,7 @@ def copy_source(draft: Path, names: ModelNames, version: str, options: Options) 
     shutil.copytree(source(), draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__*"))
     if options.forward.vision != "onnx":
         shutil.rmtree(draft / schema.VISION)
-    elif options.triton.vision_backend is VisionBackend.ONNXRUNTIME:
+    elif options.triton.vision_backend is OnnxBackend.ONNXRUNTIME:
         (draft / schema.VISION / SOURCE_VERSION / "model.py").unlink()
     for folder in folders(schema.REWARD, draft):
         model = names.ensemble + folder.removeprefix(schema.ENSEMBLE)

@@ -23,7 +23,7 @@ TextModel = Literal["llama", "gemma2", "qwen2", "qwen3"]  # random ones of text,
 OPSET = 23
 
 
-class VisionBackend(str, Enum):
+class OnnxBackend(str, Enum):
     """Which backend of Triton runs the vision tower's graph."""
 
     ONNXRUNTIME = "onnxruntime"
@@ -63,8 +63,8 @@ class TritonConfig:
         int, Field(ge=1, description="How long one waits for each model, unless it allows less.")
     ] = 30_000
     vision_backend: Annotated[
-        VisionBackend, Field(description="Who runs that model; python needs onnxruntime there.")
-    ] = VisionBackend.ONNXRUNTIME
+        OnnxBackend, Field(description="Who runs that model; python needs onnxruntime there.")
+    ] = OnnxBackend.ONNXRUNTIME
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from ..engine.checkpoint import architecture_of, canonical_name, head_of, load_config, read_tensors
+from ..engine.checkpoint import architecture_of, head_of, load_config
 from ..engine.streaming import load, parameters_on_meta
+from ..engine.weights import canonical_name, read_tensors
 from ..schema import Int32Array
 
 Messages = Sequence[dict[str, Any]]

@@ -28,6 +28,7 @@ from ..engine import checkpoint as checkpoints
 from ..engine.decoder import weights_per_layer
 from ..engine.scoring import Scorer
 from ..engine.streaming import fits, load
+from ..engine.weights import read_state
 from ..errors import CheckpointError, ConfigError, InvalidRequest, TriwardError
 from ..intake.preprocess import Preprocessor
 from ..schema import Features
@@ -73,7 +74,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """What came of a case.
 
     Attributes:
@@ -111,12 +112,12 @@ class Report:
         streamed: whether layers came and went one by one.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Comparison] = field(default_factory=list)
     seconds: float = 0.0
     streamed: bool = False
 
     @property
-    def wrong(self) -> list[Row]:
+    def wrong(self) -> list[Comparison]:
         """Those beyond the budget; all, if none has two scores to compare."""
         if np.isnan(self.largest):
             return self.rows
@@ -161,7 +162,7 @@ def verify(
     del reference
     gc.collect()  # its weights, before the engine's come
     scores = _scores(_scorer(checkpoint, blueprint, device, streamed), features)
-    rows = [Row(case.name, scores[case.name], expected[case.name]) for case in chosen]
+    rows = [Comparison(case.name, scores[case.name], expected[case.name]) for case in chosen]
     return Report(rows, time.monotonic() - start, streamed)
 
 
@@ -307,7 +308,7 @@ def _scorer(
     model = checkpoints.empty_model(blueprint, torch.float32)
 
     def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        return checkpoints.read_state(checkpoint, torch.float32, device, wanted)
+        return read_state(checkpoint, torch.float32, device, wanted)
 
     load(model, tensors, str, streamed=True)
     return Scorer(checkpoint, config, model=model)

@@ -157,8 +157,8 @@ class Zygote:
         ours, theirs = socket.socketpair()
         # As in this process, which may be embedded; PYTHONPATH alone might miss what it added.
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import run; "
-            f"run({module!r}, {theirs.fileno()})"
+            f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import run_zygote; "
+            f"run_zygote({module!r}, {theirs.fileno()})"
         )
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # else fork is unsafe
         with theirs:
@@ -261,7 +261,7 @@ def close_all() -> None:
             _zygotes.popitem()[1].close()
 
 
-def run(module: str, number: int) -> None:
+def run_zygote(module: str, number: int) -> None:
     """Be a zygote: what its process does.
 
     Args:

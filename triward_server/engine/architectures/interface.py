@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..decoder import Decoder, Rope
-from ..vision import ACTIVATIONS, Tower
+from ..decoder import DecoderConfig, Rope
+from ..layers import ACTIVATIONS
+from ..vision import Tower
 from .fields import Fields, only
 
-__all__ = ["Architecture", "Fields", "only", "plain"]
+__all__ = ["Architecture", "Fields", "common_decoder", "only"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Architecture:
         vision: what the vision tower computes; None: a text model.
     """
 
-    decoder: Callable[[Fields], Decoder]
+    decoder: Callable[[Fields], DecoderConfig]
     vision: Callable[[Fields], Tower] | None = None
 
 
@@ -39,7 +40,7 @@ class Architecture:
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def plain(config: Fields) -> Decoder:
+def common_decoder(config: Fields) -> DecoderConfig:
     """The decoder that transformers' text configurations describe in common.
 
     Args:
@@ -49,7 +50,7 @@ def plain(config: Fields) -> Decoder:
         CheckpointError: it asks for what is not computed here.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Decoder(
+    return DecoderConfig(
         vocab_size=config.vocab_size,
         positions=config.max_position_embeddings,
         hidden=config.hidden_size,
