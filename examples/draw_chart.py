@@ -11,7 +11,7 @@ WIDTH, HEIGHT, LEFT, BASE, TOP = 560, 392, 60, 340, 40
 
 
 def draw() -> Image.Image:
-    """A bar chart of five colours, each bar in the colour that its label names."""
+    """Draw a bar chart of five colours, each bar in the colour that its label names."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(16)

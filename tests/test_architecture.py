@@ -80,6 +80,23 @@ def test_a_module_imports_only_modules_above_it(module: Path) -> None:
     assert imported(module) & below == set()
 
 
+def test_files_and_functions_are_short() -> None:
+    """The client and its tools have limits of their own to reach."""
+    long = {PACKAGE / "serving" / "launch.py"}  # is being split
+    roots = ("triward_server", "export", "benchmarks", "examples", "model_repository")
+    paths = [path for root in roots for path in (ROOT / root).rglob("*.py")]
+    assert len(paths) > 90
+    lengths = {path: len(path.read_text().splitlines()) for path in paths}
+    assert {path: n for path, n in lengths.items() if n > 400 and path not in long} == {}
+    functions = {
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+    }
+    assert {name: n for name, n in functions.items() if n > 60} == {}
+
+
 def test_serving_does_not_import_the_test_code() -> None:
     test_code = {m for m in ORDER if m.parts[0] == "testing" or m.name.startswith("random_")}
     makes_them = Path("export", "commands")  # when `make-checkpoint` is what it was told

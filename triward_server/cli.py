@@ -127,15 +127,7 @@ def serve(
             verify=verify,
         )
         with server:
-            e = server.endpoints
-            gpu = repositories.serves_on_gpu(repository)
-            watchdog = Watchdog(
-                server.http,
-                e.metrics_port,
-                repository,
-                server.pid,
-                hang_timeout or (_HANG_TIMEOUT_GPU if gpu else _HANG_TIMEOUT_CPU),
-            )
+            watchdog = _watchdog(server, repository, hang_timeout)
             _announce(server)
             server.wait(watchdog.check, _WATCH_INTERVAL)
 
@@ -231,6 +223,13 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
+def _watchdog(server: TritonServer, repository: Path, hang_timeout: float | None) -> Watchdog:
+    gpu = repositories.serves_on_gpu(repository)
+    patience = hang_timeout or (_HANG_TIMEOUT_GPU if gpu else _HANG_TIMEOUT_CPU)
+    port = server.endpoints.metrics_port
+    return Watchdog(server.http, port, repository, server.pid, patience)
+
+
 def _announce(server: TritonServer) -> None:
     """Say where it listens; nobody has to be there to read it."""
     schemes = {"grpc": "", "http": "http://", "metrics": "http://"}
@@ -300,7 +299,7 @@ def _triton(host: str, port: int, admin_key_file: Path | None) -> TritonHttp:
 
 
 def _admin_key(file: Path | None) -> str:
-    """What the file holds; empty without one."""
+    """Return the file's key; empty without a file."""
     if file is None:
         return ""
     try:

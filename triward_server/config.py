@@ -1,4 +1,4 @@
-"""What a model's `config.pbtxt` decides, read from its `parameters` into frozen dataclasses.
+"""Configuration of the models: `parameters` of a `config.pbtxt` as frozen dataclasses.
 
 Triton hands parameters over as strings. Every key must be known and every value must fit, or
 loading stops with a `ConfigError` that names the parameter. Nothing is clamped or guessed.
@@ -86,7 +86,7 @@ class PreprocessConfig(RequestLimits):
 
 @dataclass(frozen=True, config=_STRICT)
 class ForwardConfig(RequestLimits):
-    """How the model runs.
+    """Configuration of the forward model.
 
     A batch beyond a budget (`max_batch_…`) is cut into micro-batches; a single conversation beyond
     one runs alone.
@@ -136,7 +136,7 @@ class ForwardConfig(RequestLimits):
 
 @dataclass(frozen=True, config=_STRICT)
 class VisionConfig:
-    """How the vision tower's ONNX graph runs where Triton's Python backend runs it.
+    """Configuration of the vision tower's ONNX graph in Triton's Python backend.
 
     Attributes:
         threads: CPU threads of ONNX Runtime; 0 leaves its own choice.
@@ -157,7 +157,7 @@ def token_limit(max_tokens: int, positions: int) -> int:
 
 
 def on_instance(device: str, device_id: str) -> str:
-    """The device, with plain `cuda` made the GPU that Triton gave to the instance."""
+    """Return the device, with plain `cuda` made the GPU that Triton gave to the instance."""
     return f"cuda:{device_id}" if device == "cuda" else device
 
 

@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class ModelNames:
-    """What Triton calls one served model.
+    """Names of one served model in Triton.
 
     Attributes:
         ensemble: the public name, chosen at export; the steps' names follow from it.
@@ -32,7 +32,7 @@ class ModelNames:
 
     @classmethod
     def of(cls, forward: str) -> ModelNames:
-        """Those of the model whose second step is called so."""
+        """Return the names of the model whose second step is called so."""
         return cls(forward.removesuffix("_forward"))
 
     @property
@@ -57,7 +57,7 @@ class ModelNames:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """What stands behind the public name, in the order in which data flows."""
+        """Steps behind the public name, in the order in which data flows."""
         return self.preprocess, self.forward
 
 
@@ -126,7 +126,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], patch_size: int) -> Grid:
-        """The grid of an image [H, W, 3] or a video [T, H, W, 3]."""
+        """Return the grid of an image [H, W, 3] or a video [T, H, W, 3]."""
         *frames, height, width, _ = shape
         t = frames[0] // FRAMES_PER_GRID if frames else 1
         return cls(t, height // patch_size, width // patch_size)

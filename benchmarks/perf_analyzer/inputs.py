@@ -36,7 +36,7 @@ FORMATS = ("JPEG", "JPEG", "PNG", "BMP")
 
 @dataclass(frozen=True)
 class InputSizes:
-    """From how much to how much a request holds.
+    """Ranges of the contents of a request.
 
     Attributes:
         images: widths and heights, in pixels.
@@ -94,7 +94,7 @@ MIXES: dict[str, dict[RequestKind, float]] = {
 def requests(
     mix: str, seed: int = 0, count: int = REQUESTS, scale: Scale = Scale.SHORT
 ) -> list[RewardRequest]:
-    """The requests of a mix, in the order in which they are sent; equal seeds, equal bytes."""
+    """Make the requests of a mix, in order; equal seeds, equal bytes."""
     write = Writer(np.random.default_rng(seed))
     kinds, shares = zip(*MIXES[mix].items(), strict=True)
     # Shares are met to one request, not by luck; the order is drawn.
@@ -119,7 +119,7 @@ def _file(write: Writer, shape: InputSizes) -> bytes:
 
 
 def encode(batch: Sequence[RewardRequest]) -> str:
-    """The text of an input file."""
+    """Return the text of an input file."""
     return json.dumps({"data": [_step(request) for request in batch]})
 
 

@@ -13,7 +13,7 @@ from ..schema import Array, Features, Grid, TensorSpec, UInt8Array
 
 
 def features_to_arrays(features: Features, patch_size: int) -> dict[TensorSpec, Array]:
-    """The tensors of `reward_forward` for one request, without the leading dimension.
+    """Return the tensors of `reward_forward` for one request, without the leading dimension.
 
     Segment 0 of `segment_lengths` is the prompt; `pixels` is all media flattened, one behind the
     other; `grids` has a row (t, h, w) in patches for each, t pairs of frames of a video.
@@ -39,7 +39,7 @@ def arrays_to_features(
     *,
     geometry: Geometry,
 ) -> Features:
-    """The inverse of `features_to_arrays`; a trainer may have made the arrays itself.
+    """Invert `features_to_arrays`; a trainer may have made the arrays itself.
 
     Raises:
         InvalidRequest: the arrays' sizes contradict each other.
@@ -59,7 +59,7 @@ def arrays_to_features(
 def _split_media(
     prompt: Array, pixels: Array, grids: Array, geometry: Geometry
 ) -> tuple[UInt8Array, ...]:
-    """The media items; whether one is a video says its placeholder."""
+    """Split the media into items; a placeholder says whether its item is a video."""
     kinds = prompt[np.isin(prompt, geometry.media_token_ids)]
     shapes: list[tuple[int, ...]] = []
     used = 0

@@ -226,7 +226,7 @@ def _answer(pb_utils: Any, metrics: Metrics, respond: Callable[[], Any]) -> Any:
 
 
 def _has_given_up(request: Any, begun: float) -> bool:
-    """Whether the caller has cancelled or its timeout has passed since `begun`.
+    """Return True if the caller has cancelled or its timeout has passed since `begun`.
 
     Inside an ensemble Triton 24.10 reports no cancellation, but hands the caller's timeout on. That
     began before the batch did: what is late here is late for the caller.

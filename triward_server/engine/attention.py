@@ -38,7 +38,7 @@ _masks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a packed row splits into S sequences.
+    """The split of a packed row into S sequences.
 
     Attributes:
         query_lengths: S lengths; they sum to the row's.
@@ -68,7 +68,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class LogitRules:
-    """How a layer turns products of query and key into weights.
+    """Rules that turn products of query and key into attention's weights.
 
     Attributes:
         scale: what products are multiplied by; None: 1/sqrt(D).
@@ -86,7 +86,7 @@ PLAIN = LogitRules()
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel that can compute a device's tensors of a dtype."""
+    """Return the kernel that can compute a device's tensors of a dtype."""
     flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return "varlen" if flash else "sdpa"
 
@@ -129,7 +129,7 @@ def make_layout(
 
 
 def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of [Q, …] tensors, block by block, for layers that compute each row for itself.
+    """Iterate over [Q, …] tensors block by block, for layers that compute each row for itself.
 
     On CUDA one block is the whole row. On the CPU a block's intermediate results stay in its
     caches. In deterministic mode a block is a sequence: how a matrix product rounds a row depends
@@ -139,7 +139,7 @@ def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def join(parts: Iterable[Tensor]) -> Tensor:
-    """The blocks' results as one tensor; a single one is not copied."""
+    """Join the blocks' results into one tensor; a single one is not copied."""
     first, *rest = parts
     return torch.cat([first, *rest]) if rest else first
 
@@ -167,7 +167,7 @@ def varlen(
 def _sdpa_by_shape(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rules: LogitRules
 ) -> Tensor:
-    """One batched call for each run of consecutive sequences of equal lengths."""
+    """Make one batched call for each run of consecutive sequences of equal lengths."""
     out = torch.empty_like(query)
     first_query = first_key = 0
     for queries, keys, count in _runs(layout, together=rules.softcap is None):
@@ -196,7 +196,7 @@ def _sdpa_by_shape(
 
 
 def _runs(layout: Layout, together: bool) -> Iterator[tuple[int, int, int]]:
-    """Queries, keys and number of consecutive sequences of equal lengths; or of one at a time.
+    """Yield queries, keys and number of consecutive sequences of equal lengths; or one at a time.
 
     A written-out product rounds differently in another company, and takes memory for all of it.
     """
@@ -247,7 +247,7 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, rules: LogitRules, attn_mask: Tenso
 
 
 def _windowed(mask: Tensor, window: int) -> Tensor:
-    """A mask [queries, keys], aligned bottom-right, without keys that lie `window` or more back."""
+    """Hide keys that lie `window` or more back in a mask [queries, keys], aligned bottom-right."""
     queries, keys = mask.shape
     far = torch.ones_like(mask, dtype=torch.bool).tril(keys - queries - window)
     return mask.masked_fill(far, -torch.inf)
@@ -300,7 +300,7 @@ def _varlen_kernel(
 
 
 def repeats_keys() -> bool:
-    """Whether this torch's varlen kernel wants as many key heads as query heads (torch < 2.12)."""
+    """Return True if torch < 2.12, whose kernel needs as many key heads as query heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" not in inspect.signature(varlen_attn).parameters
@@ -311,7 +311,7 @@ def _cumulative(lengths: Sequence[int]) -> Tensor:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it; pinned memory makes that possible."""
+    """Copy to the device without waiting for it, from pinned memory."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -82,7 +82,7 @@ class Clock:
             self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """From each mark to the next; the device must have got to the last."""
+        """Return the seconds from each mark to the next; the device must have got to the last."""
         if self._cuda:
             return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self._marks)]
         return [b - a for a, b in pairwise(self._marks)]
@@ -127,7 +127,7 @@ class RewardModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.language_model.norm.weight.device
 
     def compile_layers(self, **options: Any) -> None:

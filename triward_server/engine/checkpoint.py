@@ -40,7 +40,7 @@ _VISION, _HEAD = "visual.", "v_head."
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a checkpoint's files say of the model, weights aside.
+    """Description of a model, read from all of a checkpoint's files but the weights.
 
     Attributes:
         geometry: how a batch of it is laid out.
@@ -57,14 +57,14 @@ class Blueprint:
     head: str
 
     def vision(self) -> VisionTower | None:
-        """A tower without weights, on torch's default device."""
+        """Return a tower without weights, on torch's default device."""
         if self.tower is None or self.cut is None:
             return None
         return VisionTower(self.tower, self.cut)
 
 
 def load_config(checkpoint: Path) -> Any:
-    """The checkpoint's model configuration.
+    """Return the checkpoint's model configuration.
 
     Raises:
         CheckpointError: there is none, or the architecture is not one of `ARCHITECTURES`.
@@ -90,12 +90,12 @@ def load_config(checkpoint: Path) -> Any:
 
 
 def architecture_of(config: Any) -> Architecture:
-    """How a configuration of `load_config` is read."""
+    """Return the architecture of a configuration of `load_config`."""
     return ARCHITECTURES[config.model_type]
 
 
 def head_of(checkpoint: Path, config: Any) -> str:
-    """Which of `backbone.HEADS` scores: trl's value head, or transformers' classification head.
+    """Return the key of `backbone.HEADS`: trl's value head, or transformers' classification head.
 
     Raises:
         CheckpointError: neither, or both, or one of several labels.
@@ -203,7 +203,7 @@ def empty_model(
     cache_bytes: int = 0,
     encoder: Encoder | None = None,
 ) -> RewardModel:
-    """The model without weights, on the meta device; arguments as for `load_model`."""
+    """Return the model without weights, on the meta device; arguments as for `load_model`."""
     with torch.device("meta"):
         return RewardModel(
             blueprint.geometry,
@@ -218,7 +218,7 @@ def empty_model(
 
 
 def load_cut(checkpoint: Path) -> tuple[Cut, int]:
-    """How a checkpoint cuts media, and the width of their embeddings.
+    """Return how a checkpoint cuts media, and the width of their embeddings.
 
     Raises:
         CheckpointError: see `read_blueprint`; or it is a text model.
@@ -230,7 +230,7 @@ def load_cut(checkpoint: Path) -> tuple[Cut, int]:
 
 
 def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
-    """The vision tower and the value head alone, in float32 on the CPU.
+    """Return the vision tower and the value head alone, in float32 on the CPU.
 
     Raises:
         CheckpointError: see `verify`; or it is a text model.

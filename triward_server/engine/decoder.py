@@ -36,7 +36,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What a decoder-only language model computes.
+    """Configuration of a decoder-only language model.
 
     Attributes:
         vocab_size: rows of the embedding.
@@ -84,7 +84,7 @@ class DecoderConfig:
         return len(self.windows)
 
     def norm(self, dim: int) -> RMSNorm:
-        """A norm as this model has them."""
+        """Return a norm as this model has them."""
         return RMSNorm(dim, self.eps, self.norm_offset)
 
 
@@ -146,7 +146,7 @@ class DecoderLayer(nn.Module):
     def at(
         self, rows: Tensor, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, last: Layout
     ) -> Tensor:
-        """The same, but only `rows` [C] pass beyond keys and values: [T, dim] -> [C, dim]."""
+        """Compute only `rows` [C] beyond keys and values: [T, dim] -> [C, dim]."""
         cos, sin = rotary
         heads = join(self.keys_and_values(*each) for each in blocks(layout, x, cos, sin))
         k, v = heads.chunk(2, dim=1)
@@ -157,13 +157,13 @@ class DecoderLayer(nn.Module):
         return x
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries, keys and values: residual stream [T, dim] -> [T, H + 2 G, D]."""
+        """Project to queries, keys and values: residual stream [T, dim] -> [T, H + 2 G, D]."""
         attention = self.self_attn
         heads = attention.queries + 2 * attention.keys
         return attention.project(self.input_layernorm(x), cos, sin, 0, heads)
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries alone: [T, dim] -> [T, H, D]."""
+        """Project to queries alone: [T, dim] -> [T, H, D]."""
         attention = self.self_attn
         return attention.project(self.input_layernorm(x), cos, sin, 0, attention.queries)
 
@@ -188,7 +188,7 @@ class SandwichLayer(DecoderLayer):
         self.post_feedforward_layernorm = decoder.norm(decoder.hidden)
 
     def after_(self, x: Tensor, attended: Tensor) -> None:
-        """As in every layer; `post_attention_layernorm` is what its name says here."""
+        """Add as every layer does, the results of both halves normalised."""
         result = self.self_attn.o_proj(attended.flatten(1))
         x += self.post_attention_layernorm(result.float())
         result = self.mlp(self.pre_feedforward_layernorm(x))

@@ -14,7 +14,7 @@ from ..schema import Features, Grid, Int32Array, UInt8Array
 
 @dataclass(frozen=True)
 class Geometry:
-    """What packing must know of a model.
+    """Properties of a model that packing needs.
 
     Attributes:
         image_token_id: the placeholder that one merged patch of an image takes in the text; None
@@ -46,11 +46,11 @@ class Geometry:
         return tuple(id_ for id_ in ids if id_ is not None)
 
     def grid(self, pixels: UInt8Array) -> Grid:
-        """The patches of an image [H, W, 3] or a video [T, H, W, 3]."""
+        """Return the patches of an image [H, W, 3] or a video [T, H, W, 3]."""
         return self.grid_of(pixels.shape)
 
     def grid_of(self, shape: tuple[int, ...]) -> Grid:
-        """The same for a shape; H and W are multiples of a merged patch.
+        """Return the patches of a shape; H and W are multiples of a merged patch.
 
         A video's frames may be resized once more, as the processor does it.
         """
@@ -65,7 +65,7 @@ class Geometry:
         return np.float32(self.tokens_per_second) * np.float32(seconds)
 
     def read(self, ids: Int32Array) -> int:
-        """How many of a conversation's tokens are read: up to the one that is scored."""
+        """Count the tokens of a conversation up to the one that is scored."""
         if self.padding_id is None:
             return len(ids)
         return int(np.flatnonzero(ids != self.padding_id).max(initial=-1)) + 1

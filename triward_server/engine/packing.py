@@ -198,7 +198,7 @@ def _branches(
 
 
 def _seconds(features: Features) -> list[float]:
-    """For each media item its seconds per grid; an image, which has one grid, takes none."""
+    """Return each media item's seconds per grid; 0 for an image, which has one grid."""
     given = iter(features.seconds_per_grid)
     return [next(given) if pixels.ndim == 4 else 0.0 for pixels in features.media]
 
@@ -255,7 +255,7 @@ def pack(ordered: SortedBatch, chosen: Sequence[int]) -> PackedBatch:
 def _grow(
     branches: Sequence[Branch], shared: Sequence[int], deterministic: bool
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """The radix tree of sorted branches, from what neighbours share.
+    """Grow the radix tree of sorted branches from what neighbours share.
 
     A node ends at a depth; it begins where its parent ends. Walking the sorted branches, the path
     to the last one is a stack: whatever lies deeper than what the next one shares is left, and a
@@ -291,7 +291,7 @@ def _grow(
 def _used(
     media: tuple[MediaItem, ...], tokens: Int64Array
 ) -> tuple[tuple[MediaItem, ...], Int64Array]:
-    """The items that tokens of all media belong to, and the tokens counted among those alone."""
+    """Find the items that tokens of all media belong to; count the tokens among those alone."""
     firsts = np.array([item.first_token for item in media], np.int64)
     owner = np.searchsorted(firsts, tokens, side="right") - 1
     used, local = np.unique(owner, return_inverse=True)

@@ -17,7 +17,7 @@ from .vision import CHANNELS, Tower
 
 @dataclass(frozen=True)
 class Cost:
-    """What a forward pass takes.
+    """Cost of a forward pass.
 
     Attributes:
         per_token: FLOPs of the language model's matrices, for one token that others see.
@@ -144,5 +144,5 @@ def _patch_costs(vision: Tower, itemsize: int) -> tuple[int, int]:
 
 
 def _row_bytes(dim: int, heads: int, inner: int, itemsize: int) -> int:
-    """The residual stream and its norm in float32; q, k, v, what is attended, the gated MLP."""
+    """Add up the residual stream and its norm in float32; q, k, v, the attended, the gated MLP."""
     return 4 * 4 * dim + itemsize * (dim + heads + 3 * inner)

@@ -52,7 +52,7 @@ _CPU_TFLOP = 0.01  # of the language model in one such pass on a CPU
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass did, for who watches.
+    """Statistics of one forward pass, for the observer.
 
     Attributes:
         tokens: computed.
@@ -124,7 +124,7 @@ class Scorer:
 
     @property
     def cost(self) -> Cost:
-        """What the model takes for a token, a pair, a patch."""
+        """Cost of a token, a pair and a patch in this model."""
         return self._model.cost
 
     def score(
@@ -263,7 +263,7 @@ class Scorer:
 
 
 def warm_up_requests(tokens: int, geometry: Geometry, images: bool) -> list[Features]:
-    """Requests of `tokens` tokens together, or a few less, three responses each.
+    """Make requests of `tokens` tokens together, or a few less, three responses each.
 
     Args:
         tokens: at least the smallest of `_WARM_UP_TOKENS`.

@@ -29,7 +29,7 @@ CHANNELS = 3  # red, green, blue
 
 @dataclass(frozen=True)
 class Tower:
-    """What a vision tower computes, by transformers' names of the fields.
+    """Configuration of a vision tower, by transformers' names of the fields.
 
     Attributes:
         depth: blocks.
@@ -131,7 +131,7 @@ class PatchMerger(nn.Module):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a checkpoint cuts media into patches, and patches into windows.
+    """Rules that cut media into patches, and patches into windows.
 
     Attributes:
         patch_size: side of a patch in pixels.
@@ -151,7 +151,7 @@ class Cut:
 
 
 def cut_of(tower: Tower, mean: Sequence[float], std: Sequence[float]) -> Cut:
-    """What a checkpoint says.
+    """Return the cut of a checkpoint.
 
     Args:
         tower: what it computes.
@@ -258,7 +258,7 @@ class EmbeddingCache:
 
     @property
     def nbytes(self) -> int:
-        """What is kept at present."""
+        """Bytes that are kept at present."""
         return int(self._items.currsize)
 
     def clear(self) -> None:
@@ -266,7 +266,7 @@ class EmbeddingCache:
         self._items.clear()
 
     def get(self, digest: bytes) -> Tensor | None:
-        """The embedding [M, out], or None; either is counted."""
+        """Return the embedding [M, out], or None; either is counted."""
         embedding = self._items.get(digest)
         self.hits += embedding is not None
         self.misses += embedding is None

@@ -35,7 +35,7 @@ UNREAD = re.compile(r"^lm_head\.")
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
-    """The safetensors files that hold the model, a value head last.
+    """Return the safetensors files that hold the model, a value head last.
 
     Raises:
         CheckpointError: a file is missing.
@@ -81,7 +81,7 @@ def open_tensors(file: Path, device: str) -> Any:
 def read_state(
     checkpoint: Path, dtype: torch.dtype, device: torch.device, wanted: Callable[[str], bool]
 ) -> dict[str, Tensor]:
-    """The wanted tensors by our names, joined; the head is float32 always."""
+    """Return the wanted tensors by our names, joined; the head is float32 always."""
     tensors = _join(_tensors(weight_files(checkpoint), device, lambda name: wanted(_whole(name))))
     return {name: t.to(torch.float32 if _is_head(name) else dtype) for name, t in tensors}
 
@@ -89,7 +89,7 @@ def read_state(
 def read_tensors(
     checkpoint: Path, dtype: torch.dtype, device: torch.device, wanted: Callable[[str], bool]
 ) -> dict[str, Tensor]:
-    """The wanted tensors by `canonical_name`, none of them joined with another."""
+    """Return the wanted tensors by `canonical_name`, none of them joined with another."""
     tensors = _tensors(weight_files(checkpoint), device, wanted)
     return {name: tensor.to(dtype) for name, tensor in tensors}
 
@@ -118,7 +118,7 @@ def _tensors(
 
 
 def _check_finite(file: Path, key: str, tensor: Tensor) -> None:
-    """In one pass without a copy: a NaN is both extremes, an infinity one of them."""
+    """Raise `CheckpointError` for NaN and infinity; both are extremes, found in one pass."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
     if tensor.itemsize == 1:  # float8, of which torch knows no extremes
@@ -131,7 +131,7 @@ def _check_finite(file: Path, key: str, tensor: Tensor) -> None:
 
 
 def _whole(name: str) -> str:
-    """The name of what `_join` makes a tensor a part of; its own, if it is left alone."""
+    """Return the name of what `_join` makes a tensor a part of; its own, if it is left alone."""
     match = _PART.search(name)
     if match is None:
         return name

@@ -125,7 +125,7 @@ def _write_vision(
 
 
 def model_names(name: str) -> ModelNames:
-    """The names of a model with this public one.
+    """Return the names of a model with this public one.
 
     Raises:
         ConfigError: it cannot be one, or could be mistaken for another model's step.
@@ -160,7 +160,7 @@ def _check_output(output: Path, names: ModelNames, version: str, force: bool) ->
 
 
 def _is_ours(repository: Path, names: ModelNames) -> bool:
-    """Whether an export wrote a model."""
+    """Return True if an export wrote a model."""
     for version in versions(repository, names):
         with suppress(LaunchError):  # somebody else's
             read_manifest(repository, names, version)
@@ -169,7 +169,7 @@ def _is_ours(repository: Path, names: ModelNames) -> bool:
 
 
 def _canary(folder: Path, preprocessor: Preprocessor, options: Options) -> Canary:
-    """A request, with an image if the model reads any; two responses, if allowed; its scores."""
+    """Score a request, with an image if the model reads any, of two responses, if allowed."""
     picture = BytesIO()
     Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(picture, "PNG")
     image = [{"type": "image"}] if preprocessor.reads_images else []
@@ -212,12 +212,12 @@ def _verify(folder: Path, options: Options) -> None:
 
 
 def _device(options: Options) -> str:
-    """The device that will serve if this machine has it, or else the CPU."""
+    """Return the device that will serve if this machine has it, or else the CPU."""
     return options.forward.device if torch.cuda.is_available() else "cpu"
 
 
 def _say_where(device: str) -> None:
-    """Of a GPU, which; or that there is none here."""
+    """Say which GPU will serve, or that there is none here."""
     if device == "cpu":
         return
     if not torch.cuda.is_available():
@@ -240,7 +240,7 @@ def _say_where(device: str) -> None:
 
 
 def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
-    """The local folder of a checkpoint, and its commit if it came from the hub."""
+    """Return the local folder of a checkpoint, and its commit if it came from the hub."""
     if Path(source).is_dir():
         if revision is not None:
             raise ConfigError(f"--revision {revision}: {source} is a folder and has no revisions")

@@ -83,7 +83,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def application(command: Command) -> typer.Typer:
-    """A program of its own that has one command."""
+    """Return a program of its own that has one command."""
     app = typer.Typer(add_completion=False)
     app.command()(command)
     return app

@@ -95,7 +95,7 @@ def _read_config(path: Path) -> Any:
 
 
 def comparable(path: Path) -> Any:
-    """A configuration without what differs from version to version, as today's export writes it."""
+    """Read a configuration as today's export writes it, without what differs by version."""
     model = _read_config(path)
     model.ClearField("version_policy")
     if contract.PARAMETER not in model.parameters and "device" in model.parameters:

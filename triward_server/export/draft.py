@@ -24,7 +24,7 @@ SOURCE_VERSION = "1"  # of the adapters in `source`
 
 
 def source() -> Path:
-    """The adapters' folder: in an installed package a part of it, in a checkout beside it."""
+    """Return the adapters' folder: within an installed package, beside that of a checkout."""
     packaged = _PACKAGE / "model_repository"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "model_repository"
 
@@ -49,14 +49,14 @@ def copy_source(draft: Path, names: ModelNames, version: str, options: Options) 
 
 
 def folders(names: ModelNames, repository: Path) -> list[str]:
-    """A model's folders there. The public one is the last: it makes the others complete."""
+    """Return a model's folders there. The public one is the last: it makes the others complete."""
     every = (names.vision, *names.steps, names.ensemble)
     return [folder for folder in every if (repository / folder).exists()]
 
 
 @contextmanager
 def written_whole(output: Path, names: ModelNames, version: str | None) -> Iterator[Path]:
-    """A temporary folder that becomes `output` if the block succeeds and vanishes if not.
+    """Yield a temporary folder that becomes `output` if the block succeeds and vanishes if not.
 
     If `output` is there already, the model in it becomes part of that: beside the others, or with
     None for a version in the place of the one that has its name. A model that is there gets the
@@ -125,7 +125,7 @@ def place(files: Iterable[Path], folder: Path, how: Weights) -> None:
 
 
 def _hard_link(source: Path, target: Path) -> bool:
-    """Whether a link could be made: it cannot across file systems, and not on all of them."""
+    """Make a link; return False where file systems do not allow it."""
     try:
         os.link(source, target)
     except OSError as error:

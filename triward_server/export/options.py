@@ -24,14 +24,14 @@ OPSET = 23
 
 
 class OnnxBackend(str, Enum):
-    """Which backend of Triton runs the vision tower's graph."""
+    """Triton's backend for the vision tower's graph."""
 
     ONNXRUNTIME = "onnxruntime"
     PYTHON = "python"
 
 
 class Weights(str, Enum):
-    """How weight files get into the repository."""
+    """Ways for weight files into the repository."""
 
     LINK = "link"
     COPY = "copy"
@@ -39,7 +39,7 @@ class Weights(str, Enum):
 
 @dataclass(frozen=True)
 class TritonConfig:
-    """What `config.pbtxt` says beside a model's parameters."""
+    """Settings of `config.pbtxt` beside a model's parameters."""
 
     preprocess_instances: Annotated[
         int, Field(ge=1, description="Processes that decode, resize and tokenize.")
@@ -69,7 +69,7 @@ class TritonConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is exported, where to, and how it is checked."""
+    """Source, destination and checks of an export."""
 
     checkpoint: Annotated[str, Field(description="Local folder or Hugging Face id.")]
     output: Annotated[
@@ -126,7 +126,7 @@ _UNSAID: dict[str, Any] = {"compile": None}  # the device decides
 
 
 def export_parameters() -> list[Parameter]:
-    """The parameters of the command `export`: a field with a description is an option."""
+    """Return the parameters of the command `export`: a field with a description is an option."""
     found: dict[str, Parameter] = {}
     for config in (ExportConfig, ForwardConfig, PreprocessConfig, TritonConfig):
         for field, info in _fields(config).items():
@@ -137,7 +137,7 @@ def export_parameters() -> list[Parameter]:
 
 
 def read_options(values: Mapping[str, Any]) -> Options:
-    """The options of what the command got, by the names of `export_parameters`.
+    """Return the options of what the command got, by the names of `export_parameters`.
 
     Raises:
         ConfigError: a value that does not fit, by name.

@@ -82,7 +82,7 @@ _PROCESSOR: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What distinguishes the sizes; everything else is the real model's."""
+    """Dimensions of one size; everything else is the real model's."""
 
     merges: int
     vocab_size: int
@@ -242,7 +242,7 @@ def random_tensor(name: str, shape: torch.Size, seed: int, device: str) -> Tenso
 
 
 def _hub_name(name: str) -> str:
-    """The names that transformers < 4.52 wrote, as the checkpoint on the hub has them."""
+    """Return the name that transformers < 4.52 wrote, as the checkpoint on the hub has it."""
     for new, old in (("model.language_model.", "model."), ("model.visual.", "visual.")):
         if name.startswith(new):
             return old + name.removeprefix(new)

@@ -1,4 +1,4 @@
-"""Whether the engine scores a checkpoint as transformers does: `triward-server verify`.
+"""Comparison of the engine's scores with transformers' own: `triward-server verify`.
 
 A built-in set of conversations is scored twice in float32, by `reference.Reference` and by what
 serves (`Preprocessor`, `Scorer`), and compared within `fp32_budget`. An export asks a few of them,
@@ -61,7 +61,7 @@ class Case:
         return [image for p in parts for image in (p if isinstance(p, list) else [p])]
 
     def card(self) -> list[dict[str, Any]]:
-        """As a model card's code takes it."""
+        """Return the messages as a model card's code takes them."""
         return [
             {"role": role, "content": _content(parts, _card_part)} for role, parts in self.turns
         ]
@@ -75,7 +75,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of a case.
+    """Scores of one case.
 
     Attributes:
         name: the case's.
@@ -96,7 +96,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether it is within the budget, or both refuse."""
+        """True if the distance is within the budget, or both refuse."""
         if isinstance(self.score, str) or isinstance(self.reference, str):
             return isinstance(self.score, str) and isinstance(self.reference, str)
         return self.distance <= fp32_budget(self.reference)
@@ -118,7 +118,7 @@ class Report:
 
     @property
     def wrong(self) -> list[Comparison]:
-        """Those beyond the budget; all, if none has two scores to compare."""
+        """Comparisons beyond the budget; all, if none has two scores."""
         if np.isnan(self.largest):
             return self.rows
         return [row for row in self.rows if not row.agrees]
@@ -186,7 +186,7 @@ def check(report: Report) -> None:
 
 
 def cases(sees: bool, small: bool = False, window: int = 0) -> list[Case]:
-    """The built-in conversations.
+    """Return the built-in conversations.
 
     Args:
         sees: whether the model reads images and videos.
@@ -238,7 +238,7 @@ def _asked(name: str, question: str, response: str, *media: Any) -> Case:
 
 
 def _picture(width: int, height: int, shift: int = 0) -> Image.Image:
-    """A gradient with bars: neither flat nor noise."""
+    """Draw a gradient with bars: neither flat nor noise."""
     y, x = np.mgrid[0:height, 0:width]
     red, green = x * 255 / width, y * 255 / height
     blue = ((x + 9 * shift) // 12 % 2) * 255

@@ -50,7 +50,7 @@ class TextPart(_Wire):
 
 
 class MediaPart(_Wire):
-    """What images and videos have in common: the size limits of qwen-vl-utils.
+    """A part with pixels: the size limits of qwen-vl-utils, for images and videos.
 
     `min_pixels` and `max_pixels` bound the resized area in pixels. `resized_height` and
     `resized_width` ask for a size instead, and come together.
@@ -142,7 +142,7 @@ _MESSAGES = TypeAdapter(Annotated[list[Message], _FAIL_FAST])
 
 @dataclass(frozen=True)
 class MediaPlace:
-    """Where a media part stands.
+    """Place of a media part.
 
     Attributes:
         path: in the request.

@@ -81,12 +81,12 @@ class Preprocessor:
 
     @property
     def reads_images(self) -> bool:
-        """Whether the model is multimodal."""
+        """True if the model is multimodal."""
         return self._media is not None
 
     @property
     def knows_the_date(self) -> bool:
-        """Whether the chat template may write the day on which it is rendered."""
+        """True if the chat template may write the day on which it is rendered."""
         return self._tokenizer.knows_the_date
 
     def features(
@@ -102,7 +102,7 @@ class Preprocessor:
         return self.finish(opened)
 
     def open(self, messages: bytes, responses: Sequence[bytes], media: Sequence[bytes]) -> Opened:
-        """The first half of `features`, up to `flush`, which serves many requests."""
+        """Run the first half of `features`, up to `flush`, which serves many requests."""
         return self._open(parse_conversation(messages, responses, media, self._config))
 
     def flush(self) -> None:
@@ -111,7 +111,7 @@ class Preprocessor:
             self._resizer.flush()
 
     def finish(self, opened: Opened) -> Features:
-        """The second half, after the flush."""
+        """Run the second half, after the flush."""
         tokens = opened.tokens
         media = tuple(pixels.result(timeout=0) for pixels in opened.pixels)
         seconds = (self._seconds_per_grid,) * opened.videos
@@ -144,7 +144,7 @@ class Preprocessor:
     def _read_headers(
         self, reading: Reading, conversation: Conversation
     ) -> tuple[list[Picture | Clip], list[int]]:
-        """The media, and how many tokens each takes."""
+        """Read the media's headers; return them with the tokens that each takes."""
         items: list[Picture | Clip] = []
         tokens: list[int] = []
         shown = 0
@@ -205,13 +205,13 @@ def _done(pixels: UInt8Array) -> Future[UInt8Array]:
 
 
 def _seconds_per_grid() -> float:
-    """What the processor says of every video: the card's code does not tell it the frame rate."""
+    """Return the processor's value for every video: the card's code tells it no frame rate."""
     untold = VideoMetadata(total_num_frames=0)
     return float(FRAMES_PER_GRID / untold.sampled_fps)
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:
-    """The checkpoint's processor, a text model's tokenizer, and its model configuration.
+    """Return the checkpoint's processor, a text model's tokenizer, and its model configuration.
 
     Raises:
         CheckpointError: a file is missing or damaged; transformers raises many types for that.

@@ -41,7 +41,7 @@ _ROLES = ("preprocess", "forward", "vision")
 
 
 class Verify(str, Enum):
-    """How a version's files are compared with its manifest."""
+    """Ways to compare a version's files with its manifest."""
 
     FULL = "full"
     SAMPLED = "sampled"
@@ -50,7 +50,7 @@ class Verify(str, Enum):
 
 @dataclass(frozen=True)
 class Checked:
-    """What a comparison that found nothing wrong took.
+    """Effort of a comparison that found nothing wrong.
 
     Attributes:
         how: `full` or `sampled`.
@@ -69,7 +69,7 @@ class Checked:
     old: bool
 
     def __str__(self) -> str:
-        """A line for an operator."""
+        """Return a line for an operator."""
         text = (
             f"{self.files} files verified ({self.how.value}): read {self.read:,} of "
             f"{self.size:,} bytes in {self.seconds:.2f} s"
@@ -80,7 +80,7 @@ class Checked:
 
 
 def describe(files: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
-    """The manifest's `files`: of `<role>/<path in the version's folder>` and the file itself."""
+    """Return the manifest's `files`, of pairs of `<role>/<path in the version>` and a file."""
     return {
         name: {
             "bytes": path.stat().st_size,
@@ -92,7 +92,7 @@ def describe(files: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
 
 
 def read_manifest(repository: Path, names: ModelNames, version: str) -> dict[str, Any]:
-    """A version's manifest.
+    """Return a version's manifest.
 
     Raises:
         LaunchError: there is none of ours, or it is damaged.
@@ -164,7 +164,7 @@ def _is_there(module: str) -> bool:
 
 
 def check_served(repository: Path, how: Verify, say: Callable[[str], None]) -> None:
-    """What a server does before it starts: know that what it will load is whole.
+    """Check, before a server starts, that everything it will load is whole.
 
     Args:
         repository: what will be served.
@@ -263,7 +263,7 @@ def _compare(file: Path, expected: dict[str, Any], how: Verify) -> int:
 
 
 def _check_length(file: Path, size: int) -> None:
-    """Of a safetensors file, whose header says where its data end."""
+    """Check the length of a safetensors file by its header, which says where its data end."""
     if file.suffix != ".safetensors":
         return
     with file.open("rb") as stream:
@@ -278,7 +278,7 @@ def _check_length(file: Path, size: int) -> None:
 
 
 def _digest(file: Path, how: Verify) -> tuple[str, int]:
-    """A file's SHA-256, of everything or of the sampled blocks, and how many bytes that were."""
+    """Return a file's SHA-256, of all or of the sampled blocks, and how many bytes it read."""
     digest, read = hashlib.sha256(), 0
     size = file.stat().st_size
     with file.open("rb") as stream:

@@ -394,7 +394,7 @@ _FAILURES = (
 
 
 def _failure(log: Sequence[str]) -> str | None:
-    """The line of Triton's log that says why it ended, as one sentence."""
+    """Return the line of Triton's log that says why it ended, as one sentence."""
     for pattern in _FAILURES:
         for line in log:
             match = pattern.search(line.strip())

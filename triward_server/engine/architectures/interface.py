@@ -1,4 +1,4 @@
-"""What an architecture has to say, and what most of them say alike.
+"""The interface of an architecture, and the configuration that most of them share.
 
 A configuration that asks for anything that is not computed here is refused by name: the score would
 be another one. That holds for fields that nothing here has heard of, too: see `fields.py`.
@@ -22,7 +22,7 @@ __all__ = ["Architecture", "Fields", "common_decoder", "only"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """How checkpoints of one `model_type` are read.
+    """Readers of the configurations of one `model_type`.
 
     Both functions read the fields of transformers' configuration. What they leave unread is refused
     by name, unless it is known to change no score.
@@ -41,7 +41,7 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def common_decoder(config: Fields) -> DecoderConfig:
-    """The decoder that transformers' text configurations describe in common.
+    """Return the decoder that transformers' text configurations describe in common.
 
     Args:
         config: of a decoder-only language model.
@@ -73,7 +73,7 @@ def common_decoder(config: Fields) -> DecoderConfig:
 
 
 def _windows(config: Fields) -> tuple[int | None, ...]:
-    """Of each layer, where the configuration says so layer by layer.
+    """Return each layer's window, where the configuration says so layer by layer.
 
     Without `layer_types` each class makes its own of `sliding_window`. That is then left unread
     here: the architecture's file reads it, or a configuration that has one is refused.
