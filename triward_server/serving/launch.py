@@ -63,7 +63,7 @@ class TritonServer:
     that thread ends, so that even a killed launcher leaves none behind.
 
     Args:
-        repository: what `export/build_repository.py` wrote.
+        repository: what `triward-server export` wrote.
         endpoints: where to listen.
         flags: further flags for tritonserver.
         log: where its output goes; standard error by default.
