@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.benchmarkdata import BENCHMARKS, BESIDE, EMBEDDED, SUFFIXES, png, write, write_rows
-from triward import InvalidRequest, cli_eval
+from triward import InvalidRequest
+from triward_tools import cli_evaluation
 from triward_tools.evaluation.arithmetic import BENCHMARKS as ARITHMETIC
 from triward_tools.evaluation.formats import FORMATS, placed_pairs, read_pairs
 from triward_tools.evaluation.results import Pair, Problem
@@ -120,7 +121,7 @@ def test_subsets_are_what_the_arithmetic_counts(benchmark, column, tmp_path):
 
 
 def test_benchmarks_have_one_name_everywhere():
-    assert tuple(FORMATS) == tuple(ARITHMETIC) == BENCHMARKS == cli_eval.BENCHMARKS
+    assert tuple(FORMATS) == tuple(ARITHMETIC) == BENCHMARKS == cli_evaluation.BENCHMARKS
 
 
 @pytest.mark.parametrize("better", ["output2", "Output2"])
