@@ -18,7 +18,7 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest -m 'not soak'
 
-# The client's tests on every Python from 3.9 to 3.13 that is on this machine.
+# The client's tests on every Python from 3.10 to 3.13 that is on this machine.
 interpreters:
 	.ci/interpreters
 
@@ -33,6 +33,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file client/pyproject.toml client/triward
+	$(BIN)/mypy --config-file tools/pyproject.toml tools/triward_tools
 
 # Known vulnerabilities of the pinned packages.
 audit: $(READY)
@@ -56,7 +57,8 @@ perf: $(READY)
 clean:
 	rm -rf .venv
 
-$(READY): constraints.txt pyproject.toml client/pyproject.toml
+$(READY): constraints.txt pyproject.toml client/pyproject.toml tools/pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./client -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./client -e ./tools \
+	    -e '.[dev]'
 	touch $@

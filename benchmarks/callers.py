@@ -56,7 +56,7 @@ class Caller:
         self._kept = [self._image() for _ in range(_KEPT)]
 
     def single(self) -> str:
-        """One conversation, text or with an image, old or new."""
+        """Score one conversation, text or with an image, old or new."""
         return self.score(self.conversation())
 
     def group(self) -> str:
@@ -66,8 +66,7 @@ class Caller:
         return "scored"
 
     def bad(self) -> str:
-        """What cannot be scored and passes the client's checks: an image that is cut off, noise,
-        too many tokens."""
+        """Send what the client lets through and no server can score."""
         whole = _encoded(photo(self.rng, 90, 60), str(self.rng.choice(["PNG", "JPEG"])))
         image = whole[: int(self.rng.integers(1, len(whole)))]
         if self.rng.random() < 0.3:
@@ -79,7 +78,7 @@ class Caller:
         return "scored"  # a file that lacks its last bytes alone is whole
 
     def cancelled(self) -> str:
-        """A request that is given up at some moment of its way."""
+        """Give up a request at some moment of its way."""
         request = build_request(self._prompt(), [self._text(80)], Deadline(_TIMEOUT))
         arguments = infer_arguments(request, model="reward", remaining=_TIMEOUT)
         done, errors = threading.Event(), list[Any]()
@@ -95,11 +94,11 @@ class Caller:
         return "scored" if errors == [None] else "cancelled"
 
     def impatient(self) -> str:
-        """A request with less time than it takes, mostly."""
+        """Send a request with less time than it takes, mostly."""
         return self.score(self.conversation(), float(self.rng.exponential(0.2)) + 1e-3)
 
     def score(self, messages: Messages, timeout: float = _TIMEOUT) -> str:
-        """A conversation that can be scored."""
+        """Make a conversation that can be scored."""
         self.client.score(messages, timeout=timeout)
         return "scored"
 
@@ -126,7 +125,7 @@ class Caller:
 
 
 def outcome(call: Callable[[], str]) -> str:
-    """What came of a call, in a word."""
+    """Name the outcome of a call in a word."""
     try:
         return call()
     except InvalidRequest:
@@ -142,7 +141,7 @@ def outcome(call: Callable[[], str]) -> str:
 def steadily(
     caller: Caller, kinds: Sequence[str], pause: float, stop: threading.Event, counts: Counter[str]
 ) -> None:
-    """One request after the other, with pauses of random length between them.
+    """Send one request after the other, with pauses of random length between them.
 
     Args:
         caller: whose methods are called.
@@ -157,7 +156,7 @@ def steadily(
 
 
 def in_bursts(caller: Caller, stop: threading.Event, counts: Counter[str]) -> None:
-    """Nothing for a while, then far more requests at once than may wait."""
+    """Send nothing for a while, then far more requests at once than may wait."""
     with ThreadPoolExecutor(BURST) as pool:
         while not stop.wait(BURST_EVERY):
             requests = [caller.conversation() for _ in range(BURST)]

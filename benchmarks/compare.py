@@ -71,7 +71,7 @@ class Paths:
         self._client = client
 
     def all(self) -> dict[str, Callable[[Workload], list[float]]]:
-        """By name; the first is what the others are compared with."""
+        """Return the contestants by name; the others are compared with the first."""
         return {
             BASELINE: self.card,
             "card, padded batches of 8": self.padded,
@@ -80,11 +80,11 @@ class Paths:
         }
 
     def card(self, workload: Workload) -> list[float]:
-        """The model card's loop."""
+        """Run the model card's loop."""
         return [self._oracle.score(messages) for messages in workload.conversations()]
 
     def padded(self, workload: Workload) -> list[float]:
-        """The card's code, eight at a time."""
+        """Run the card's code, eight at a time."""
         rows = workload.conversations()
         batches = [rows[i : i + 8] for i in range(0, len(rows), 8)]
         return [s for b in batches for s in self._oracle.score_inputs(self._oracle.inputs(b))]
@@ -94,7 +94,7 @@ class Paths:
         return scores(self._scorer, [features(self._preprocessor, g) for g in workload.groups])
 
     def served(self, workload: Workload) -> list[float]:
-        """The client's calls."""
+        """Make the client's calls."""
         return served(self._client, workload)
 
     def ideal_speedup(self, workload: Workload) -> float:
@@ -140,7 +140,7 @@ def measure(
 
 
 def measure_epochs(paths: Paths, repeats: int) -> dict[str, Any]:
-    """A first pass over new images and one with the same images and other text, in each turn.
+    """Time, in each turn, a pass over new images and one over the same images with other text.
 
     Here a path is compared with its own first pass; the card's has nothing to remember.
     """
@@ -231,14 +231,7 @@ def main(
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "checkpoint")
-        if text:
-            make_text_checkpoint(architecture, size, 0, checkpoint)
-            # As fast as transformers is; Gemma 2's capped products are right in eager alone.
-            attention = "eager" if architecture == "gemma2" else "sdpa"
-            oracle: Oracle | TextOracle = TextOracle(checkpoint, attention=attention)
-        else:
-            make_checkpoint(size, 0, checkpoint)
-            oracle = Oracle(checkpoint)
+        oracle = oracle_of(architecture, size, checkpoint)
         if set(chosen) - {EPOCH}:
             # No cache: a pass that repeats must not be faster for it.
             with all_paths(checkpoint, oracle, cache=0) as paths:
@@ -250,6 +243,16 @@ def main(
     if output:
         draw(results, output.with_suffix(".svg"))
         console.print(f"written to {output} and {output.with_suffix('.svg')}")
+
+
+def oracle_of(architecture: str, size: Size, checkpoint: Path) -> Oracle | TextOracle:
+    """Make a checkpoint and load it with the model card's code."""
+    if architecture not in KINDS:
+        make_checkpoint(size, 0, checkpoint)
+        return Oracle(checkpoint)
+    make_text_checkpoint(architecture, size, 0, checkpoint)
+    # As fast as transformers is; Gemma 2's capped products are right in eager alone.
+    return TextOracle(checkpoint, attention="eager" if architecture == "gemma2" else "sdpa")
 
 
 if __name__ == "__main__":

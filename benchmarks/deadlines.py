@@ -1,4 +1,4 @@
-"""What callers with short deadlines do to a server: crashes, models that never drain, late work.
+"""Effects of short deadlines on a server: crashes, models that never drain, late work.
 
     python -m benchmarks.deadlines --output benchmarks/results/DATE-deadlines.json
 

@@ -1,4 +1,4 @@
-"""What a running server holds: memory, /dev/shm, file descriptors and threads, by process."""
+"""Resources of a running server: memory, /dev/shm, file descriptors and threads, by process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REGION = re.compile(rf"{_SHARED_MEMORY}/(triward-\d+-\w+-)")
 
 @dataclass(frozen=True)
 class Held:
-    """By one process.
+    """Resources of one process.
 
     Attributes:
         rss: resident bytes, shared pages counted in every process that maps them.
@@ -32,7 +32,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of a server and its models' processes.
+    """Return the resources of a server and its models' processes.
 
     Attributes:
         processes: by name; models' processes by their model and a number.

@@ -109,7 +109,7 @@ class Bench:
         return scorer
 
     def features(self, workload: Workload) -> list[Features]:
-        """A workload's requests."""
+        """Return a workload's requests."""
         return [features(self.preprocessor, group) for group in workload.groups]
 
     def ceilings(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Bench:
         }
 
     def warm_up(self) -> dict[str, Any]:
-        """How long warming up takes, and the first request after it against later ones."""
+        """Time warming up, and the first request after it against later ones."""
         batch = self.features(self.workloads["group-8"])
         scorer = self.scorer
         taken = [timed(partial(scorer.score, batch)) for _ in range(6)]
@@ -234,7 +234,7 @@ class Bench:
         return {"peak_bytes": peak, "predicted_bytes": predicted, "kept": peak <= predicted}
 
     def synchronisations(self) -> dict[str, Any] | None:
-        """Where a forward pass waits for the device; the scores' way back is one place."""
+        """Find where a forward pass waits for the device; the scores' way back is one place."""
         if self.device.type != "cuda":
             return None
         batch = self.features(self.workloads["group-8"])
@@ -251,7 +251,7 @@ class Bench:
         return {"count": len(places), "places": sorted(set(places))}
 
     def resizing(self) -> dict[str, Any]:
-        """What resizing with torch on the device changes: levels of uint8, and scores."""
+        """Measure what resizing with torch on the device changes: levels of uint8, and scores."""
         by_torch = Preprocessor(
             self.checkpoint, PreprocessConfig(device=str(self.device), resize="torch")
         )
@@ -274,7 +274,7 @@ class Bench:
         }
 
     def served(self) -> dict[str, Any]:
-        """The same workloads through a real Triton, where there is one, beside the Scorer."""
+        """Time the same workloads through a real Triton, where there is one, beside the Scorer."""
         flags = (
             f"--device={self.config.device}", f"--dtype={self.config.dtype}",
             "--embedding-cache-bytes=0",

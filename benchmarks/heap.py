@@ -1,4 +1,4 @@
-"""What of a scorer's memory is in use, and what is holes: random shapes, one process, no Triton.
+"""A scorer's memory, in use and in holes: random shapes, one process, no Triton.
 
     python -m benchmarks.heap --minutes 10 --output benchmarks/results/NAME.json [--no-tidy]
 
@@ -22,7 +22,7 @@ import typer
 
 from benchmarks.measure import machine, writable
 from triward_server.config import ForwardConfig
-from triward_server.engine.packing import Geometry
+from triward_server.engine.geometry import Geometry
 from triward_server.engine.scoring import Scorer
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.memory import Heap
@@ -42,7 +42,7 @@ class _MallInfo(ctypes.Structure):
 
 
 def request(rng: np.random.Generator, geometry: Geometry) -> Features:
-    """A prompt, often with an image, and 1 to 16 responses."""
+    """Make a prompt, often with an image, and 1 to 16 responses."""
     text = rng.integers(0, 200, rng.integers(1, 300)).astype(np.int32)
     images: tuple[UInt8Array, ...] = ()
     if rng.random() < 0.6:

@@ -1,4 +1,4 @@
-"""What all measurements share: where they ran, turns, medians, and the work that there is."""
+"""Parts that all measurements share: where they ran, turns, medians, and the workloads."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ import typer
 from benchmarks.workloads import Group, Workload
 from triward import RewardClient
 from triward_server.engine import packing
-from triward_server.engine.packing import Cost, Geometry
-from triward_server.engine.scoring import Scorer, price
+from triward_server.engine.geometry import Geometry
+from triward_server.engine.planning import Cost, price
+from triward_server.engine.scoring import Scorer
 from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
 from triward_server.serving.launch import Endpoints, TritonServer
@@ -59,7 +60,7 @@ def writable(output: Path | None, *beside: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the numbers are taken."""
+    """Return where and with what the numbers are taken."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -108,7 +109,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def row(seconds: Sequence[float], conversations: int) -> dict[str, Any]:
-    """A median and what it was taken from."""
+    """Return a median and what it was taken from."""
     median = statistics.median(seconds)
     return {
         "median_s": round(median, 5),
@@ -118,7 +119,7 @@ def row(seconds: Sequence[float], conversations: int) -> dict[str, Any]:
 
 
 def features(preprocessor: Preprocessor, group: Group) -> Features:
-    """One request, as the server's preprocessing makes it."""
+    """Make one request as the server's preprocessing does."""
     media: list[bytes] = []
     for message in group.prompt:
         for part in message["content"]:
@@ -133,7 +134,7 @@ def features(preprocessor: Preprocessor, group: Group) -> Features:
 
 @contextmanager
 def triton(checkpoint: Path, *flags: str, log: Path | None = None) -> Iterator[TritonServer]:
-    """A real Triton that serves a checkpoint, exported with `flags`; its log may be kept."""
+    """Serve a checkpoint, exported with `flags`, with a real Triton; its log may be kept."""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder, "repository")
         script = ROOT / "export" / "build_repository.py"
@@ -152,7 +153,7 @@ def triton(checkpoint: Path, *flags: str, log: Path | None = None) -> Iterator[T
 
 @contextmanager
 def serving(checkpoint: Path, *flags: str) -> Iterator[RewardClient]:
-    """A client of `triton`."""
+    """Yield a client of `triton`."""
     with (
         triton(checkpoint, *flags) as server,
         RewardClient(server.endpoints.grpc, timeout=600) as client,
@@ -161,7 +162,7 @@ def serving(checkpoint: Path, *flags: str) -> Iterator[RewardClient]:
 
 
 def served(client: RewardClient, workload: Workload) -> list[float]:
-    """A group as one request, all else many requests at a time."""
+    """Send a group as one request, all else many requests at a time."""
     if workload.separate or len(workload.groups) > 1:
         return client.score_many(workload.conversations(), concurrency=CONCURRENCY)
     (group,) = workload.groups
@@ -180,7 +181,7 @@ def scores(scorer: Scorer, batch: Sequence[Features]) -> list[float]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a batch takes, as the Scorer's plan predicts it.
+    """Return the cost of a batch, as the Scorer's plan predicts it.
 
     Attributes:
         flops: with everything shared that can be.
@@ -195,13 +196,13 @@ class Work:
 
 def work(batch: Sequence[Features], geometry: Geometry, cost: Cost) -> Work:
     """Predict what a batch takes."""
-    forest = packing.plant(dict(enumerate(batch)), geometry)
+    ordered = packing.sort_batch(dict(enumerate(batch)), geometry)
     shown: frozenset[int] = frozenset()
     flops = alone = size = 0.0
-    for index, branch in enumerate(forest.branches):
-        shared = int(forest.shared[index])
-        _, _, more, extra = price(forest, index, shared, shown, geometry, cost)
+    for index, branch in enumerate(ordered.branches):
+        shared = int(ordered.shared[index])
+        _, _, more, extra = price(ordered, index, shared, shown, cost)
         flops, size = flops + more, size + extra
-        alone += price(forest, index, 0, frozenset(), geometry, cost)[2]
+        alone += price(ordered, index, 0, frozenset(), cost)[2]
         shown |= branch.media
     return Work(flops, alone, size)

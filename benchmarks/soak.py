@@ -57,7 +57,7 @@ _FLAGS = (
 
 @dataclass(frozen=True)
 class Trend:
-    """Of one quantity.
+    """Growth of one quantity.
 
     Attributes:
         level: its median after the warm-up.
@@ -71,7 +71,7 @@ class Trend:
 
     @property
     def grows(self) -> bool:
-        """Whether it is beyond the bound."""
+        """True if it is beyond the bound."""
         return self.growth_per_hour > self.bound_per_hour
 
 
@@ -85,7 +85,7 @@ def slope(times: Sequence[float], values: Sequence[float]) -> float:
 
 
 def trends(samples: Sequence[dict[str, float]], warm_up: float) -> dict[str, Trend]:
-    """Of every quantity, after the warm-up.
+    """Return the growth of every quantity after the warm-up.
 
     Args:
         samples: each with its time in `seconds`.
@@ -107,7 +107,7 @@ def trends(samples: Sequence[dict[str, float]], warm_up: float) -> dict[str, Tre
 
 @contextmanager
 def serving(folder: Path) -> Iterator[TritonServer]:
-    """A tiny model, with queues that bursts overflow and an embedding cache that fills."""
+    """Export a tiny model, with queues that bursts overflow and an embedding cache that fills."""
     make_checkpoint("tiny", 0, folder / "checkpoint")
     subprocess.run(
         [sys.executable, ROOT / "export" / "build_repository.py",
@@ -173,7 +173,7 @@ class Load:
 def watch(
     server: TritonServer, load: Load, minutes: float, every: float
 ) -> Iterator[dict[str, float]]:
-    """Samples until the time is over, or the server."""
+    """Sample until the time is over, or the server."""
     begun = time.monotonic()
     while (seconds := time.monotonic() - begun) < 60 * minutes:
         load.check()
@@ -190,7 +190,7 @@ def verdict(
     samples: Sequence[dict[str, float]],
     kinds: Sequence[str] = LOAD,
 ) -> list[str]:
-    """What is wrong, in sentences."""
+    """Return what is wrong, in sentences."""
     wrong = [
         f"{name} grows by {trend.growth_per_hour:,.0f} an hour from {trend.level:,.0f}; "
         f"{trend.bound_per_hour:,.0f} are allowed"

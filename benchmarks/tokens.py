@@ -52,7 +52,7 @@ def chosen() -> dict[str, Workload]:
 
 
 def by_tokens(client: RewardClient, requests: list[Features]) -> list[float]:
-    """As many requests at a time as `served` has."""
+    """Send as many requests at a time as `served` does."""
 
     def ask(item: Features) -> list[float]:
         return client.score_tokens(item.prompt_ids, item.response_ids, media=item.media)

@@ -1,4 +1,4 @@
-"""What is measured: conversations built from a seed, as callers of a reward server send them."""
+"""Workloads: conversations built from a seed, as callers of a reward server send them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Group:
     responses: tuple[str, ...]
 
     def conversations(self) -> list[Messages]:
-        """The group as N whole conversations."""
+        """Return the group as N whole conversations."""
         return [[*self.prompt, {"role": "assistant", "content": r}] for r in self.responses]
 
 
@@ -47,7 +47,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the groups that share a prompt. Lengths are in words, about 1.5 tokens each here.
+    """Sizes of the groups that share a prompt. Lengths are in words, about 1.5 tokens each.
 
     Attributes:
         image: width and height; None: text only.
@@ -120,11 +120,11 @@ class Writer:
         self.rng = rng
 
     def between(self, low: int, high: int) -> int:
-        """A number from `low` to `high` - 1."""
+        """Draw a number from `low` to `high` - 1."""
         return int(self.rng.integers(low, high))
 
     def text(self, low: int, high: int) -> str:
-        """From `low` to `high` - 1 words."""
+        """Make `low` to `high` - 1 words."""
         return " ".join(self.rng.choice(_WORDS, self.between(low, high)))
 
     def prompt(self, words: int, *images: tuple[int, int] | Image.Image | bytes) -> Messages:
@@ -136,7 +136,7 @@ class Writer:
 
 
 def photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A smooth picture with noise, so that it neither compresses to nothing nor is pure noise."""
+    """Make a smooth picture with noise, which neither compresses to nothing nor is pure noise."""
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     waves = [np.sin(rng.uniform(2, 30) * x + rng.uniform(2, 30) * y) for _ in range(3)]
     pixels = 127 + 90 * np.stack(waves, axis=-1) + rng.normal(0, 6, (height, width, 3))

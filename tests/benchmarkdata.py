@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from triward.evaluation.results import Pair
+from triward_tools.evaluation.results import Pair
 
 Rows = list[dict[str, Any]]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from triward.evaluation.arithmetic import BENCHMARKS
-from triward.evaluation.report import Report, write_report
-from triward.evaluation.results import Pair, Problem, Result
+from triward_tools.evaluation.arithmetic import BENCHMARKS
+from triward_tools.evaluation.report import Report, write_report
+from triward_tools.evaluation.results import Pair, Problem, Result
 
 QUESTIONS = [
     "How many of the bars are taller than the one on the left?",

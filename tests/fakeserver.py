@@ -112,7 +112,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         if not self.model:
             text = f"Request for unknown model: '{request.name}' is not found"
             context.abort(grpc.StatusCode.NOT_FOUND, text)
-        return service_pb2.ModelMetadataResponse(name=request.name)
+        return service_pb2.ModelMetadataResponse(name=request.name, versions=["1"])
 
     def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:
         return service_pb2.ModelReadyResponse(ready=self.ready)

@@ -74,7 +74,7 @@ def test_the_example(mistral: Path, example: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_without_its_windows_it_is_refused(mistral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`plain` alone would leave the window unread, Mistral's default one too."""
-    plain = architectures.Architecture(architectures.interface.plain)
+    plain = architectures.Architecture(architectures.interface.common_decoder)
     monkeypatch.setitem(architectures.ARCHITECTURES, "mistral", plain)
     with pytest.raises(CheckpointError, match="sliding_window = 40: not supported for mistral"):
         verify(mistral)
@@ -119,7 +119,7 @@ def test_phi3_as_plain(
         "num_attention_heads": 4, "num_key_value_heads": 2, "id2label": {"0": "LABEL_0"},
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.1,
     }  # fmt: skip
-    phi3 = architectures.Architecture(architectures.interface.plain)
+    phi3 = architectures.Architecture(architectures.interface.common_decoder)
     monkeypatch.setitem(architectures.ARCHITECTURES, "phi3", phi3)
 
     def read(**fields: Any) -> Any:

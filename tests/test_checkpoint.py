@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from triward_server.config import ForwardConfig
-from triward_server.engine.checkpoint import canonical_name, load_model, verify
+from triward_server.engine.checkpoint import load_model, verify
 from triward_server.engine.scoring import Scorer
+from triward_server.engine.weights import canonical_name
 from triward_server.errors import CheckpointError
 from triward_server.export.random_checkpoint import SIZES, make_checkpoint
 from triward_server.schema import Features

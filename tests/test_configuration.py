@@ -22,14 +22,13 @@ from tests.conversations import picture
 from triward_server.config import ForwardConfig
 from triward_server.engine.checkpoint import (
     Blueprint,
-    canonical_name,
     head_of,
     load_config,
     read_blueprint,
-    read_tensors,
 )
 from triward_server.engine.scoring import Scorer
 from triward_server.engine.streaming import load
+from triward_server.engine.weights import canonical_name, read_tensors
 from triward_server.errors import CheckpointError, TriwardError
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from triward_server.config import ForwardConfig
 from triward_server.engine import packing
-from triward_server.engine.packing import Cost, Forest, Geometry
-from triward_server.engine.scoring import Scorer, plan
+from triward_server.engine.geometry import Geometry
+from triward_server.engine.packing import SortedBatch
+from triward_server.engine.planning import Cost, plan
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import Cancelled, ForwardError, Unavailable
 from triward_server.schema import Features, Scores
 from triward_server.testing.oracle import Oracle, fp32_budget
@@ -101,16 +103,16 @@ def test_random_trees_equal_the_oracle(batch: Any, scorer: Scorer, oracle: Oracl
 def test_the_tree_holds_every_conversation_once(batch: Any) -> None:
     """Each distinct prefix is one row; following a conversation's keys spells it."""
     items = build(batch, GEOMETRY.image_token_id)
-    forest = packing.plant(dict(enumerate(items)), GEOMETRY)
-    packed = packing.pack(forest, range(len(forest.branches)))
+    ordered = packing.sort_batch(dict(enumerate(items)), GEOMETRY)
+    packed = packing.pack(ordered, range(len(ordered.branches)))
     prefixes = {
         tuple(branch.keys[: end + 1].tolist())
-        for branch in forest.branches
+        for branch in ordered.branches
         for end in range(len(branch.keys))
     }
     assert len(packed.input_ids) == sum(packed.node_lengths) == len(prefixes)
     ends = np.cumsum(packed.key_lengths)
-    for branch, node in zip(forest.branches, packed.scored, strict=True):
+    for branch, node in zip(ordered.branches, packed.scored, strict=True):
         rows = packed.key_rows[ends[node] - packed.key_lengths[node] : ends[node]]
         expected = np.maximum(branch.keys, 0)
         np.testing.assert_array_equal(packed.input_ids[rows], expected)
@@ -125,15 +127,15 @@ def test_the_tree_holds_every_conversation_once(batch: Any) -> None:
 @given(batches, st.integers(1, 60), st.integers(1, 60), st.integers(1000, 10**6))
 def test_plan_keeps_its_budgets(batch: Any, tokens: int, patches: int, flops: int) -> None:
     items = build(batch, GEOMETRY.image_token_id)
-    forest = packing.plant(dict(enumerate(items)), GEOMETRY)
+    ordered = packing.sort_batch(dict(enumerate(items)), GEOMETRY)
     config = replace(
         CPU, max_batch_tokens=tokens, max_batch_patches=patches, max_batch_tflop=flops / 1e12
     )
-    micro_batches = plan(forest, GEOMETRY, COST, config)
-    assert [i for chosen in micro_batches for i in chosen] == list(range(len(forest.branches)))
+    micro_batches = plan(ordered, COST, config)
+    assert [i for chosen in micro_batches for i in chosen] == list(range(len(ordered.branches)))
 
     def fits(chosen: Sequence[int]) -> bool:
-        packed = packing.pack(forest, chosen)
+        packed = packing.pack(ordered, chosen)
         seen = sum(GEOMETRY.grid(image.pixels).patches for image in packed.media)
         pairs = sum(
             keys * (keys + 1) // 2 - (keys - own) * (keys - own + 1) // 2
@@ -153,11 +155,11 @@ def test_plan_keeps_its_budgets(batch: Any, tokens: int, patches: int, flops: in
 def test_plan_keeps_its_memory(batch: Any, size: int, canonical: bool) -> None:
     """Of tokens, patches and every node's keys, which shared prompts make many."""
     items = build(batch, GEOMETRY.image_token_id)
-    forest = packing.plant(dict(enumerate(items)), GEOMETRY, canonical)
-    micro_batches = plan(forest, GEOMETRY, COST, replace(CPU, max_batch_bytes=size))
-    assert [i for chosen in micro_batches for i in chosen] == list(range(len(forest.branches)))
+    ordered = packing.sort_batch(dict(enumerate(items)), GEOMETRY, canonical)
+    micro_batches = plan(ordered, COST, replace(CPU, max_batch_bytes=size))
+    assert [i for chosen in micro_batches for i in chosen] == list(range(len(ordered.branches)))
     for chosen in micro_batches:
-        packed = packing.pack(forest, chosen)
+        packed = packing.pack(ordered, chosen)
         patches = sum(GEOMETRY.grid(image.pixels).patches for image in packed.media)
         needed = 100 * len(packed.input_ids) + 7 * sum(packed.key_lengths) + 30 * patches
         assert len(chosen) == 1 or needed <= size
@@ -170,8 +172,8 @@ def test_shared_tokens_are_computed_once(scorer: Scorer) -> None:
     together = [Features(prompt, answers)]
     apart = [Features(prompt, (answer,)) for answer in answers]
     for batch in (together, apart):
-        forest = packing.plant(dict(enumerate(batch)), scorer.geometry)
-        assert len(packing.pack(forest, range(8)).input_ids) == 400 + 8 * 20
+        ordered = packing.sort_batch(dict(enumerate(batch)), scorer.geometry)
+        assert len(packing.pack(ordered, range(8)).input_ids) == 400 + 8 * 20
     one = scores(scorer.score(together)[0])
     np.testing.assert_allclose(
         one, [scores(r)[0] for r in scorer.score(apart)], rtol=1e-5, atol=1e-5
@@ -296,9 +298,9 @@ def test_cancelled_requests_cost_nothing_more(
     computed: list[int] = []
     forward = scorer._forward
 
-    def record(forest: Forest, chosen: Sequence[int], *rest: Any) -> Any:
-        computed.extend(forest.branches[i].request for i in chosen)
-        return forward(forest, chosen)
+    def record(ordered: SortedBatch, chosen: Sequence[int], *rest: Any) -> Any:
+        computed.extend(ordered.branches[i].request for i in chosen)
+        return forward(ordered, chosen)
 
     monkeypatch.setattr(scorer, "_forward", record)
     results = scorer.score(batch, lambda index: index == 1 and 1 in computed)
@@ -316,15 +318,15 @@ def test_out_of_memory_halves_and_names_what_does_not_fit(
     memory: list[weakref.ref[torch.Tensor]] = []
     still_held: list[int] = []
 
-    def little_memory(forest: Forest, chosen: Sequence[int], *rest: Any) -> Any:
+    def little_memory(ordered: SortedBatch, chosen: Sequence[int], *rest: Any) -> Any:
         still_held.append(sum(tensor() is not None for tensor in memory))
         activations = torch.empty(8)
         memory.append(weakref.ref(activations))
-        tokens = len(packing.pack(forest, chosen).input_ids)
+        tokens = len(packing.pack(ordered, chosen).input_ids)
         attempts.append(tokens)
         if tokens > 60:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(forest, chosen)
+        return forward(ordered, chosen)
 
     monkeypatch.setattr(scorer, "_forward", little_memory)
     batch = [

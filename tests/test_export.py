@@ -18,8 +18,9 @@ from google.protobuf import text_format
 from safetensors.torch import load_file, save_file
 from tritonclient.grpc import model_config_pb2
 
-from tests.conftest import EXPORT, Exit
+from tests.conftest import EXPORT, ROOT, Exit
 from triward_server.engine.checkpoint import verify
+from triward_server.serving.integrity import Verify, check_served
 
 Export = Callable[..., Exit]
 
@@ -272,3 +273,37 @@ def test_wrong_options_are_named(
 ) -> None:
     result = export("--checkpoint", checkpoint, "--output", tmp_path / "models", flag)
     assert result.code == 1 and words in result.stderr
+
+
+def test_the_wheel_alone_exports(tmp_path: Path) -> None:
+    """Outside the checkout, with nothing of it on the path."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    for name in ("triward_server", "model_repository"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    packages = tmp_path / "packages"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-build-isolation", "--no-index", "--target", packages,
+         source],
+        check=True,
+    )  # fmt: skip
+    shutil.rmtree(source)
+    environment = os.environ | {"PYTHONPATH": str(packages)}
+
+    def triward_server(*arguments: str) -> str:
+        code = "import triward_server.cli as c; print(c.__file__); c.app()"
+        return subprocess.check_output(
+            [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment, text=True
+        )
+
+    made = triward_server("make-checkpoint", "--size=tiny", "--seed=3", "--output=checkpoint")
+    assert made.startswith(str(packages))
+    flags = ("--device=cpu", "--dtype=float32", "--threads=1", "--preprocess-instances=1")
+    triward_server("export", "--checkpoint=checkpoint", "--output=models", *flags)
+    check_served(tmp_path / "models", Verify.FULL, lambda line: None)
+    there = {str(p.relative_to(ROOT)) for p in (ROOT / "model_repository").glob("*/1/model.py")}
+    packed = packages / "triward_server"
+    assert there == {str(p.relative_to(packed)) for p in packed.glob("model_repository/*/1/*.py")}

@@ -13,7 +13,8 @@ from typer import BadParameter, Exit
 from benchmarks import gpu, plot
 from benchmarks.measure import Work, work
 from benchmarks.workloads import Group, Workload, epochs
-from triward_server.engine.packing import Cost, Geometry
+from triward_server.engine.geometry import Geometry
+from triward_server.engine.planning import Cost
 from triward_server.schema import Features
 
 

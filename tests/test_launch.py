@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,11 @@ from triward import RewardClient, ServerUnavailable
 from triward_server import __version__
 from triward_server.cli import app
 from triward_server.errors import LaunchError
+from triward_server.schema import CONTRACT_VERSION
 from triward_server.serving import gpu, installation, launch
 from triward_server.serving.installation import find_triton
 from triward_server.serving.launch import Endpoints, TritonServer
-from triward_server.serving.triton_http import Loaded, TritonHttp
+from triward_server.serving.triton_http import HttpError, Loaded, TritonHttp
 
 ASK: list[dict[str, Any]] = [
     {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
@@ -304,7 +307,7 @@ def test_a_typing_mistake_is_answered_with_what_was_meant(mistake: list[str], me
 
 def test_its_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
-    assert result.stdout == f"triward-server {__version__}\n"
+    assert result.stdout == f"triward-server {__version__}, wire contract {CONTRACT_VERSION}\n"
 
 
 def test_a_wrong_parameter(serve: Callable[..., Command], repository: Path, tmp_path: Path) -> None:
@@ -443,6 +446,25 @@ def test_a_request_that_triton_never_lets_go_delays_no_stop(
     assert "still in flight" not in (tmp_path / "log").read_text()
 
 
+def test_an_index_that_does_not_answer_does_not_end_the_draining(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def silent(http: TritonHttp, timeout: float = 5.0) -> list[Loaded]:
+        nonlocal looks
+        looks += 1
+        raise HttpError(0, "no answer within 5 s")
+
+    with (
+        (tmp_path / "log").open("w") as log,
+        TritonServer(repository, LOCAL, log=log, drain_timeout=600),
+    ):
+        monkeypatch.setattr(TritonHttp, "index", silent)
+    assert looks > 1, "it gave up"
+    assert "cannot drain" not in (tmp_path / "log").read_text()
+
+
 def test_a_crash_while_models_load_is_tried_once_more(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,7 +483,7 @@ def test_a_crash_while_models_load_is_tried_once_more(
     with (tmp_path / "log").open("w") as log, TritonServer(repository, LOCAL, log=log) as server:
         assert server.http.is_ready()
     said = (tmp_path / "log").read_text()
-    assert said.count("it is started once more") == 1
+    assert said.count("it is started again") == 1
     assert "tritonserver: signal SIGABRT" in said
 
 
@@ -478,4 +500,35 @@ def test_a_crash_that_comes_again_is_told(
         TritonServer(repository, LOCAL, log=log),
     ):
         pass
-    assert (tmp_path / "log").read_text().count("it is started once more") == 1
+    assert (tmp_path / "log").read_text().count("it is started again") == 2
+
+
+def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Path) -> None:
+    """Triton 24.10 gives a model's process up that is silent for a second, and waits for ever."""
+    done = threading.Event()
+
+    def is_loading(process: psutil.Process) -> bool:
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        return "reward_forward" in " ".join(process.cmdline()) and "libtorch_cpu" in maps
+
+    def freeze_one() -> None:
+        while not done.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error, OSError):
+                    if is_loading(process):
+                        process.suspend()
+                        done.wait(3.0)
+                        process.resume()
+                        return
+
+    with (tmp_path / "log").open("w") as log, ThreadPoolExecutor(1) as pool:
+        freezing = pool.submit(freeze_one)
+        try:
+            with TritonServer(repository, LOCAL, log=log) as server:
+                assert server.http.is_ready()
+        finally:
+            done.set()
+        freezing.result()
+    said = (tmp_path / "log").read_text()
+    assert "stands still" in said or "lock_exception" in said, said
+    assert "it is started again" in said

@@ -18,8 +18,8 @@ from tests.conftest import EXPORT, ROOT, encode
 from tests.conversations import picture
 from tests.videos import SMALL, film_bytes
 from triward_server.config import ForwardConfig, PreprocessConfig, token_limit
-from triward_server.engine import packing
-from triward_server.engine.packing import Geometry
+from triward_server.engine import geometry
+from triward_server.engine.geometry import Geometry
 from triward_server.engine.scoring import Scorer
 from triward_server.errors import ConfigError, InvalidRequest
 from triward_server.intake.preprocess import Preprocessor
@@ -165,7 +165,7 @@ def test_the_number_of_responses_is_checked_before_they_are_joined() -> None:
 
     features = Features(np.ones(2, np.int32), Endless())
     with pytest.raises(InvalidRequest, match="1000000000 responses"):
-        packing.check(features, Geometry(9, 14, 2, 100, 1000), ForwardConfig())
+        geometry.check(features, Geometry(9, 14, 2, 100, 1000), ForwardConfig())
 
 
 @pytest.mark.parametrize("make", [Preprocessor, Scorer])

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from triward_server.config import ForwardConfig, from_parameters, on_instance
 from triward_server.engine import attention, packing
 from triward_server.engine.attention import Layout, make_layout, varlen
-from triward_server.engine.packing import Forest
+from triward_server.engine.packing import SortedBatch
 from triward_server.engine.scoring import Scorer
 from triward_server.errors import (
     ConfigError,
@@ -132,10 +132,10 @@ def test_a_failing_forward_pass_is_one_requests_error(
     """All five share a micro-batch at first; only those that fail alone answer an error."""
     forward = scorer._forward
 
-    def fail_on_long(forest: Forest, chosen: Sequence[int], *rest: Any) -> Any:
-        if any(forest.branches[index].prompt_length == 30 for index in chosen):
+    def fail_on_long(ordered: SortedBatch, chosen: Sequence[int], *rest: Any) -> Any:
+        if any(ordered.branches[index].prompt_length == 30 for index in chosen):
             raise RuntimeError("no kernel")
-        return forward(forest, chosen)
+        return forward(ordered, chosen)
 
     monkeypatch.setattr(scorer, "_forward", fail_on_long)
     lengths = [5, 30, 6, 30, 7]
@@ -154,13 +154,13 @@ def test_a_failed_allocation_on_a_cpu_is_halved_and_then_unavailable(
     scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
     forward, seen = scorer._forward, []
 
-    def fail_on_long(forest: Forest, chosen: Sequence[int], *_: Any) -> Any:
-        lengths = [forest.branches[index].prompt_length for index in chosen]
+    def fail_on_long(ordered: SortedBatch, chosen: Sequence[int], *_: Any) -> Any:
+        lengths = [ordered.branches[index].prompt_length for index in chosen]
         if 30 in lengths:
             torch.empty(2**55)
         if 31 in lengths:
             np.empty(2**55)
-        return forward(forest, chosen)
+        return forward(ordered, chosen)
 
     monkeypatch.setattr(scorer, "_forward", fail_on_long)
     lengths = [5, 30, 6, 31, 7]
@@ -192,11 +192,11 @@ def test_warm_up_tries_the_largest_pass_whole(
     forward = scorer._forward
     tried: list[int] = []
 
-    def record(forest: Forest, chosen: Sequence[int], *rest: Any) -> Any:
-        tried.append(len(packing.pack(forest, chosen).input_ids))
+    def record(ordered: SortedBatch, chosen: Sequence[int], *rest: Any) -> Any:
+        tried.append(len(packing.pack(ordered, chosen).input_ids))
         if tried[-1] > 1500:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(forest, chosen)
+        return forward(ordered, chosen)
 
     monkeypatch.setattr(scorer, "_forward", record)
     with pytest.raises(Unavailable, match="2000 tokens, which max_batch_tokens"):

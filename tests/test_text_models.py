@@ -317,7 +317,7 @@ def test_control(
     right = score_of(Scorer(text_checkpoints[name], CPU), long_features)
     known = architectures.ARCHITECTURES[name]
 
-    def wrong(config: Any) -> decoder.Decoder:
+    def wrong(config: Any) -> decoder.DecoderConfig:
         described = known.decoder(config)
         if mistake == {"rope": "default"}:
             steps = torch.arange(0, described.head_dim, 2) / described.head_dim
@@ -492,7 +492,7 @@ def test_capped_products_stay_within_their_memory(monkeypatch: pytest.MonkeyPatc
     lengths = [300, 300]
     layout = attention.make_layout(lengths, True, torch.device("cpu"), torch.float32)
     q = torch.randn(600, 4, 8)
-    scoring = attention.Scoring(softcap=3.0, window=100)
+    scoring = attention.LogitRules(softcap=3.0, window=100)
     whole = attention.varlen(q, q[:, :2], q[:, :2], layout, scoring)
     shapes: list[tuple[int, ...]] = []
     capped = attention._capped
@@ -556,10 +556,10 @@ def test_the_fused_kernel_is_told_everything(monkeypatch: pytest.MonkeyPatch) ->
     layout = attention.make_layout(lengths, True, torch.device("cpu"), torch.float32)
     layout = replace(layout, kernel="varlen")
     q = torch.zeros(8, 2, 4)
-    attention.varlen(q, q, q, layout, attention.Scoring(scale=0.3, window=4))
+    attention.varlen(q, q, q, layout, attention.LogitRules(scale=0.3, window=4))
     assert seen["scale"] == 0.3 and seen["window_size"] == (3, 0)
     seen.clear()
-    attention.varlen(q, q, q, layout, attention.Scoring(softcap=9.0))
+    attention.varlen(q, q, q, layout, attention.LogitRules(softcap=9.0))
     assert seen == {}, "capped products are written out"
 
 

@@ -22,7 +22,7 @@ from triward_server.intake import token_bound
 from triward_server.intake.conversation import parse_conversation
 from triward_server.intake.preprocess import Preprocessor
 from triward_server.intake.token_bound import TokenBound
-from triward_server.intake.tokenization import ConversationTokenizer, _common
+from triward_server.intake.tokenization import Spans, _common
 
 MEGABYTES = 4 * 2**20 - 100
 LONG = {
@@ -113,7 +113,7 @@ def test_a_long_text_is_not_encoded(
     name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preprocessor = Preprocessor(checkpoint, PreprocessConfig())
-    monkeypatch.setattr(ConversationTokenizer, "_encode", None)
+    monkeypatch.setattr(Spans, "encode", None)
     text = LONG[name]
     wire = json.dumps([{"role": "user", "content": text}], ensure_ascii=False).encode()
     with pytest.raises(InvalidRequest, match=r"^messages: .* at least \d+ tokens, the limit is"):
@@ -170,7 +170,9 @@ def test_the_prompt_is_shared_as_if_each_response_were_rendered_alone(
             turns = [*chat, {"role": "assistant", "content": text}]
             marked = [{**turn, "content": tokenizer._mark(turn["content"])} for turn in turns]
             pieces = tokenizer._with_prefix(tokenizer._render(marked))
-            [whole] = tokenizer._encode([pieces], {})
+            spans = Spans(tokenizer._backend)
+            spans.encode([pieces])
+            whole = spans.ids(pieces)
             assert [*ours.prompt_ids.tolist(), *ids.tolist()] == whole.tolist()
 
 

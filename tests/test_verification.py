@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import Exit
-from triward_server.engine.checkpoint import check_finite, load_model
+from triward_server.engine.checkpoint import load_model
+from triward_server.engine.weights import check_finite
 from triward_server.errors import CheckpointError, LaunchError
 from triward_server.schema import REWARD, ModelNames
 from triward_server.serving import integrity
@@ -34,6 +36,29 @@ def copy(repository: Path, tmp_path: Path) -> Path:
     for model in ("reward", *STEPS):
         shutil.copytree(folder / model / "1", folder / model / "3")
     return folder
+
+
+@pytest.mark.parametrize("how", [Verify.SAMPLED, Verify.OFF])
+@pytest.mark.parametrize(
+    ("file", "old"),
+    [
+        ("reward_forward/1/model.py", "triward_server.triton_io"),
+        ("reward_preprocess/1/model.py", "triward_server.gone.triton_io"),
+        ("reward_draining/1/model.py", "triward_server.draining"),
+    ],
+)
+def test_what_an_earlier_release_wrote_is_refused_by_name(
+    how: Verify, file: str, old: str, copy: Path
+) -> None:
+    adapter = copy / file
+    text = adapter.read_text()
+    adapter.write_text(re.sub(r"triward_server\.backend\.\w+", old, text))
+    with pytest.raises(LaunchError) as refused:
+        check_served(copy, how, lambda line: None)
+    assert f"{file}: written by another release" in str(refused.value)
+    assert f"no module {old}; export it again" in str(refused.value)
+    adapter.write_text(text)
+    check_served(copy, how, lambda line: None)
 
 
 def load_everything(repository: Path) -> None:

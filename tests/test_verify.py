@@ -17,14 +17,15 @@ from triward_server.cli import app
 from triward_server.config import ForwardConfig
 from triward_server.engine import architectures, streaming
 from triward_server.engine.architectures import ARCHITECTURES
-from triward_server.engine.checkpoint import empty_model, read_state
+from triward_server.engine.checkpoint import empty_model
 from triward_server.engine.checkpoint import verify as read
-from triward_server.engine.decoder import Decoder
+from triward_server.engine.decoder import DecoderConfig
 from triward_server.engine.scoring import Scorer
+from triward_server.engine.weights import read_state
 from triward_server.errors import CheckpointError
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
-from triward_server.export.verify import Report, Row, cases, check, verify
+from triward_server.export.verify import Comparison, Report, cases, check, verify
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,7 @@ def test_what_is_shipped_scores_as_transformers_does(folders: dict[str, Path], n
     assert ("video" in names) == ("image odd" in names) == (name == "qwen2_5_vl")
 
 
-WRONG: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
+WRONG: dict[str, tuple[str, Callable[[DecoderConfig], DecoderConfig]]] = {
     "offset of norms": ("gemma2", lambda d: replace(d, norm_offset=0.0)),
     "windows": ("gemma2", lambda d: replace(d, windows=(None,) * d.layers)),
     "scale of products": ("llama", lambda d: replace(d, scale=2 * d.scale)),
@@ -123,14 +124,14 @@ def test_the_command(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_nothing_to_compare_is_no_agreement() -> None:
-    refused = Report([Row("system prompt", "refused: a", "refused: b")])
+    refused = Report([Comparison("system prompt", "refused: a", "refused: b")])
     with pytest.raises(CheckpointError, match="system prompt"):
         check(refused)
-    check(Report([*refused.rows, Row("other", 2.0, 2.0001)]))
+    check(Report([*refused.rows, Comparison("other", 2.0, 2.0001)]))
     with pytest.raises(CheckpointError, match="1 of 2 conversations differ"):
-        check(Report([*refused.rows, Row("other", 2.0, 2.001)]))
-    assert not Row("one-sided", 1.0, "refused").agrees
-    assert not Row("not finite", float("nan"), 1.0).agrees
+        check(Report([*refused.rows, Comparison("other", 2.0, 2.001)]))
+    assert not Comparison("one-sided", 1.0, "refused").agrees
+    assert not Comparison("not finite", float("nan"), 1.0).agrees
 
 
 def test_a_model_that_does_not_fit_is_streamed(

@@ -215,7 +215,7 @@ class TestSharing:
         image = Features(np.full(6, geometry.image_token_id, np.int32), tail, (still,))
         twice = np.stack([still, still])
         film_ = Features(np.full(6, geometry.video_token_id, np.int32), tail, (twice,), (1.0,))
-        digests = [i.digest for i in packing.plant({0: image, 1: film_}, geometry).media]
+        digests = [i.digest for i in packing.sort_batch({0: image, 1: film_}, geometry).media]
         assert len(set(digests)) == 2
         for item, result in zip((image, film_), scorer.score([image, film_]), strict=True):
             [expected] = oracle.score_features(item)

@@ -1,3 +1,3 @@
-"""What runs inside Triton: conversations in, rewards out. Start reading at `scoring.py`."""
+"""The server's half of Triward: conversations in, rewards out. Read `engine/scoring.py` first."""
 
 __version__ = "0.1.0"

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from . import __version__, schema
 from .errors import LaunchError, TriwardError
+from .export.commands import COMMANDS
 from .memory import half_of_the_machine
 from .serving import repository as repositories
 from .serving.integrity import Verify
@@ -37,7 +38,7 @@ _WATCH_INTERVAL = 2.0
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-Repository = Annotated[Path, typer.Option(help="What export/build_repository.py wrote.")]
+Repository = Annotated[Path, typer.Option(help="What `triward-server export` wrote.")]
 Verified = Annotated[
     Verify,
     typer.Option(help="Compare files with the manifest: whole contents, sizes and samples, not."),
@@ -55,7 +56,7 @@ AdminKeyFile = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"triward-server {__version__}")
+        typer.echo(f"triward-server {__version__}, wire contract {schema.CONTRACT_VERSION}")
         raise typer.Exit
 
 
@@ -126,15 +127,7 @@ def serve(
             verify=verify,
         )
         with server:
-            e = server.endpoints
-            gpu = repositories.serves_on_gpu(repository)
-            watchdog = Watchdog(
-                server.http,
-                e.metrics_port,
-                repository,
-                server.pid,
-                hang_timeout or (_HANG_TIMEOUT_GPU if gpu else _HANG_TIMEOUT_CPU),
-            )
+            watchdog = _watchdog(server, repository, hang_timeout)
             _announce(server)
             server.wait(watchdog.check, _WATCH_INTERVAL)
 
@@ -226,6 +219,17 @@ def switch(
     typer.echo(f"{name}: version {version} is served, was {before}")
 
 
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def _watchdog(server: TritonServer, repository: Path, hang_timeout: float | None) -> Watchdog:
+    gpu = repositories.serves_on_gpu(repository)
+    patience = hang_timeout or (_HANG_TIMEOUT_GPU if gpu else _HANG_TIMEOUT_CPU)
+    port = server.endpoints.metrics_port
+    return Watchdog(server.http, port, repository, server.pid, patience)
+
+
 def _announce(server: TritonServer) -> None:
     """Say where it listens; nobody has to be there to read it."""
     schemes = {"grpc": "", "http": "http://", "metrics": "http://"}
@@ -295,7 +299,7 @@ def _triton(host: str, port: int, admin_key_file: Path | None) -> TritonHttp:
 
 
 def _admin_key(file: Path | None) -> str:
-    """What the file holds; empty without one."""
+    """Return the file's key; empty without a file."""
     if file is None:
         return ""
     try:

@@ -1,7 +1,10 @@
-"""What a model's `config.pbtxt` decides, read from its `parameters` into frozen dataclasses.
+"""Configuration of the models: `parameters` of a `config.pbtxt` as frozen dataclasses.
 
 Triton hands parameters over as strings. Every key must be known and every value must fit, or
 loading stops with a `ConfigError` that names the parameter. Nothing is clamped or guessed.
+
+A field with a description is an option of `triward-server export`: name, default and help stand
+here alone (`export/options.py`).
 """
 
 from __future__ import annotations
@@ -22,88 +25,118 @@ ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True, config=_STRICT)
-class PreprocessConfig:
-    """Limits on one request, checked before anything is decoded, and how images are resized.
+class RequestLimits:
+    """Limits that both models check: callers may ask the forward model directly."""
 
-    Attributes:
-        device: `cpu`, `cuda` or `cuda:N`, where torch resizes.
-        resize: `pillow`, exactly as the model card does it, on the CPU whatever the device; or
-            `torch`, nearly so, all images of a dynamic batch together.
-        max_responses: candidate responses in one request.
-        max_text_bytes: bytes of `messages`, and of all `responses` together.
-        max_parts: messages and their parts in one request.
-        max_media: media items in one request, a list of frames counted as one.
-        max_media_bytes: bytes of one encoded media item.
-        max_request_bytes: bytes of all media items together.
-        max_image_pixels: pixels of one image, or of a video's frame, as encoded; also the largest
-            `min_pixels`.
-        max_video_frames: frames of one video that are shown, or sent as a list.
-        max_video_pixels: pixels of all frames that one request shows, resized: what is held.
-        max_decode_seconds: for decoding and resizing all media of one request.
-        max_tokens: tokens of one conversation; 0: as many as the model has positions.
-        max_request_tokens: tokens of one request, its prompt once and every response.
-    """
-
-    device: Device = "cpu"
-    resize: Literal["pillow", "torch"] = "pillow"
-    max_responses: Positive = 256
-    max_text_bytes: Positive = 4 * 1024 * 1024
-    max_parts: Positive = 4096
-    max_media: Positive = 64
-    max_media_bytes: Positive = 64 * 1024 * 1024
-    max_request_bytes: Positive = 512 * 1024 * 1024
-    max_image_pixels: Positive = 64_000_000
-    max_video_frames: Positive = 768
-    max_video_pixels: Positive = 200_000_000
-    max_decode_seconds: Annotated[float, Field(gt=0)] = 10.0
-    max_tokens: Count = 0
-    max_request_tokens: Positive = 262_144
+    max_responses: Annotated[Positive, Field(description="Responses in one request.")] = 256
+    max_tokens: Annotated[
+        Count, Field(description="Tokens of one conversation; 0: the model's positions.")
+    ] = 0
+    max_request_tokens: Annotated[
+        Positive, Field(description="Tokens of a request: its prompt once and every response.")
+    ] = 262_144
 
 
 @dataclass(frozen=True, config=_STRICT)
-class ForwardConfig:
-    """How the model runs.
+class PreprocessConfig(RequestLimits):
+    """Limits on one request, checked before anything is decoded, and how images are resized.
 
     Attributes:
-        dtype: dtype of weights and activations; scores are float32 always.
-        device: `cpu`, `cuda` or `cuda:N`; plain `cuda` is the GPU of Triton's instance.
-        max_batch_tokens: tokens that one forward pass computes at most; a larger batch is cut
-            into micro-batches, and a single longer conversation runs alone.
-        max_batch_patches: the same for the patches of the vision tower.
-        max_batch_tflop: predicted TFLOP of one forward pass, a bound on how long it takes.
-        max_batch_bytes: predicted bytes of its intermediate results, a bound on what it needs
-            beside the weights and the embedding cache.
-        embedding_cache_bytes: image embeddings kept on the device from one batch to the next.
-        deterministic: a score is bitwise the same in any company, in any order, with any cache.
-        compile: fuse the layers' row-wise halves with torch.compile, before the model is ready.
-            It needs a C compiler; without one loading fails.
-        threads: CPU threads of torch; 0 leaves torch's own choice.
-        vision: what encodes images: `torch`, the model itself; or `onnx`, the model that
-            `schema.VISION` names, and no weights of the vision tower are loaded here.
-        max_responses: as for preprocessing; here for who calls this model directly.
-        max_tokens: likewise.
-        max_request_tokens: likewise.
+        resize: `pillow`, exactly as the model card does it, on the CPU whatever the device; or
+            `torch`, nearly so, all images of a dynamic batch together. The device decides it.
+        max_media: a list of frames counts as one item.
+        max_image_pixels: also the largest `min_pixels`.
+        max_video_frames: of a file that are shown, or sent as a list.
+        max_video_pixels: what is held.
     """
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    device: Device = "cuda"
-    max_batch_tokens: Positive = 32_768
-    max_batch_patches: Positive = 65_536
-    max_batch_tflop: Annotated[float, Field(gt=0)] = 500.0
-    max_batch_bytes: Positive = 12 * 1024**3
-    embedding_cache_bytes: Count = 1024**3
-    deterministic: bool = False
-    compile: bool = False
-    threads: Count = 0
-    vision: Literal["torch", "onnx"] = "torch"
-    max_responses: Positive = 256
-    max_tokens: Count = 0
-    max_request_tokens: Positive = 262_144
+    device: Annotated[
+        Device,
+        Field(description="cpu: Pillow resizes, exactly; cuda, cuda:N: torch, nearly so."),
+    ] = "cpu"
+    resize: Literal["pillow", "torch"] = "pillow"
+    max_text_bytes: Annotated[
+        Positive,
+        Field(description="Bytes of messages, and of all responses, in one request."),
+    ] = 4 * 1024 * 1024
+    max_parts: Annotated[
+        Positive, Field(description="Messages and their parts in one request.")
+    ] = 4096
+    max_media: Annotated[Positive, Field(description="Media items in one request.")] = 64
+    max_request_bytes: Annotated[
+        Positive, Field(description="Bytes of all media items of a request.")
+    ] = 512 * 1024 * 1024
+    max_media_bytes: Annotated[Positive, Field(description="Bytes of one encoded media item.")] = (
+        64 * 1024 * 1024
+    )
+    max_image_pixels: Annotated[
+        Positive, Field(description="Pixels of one image or frame before it is resized.")
+    ] = 64_000_000
+    max_video_frames: Annotated[
+        Positive, Field(description="Frames of one video that are shown.")
+    ] = 768
+    max_video_pixels: Annotated[
+        Positive,
+        Field(description="Pixels of all frames that one request shows, resized."),
+    ] = 200_000_000
+    max_decode_seconds: Annotated[
+        float, Field(gt=0, description="For decoding and resizing a request's media.")
+    ] = 10.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ForwardConfig(RequestLimits):
+    """Configuration of the forward model.
+
+    A batch beyond a budget (`max_batch_…`) is cut into micro-batches; a single conversation beyond
+    one runs alone.
+
+    Attributes:
+        dtype: of weights and activations; scores are float32 always.
+        device: plain `cuda` is the GPU of Triton's instance.
+        max_batch_tflop: a bound on how long a pass takes.
+        max_batch_bytes: of intermediate results, beside the embedding cache, too.
+        deterministic: a score is bitwise the same in any company, in any order, with any cache.
+        compile: before the model is ready. It needs a C compiler; without one loading fails.
+        vision: `torch`, the model itself; or `onnx`, the model that `schema.VISION` names, and no
+            weights of the vision tower are loaded here.
+    """
+
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="bfloat16 or float32.")] = (
+        "bfloat16"
+    )
+    device: Annotated[Device, Field(description="cuda, cuda:N or cpu.")] = "cuda"
+    max_batch_tokens: Annotated[Positive, Field(description="Tokens of one forward pass.")] = 32_768
+    max_batch_patches: Annotated[
+        Positive, Field(description="Vision patches of one forward pass.")
+    ] = 65_536
+    max_batch_tflop: Annotated[
+        float, Field(gt=0, description="Predicted TFLOP of one forward pass.")
+    ] = 500.0
+    embedding_cache_bytes: Annotated[
+        Count, Field(description="Image embeddings kept between batches; 0: none.")
+    ] = 1024**3
+    max_batch_bytes: Annotated[
+        Positive, Field(description="Predicted bytes of one forward pass, beside the weights.")
+    ] = 12 * 1024**3
+    compile: Annotated[bool, Field(description="Fuse layers with torch.compile; yes on cuda.")] = (
+        False
+    )
+    deterministic: Annotated[bool, Field(description="Scores bitwise independent of company.")] = (
+        False
+    )
+    threads: Annotated[
+        Count, Field(description="CPU threads of the forward model; 0: torch's choice.")
+    ] = 0
+    vision: Annotated[
+        Literal["torch", "onnx"],
+        Field(description="torch; onnx: the vision tower is a model of its own."),
+    ] = "torch"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class VisionConfig:
-    """How the vision tower's ONNX graph runs where Triton's Python backend runs it.
+    """Configuration of the vision tower's ONNX graph in Triton's Python backend.
 
     Attributes:
         threads: CPU threads of ONNX Runtime; 0 leaves its own choice.
@@ -124,7 +157,7 @@ def token_limit(max_tokens: int, positions: int) -> int:
 
 
 def on_instance(device: str, device_id: str) -> str:
-    """The device, with plain `cuda` made the GPU that Triton gave to the instance."""
+    """Return the device, with plain `cuda` made the GPU that Triton gave to the instance."""
     return f"cuda:{device_id}" if device == "cuda" else device
 
 

@@ -1,4 +1,4 @@
-"""Whether a caller, and a repository, mean the same wire contract as this code."""
+"""The wire contract's version, compared with a caller's and a repository's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_caller(parameters: str) -> None:
 
 
 def check_repository(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The other parameters of a model's configuration.
+    """Return the other parameters of a model's configuration.
 
     Raises:
         ConfigError: it was exported for another version.

@@ -85,7 +85,7 @@ class Unhealthy(LaunchError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: Python's, numpy's, or torch's on a device or on the CPU.
+    """Return True if an allocation failed: Python's, numpy's, or torch's on any device.
 
     For the CPU torch raises a plain RuntimeError. Torch is not imported here: commands need errors.
     """

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
 Float32Array = NDArray[np.float32]
 Array = NDArray[Any]
@@ -21,7 +22,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class ModelNames:
-    """What Triton calls one served model.
+    """Names of one served model in Triton.
 
     Attributes:
         ensemble: the public name, chosen at export; the steps' names follow from it.
@@ -31,7 +32,7 @@ class ModelNames:
 
     @classmethod
     def of(cls, forward: str) -> ModelNames:
-        """Those of the model whose second step is called so."""
+        """Return the names of the model whose second step is called so."""
         return cls(forward.removesuffix("_forward"))
 
     @property
@@ -56,7 +57,7 @@ class ModelNames:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """What stands behind the public name, in the order in which data flows."""
+        """Steps behind the public name, in the order in which data flows."""
         return self.preprocess, self.forward
 
 
@@ -123,10 +124,21 @@ class Grid(NamedTuple):
     h: int
     w: int
 
+    @classmethod
+    def of(cls, shape: tuple[int, ...], patch_size: int) -> Grid:
+        """Return the grid of an image [H, W, 3] or a video [T, H, W, 3]."""
+        *frames, height, width, _ = shape
+        t = frames[0] // FRAMES_PER_GRID if frames else 1
+        return cls(t, height // patch_size, width // patch_size)
+
     @property
     def patches(self) -> int:
         """Rows that the item takes in the vision tower."""
         return self.t * self.h * self.w
+
+    def tokens(self, merge_size: int) -> int:
+        """Placeholders that the item takes, each `merge_size` patches along each side."""
+        return self.patches // merge_size**2
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ FRACTIONS = (0.3, 0.5, 0.7, 0.85, 0.95, 1.2)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """Points that are measured.
 
     Attributes:
         closed: mixes of the closed loop.
@@ -98,7 +98,7 @@ def measure_mix(
 
 
 def line(point: Mapping[str, Any]) -> str:
-    """One point for the terminal."""
+    """Format one point for the terminal."""
     unit = "at a time" if point["loop"] == "closed" else "/s offered"
     start = f"{point['value']:g} {unit}: "
     if point["error"]:
@@ -113,7 +113,7 @@ def line(point: Mapping[str, Any]) -> str:
 def target_of(
     url: str | None, headers: Mapping[str, str], checkpoint_size: Size, threads: int
 ) -> Iterator[Target]:
-    """The server at `url`, or one of our own for a random checkpoint."""
+    """Yield the server at `url`, or one of our own for a random checkpoint."""
     if url:
         yield Target(url, headers)
         return
@@ -130,7 +130,7 @@ def target_of(
 def measure_all(
     target: Target, plan: Plan, objective: Objective, console: Console
 ) -> dict[str, Any]:
-    """The results of all mixes, with what they were measured with."""
+    """Return the results of all mixes, with what they were measured with."""
     results: dict[str, Any] = {
         "machine": machine() | {"load_average": [round(v, 2) for v in os.getloadavg()]},
         "plan": asdict(plan),

@@ -35,8 +35,8 @@ FORMATS = ("JPEG", "JPEG", "PNG", "BMP")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """From how much to how much a request holds.
+class InputSizes:
+    """Ranges of the contents of a request.
 
     Attributes:
         images: widths and heights, in pixels.
@@ -57,12 +57,12 @@ class Scale(str, Enum):
 
 
 SHAPES = {
-    Scale.SHORT: Shape(
+    Scale.SHORT: InputSizes(
         images=((56, 56), (84, 56), (56, 112), (112, 84), (140, 112), (196, 140)),
         prompt=(5, 30),
         response=(3, 20),
     ),
-    Scale.FULL: Shape(
+    Scale.FULL: InputSizes(
         images=((448, 448), (640, 480), (800, 1000), (1024, 768), (1280, 720), (1600, 1200)),
         prompt=(40, 400),
         response=(120, 210),
@@ -71,19 +71,19 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class RequestKind:
     """One sort of request: how many responses, and whether the prompt shows an image."""
 
     responses: int
     image: bool
 
 
-SINGLE = Kind(responses=1, image=True)
-GROUP = Kind(responses=8, image=True)
-TEXT = Kind(responses=1, image=False)
+SINGLE = RequestKind(responses=1, image=True)
+GROUP = RequestKind(responses=8, image=True)
+TEXT = RequestKind(responses=1, image=False)
 
 # What share of each mix's requests is of which kind.
-MIXES: dict[str, dict[Kind, float]] = {
+MIXES: dict[str, dict[RequestKind, float]] = {
     "single": {SINGLE: 1.0},
     "group8": {GROUP: 1.0},
     "text": {TEXT: 1.0},
@@ -94,7 +94,7 @@ MIXES: dict[str, dict[Kind, float]] = {
 def requests(
     mix: str, seed: int = 0, count: int = REQUESTS, scale: Scale = Scale.SHORT
 ) -> list[RewardRequest]:
-    """The requests of a mix, in the order in which they are sent; equal seeds, equal bytes."""
+    """Make the requests of a mix, in order; equal seeds, equal bytes."""
     write = Writer(np.random.default_rng(seed))
     kinds, shares = zip(*MIXES[mix].items(), strict=True)
     # Shares are met to one request, not by luck; the order is drawn.
@@ -104,14 +104,14 @@ def requests(
     return [_request(write, SHAPES[scale], kinds[index]) for index in order]
 
 
-def _request(write: Writer, shape: Shape, kind: Kind) -> RewardRequest:
+def _request(write: Writer, shape: InputSizes, kind: RequestKind) -> RewardRequest:
     images = [_file(write, shape)] if kind.image else []
     prompt: Messages = write.prompt(write.between(*shape.prompt), *images)
     responses = [write.text(*shape.response) for _ in range(kind.responses)]
     return build_request(prompt, responses, Deadline(60.0))
 
 
-def _file(write: Writer, shape: Shape) -> bytes:
+def _file(write: Writer, shape: InputSizes) -> bytes:
     picture = photo(write.rng, *shape.images[write.between(0, len(shape.images))])
     buffer = BytesIO()
     picture.save(buffer, FORMATS[write.between(0, len(FORMATS))])
@@ -119,7 +119,7 @@ def _file(write: Writer, shape: Shape) -> bytes:
 
 
 def encode(batch: Sequence[RewardRequest]) -> str:
-    """The text of an input file."""
+    """Return the text of an input file."""
     return json.dumps({"data": [_step(request) for request in batch]})
 
 

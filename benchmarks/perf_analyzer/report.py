@@ -1,4 +1,4 @@
-"""One HTML file of the results: plots as inline SVG, tables, sizing. It loads nothing.
+"""The results as one HTML file: plots as inline SVG, tables, sizing. It loads nothing.
 
     python -m benchmarks.perf_analyzer.report benchmarks/results/NAME.json [--peak 50 --p99-ms 800]
 
@@ -180,7 +180,7 @@ def _sizing(results: Mapping[str, Any]) -> str:
 
 
 def _figure(title: str, size: tuple[float, float] = (3.7, 2.3)) -> tuple[Figure, Axes]:
-    """A plot; its width in inches sets how large its letters look in the page."""
+    """Draw a plot; its width in inches sets how large its letters look in the page."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold")

@@ -44,7 +44,7 @@ _ERROR = re.compile(r"(?:had error|error): (.+)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Load:
-    """How requests are sent.
+    """Way in which requests are sent.
 
     Attributes:
         loop: `closed`: each of `value` callers waits for its answer before it sends again;
@@ -82,7 +82,7 @@ class Target:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def statistics(self) -> dict[str, dict[str, int]]:
-        """Counts and nanoseconds of each model since the server started."""
+        """Return counts and nanoseconds of each model since the server started."""
         with InferenceServerClient(self.url) as client:
             found = client.get_inference_statistics(headers=dict(self.headers), as_json=True)
         return {model["name"]: _flat(model) for model in found["model_stats"]}
@@ -134,7 +134,7 @@ def _bundled() -> dict[str, Path]:
 
 
 def measure(tool: Tool, target: Target, inputs: Path, load: Load) -> dict[str, Any]:
-    """One point.
+    """Measure one point.
 
     Args:
         tool: what `find_perf_analyzer` yields.
@@ -217,7 +217,7 @@ def _reason(text: str, code: int) -> str:
 
 
 def summarize(experiment: Mapping[str, Any], sent: int) -> dict[str, Any]:
-    """What perf_analyzer's raw export says about one load.
+    """Read perf_analyzer's raw export of one load.
 
     Requests count where they end, after the warm-up: under a steady load that is an unbiased
     sample, slow requests included.
@@ -263,7 +263,7 @@ PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
 
 
 def _split(statistics: Mapping[str, int]) -> dict[str, Any]:
-    """A model's requests and executions, and milliseconds a request on average."""
+    """Return a model's requests and executions, and milliseconds a request on average."""
     count = statistics["success.count"]
 
     def mean(name: str) -> float:

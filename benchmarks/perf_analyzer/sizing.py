@@ -1,4 +1,4 @@
-"""From measured points to a number of replicas."""
+"""Sizing: measured points -> a number of replicas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Points = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Objective:
-    """What the service must bear.
+    """Load and objective that the service must bear.
 
     Attributes:
         p99_ms: milliseconds within which 99 of 100 requests must be answered.
@@ -26,12 +26,12 @@ class Objective:
 
 
 def capacity(closed: Points) -> float | None:
-    """The highest closed-loop throughput, in requests per second; None without a success."""
+    """Return the highest closed-loop throughput, in requests per second; None without a success."""
     return max((point["requests_per_s"] for point in closed if not point["error"]), default=None)
 
 
 def meets(point: Mapping[str, Any], p99_ms: float) -> bool:
-    """Whether a replica under this load keeps the objective, and would go on keeping it."""
+    """Return True if a replica under this load keeps the objective, and would go on keeping it."""
     if point["error"] or point["failed"] or point["overloaded"] or not point["latency_ms"]:
         return False
     return bool(point["latency_ms"]["p99"] <= p99_ms)
@@ -62,7 +62,7 @@ def replicas(open_loop: Points, objective: Objective) -> dict[str, Any]:
 
 
 def sizing(mixes: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
-    """The `objective` of a results file and `sizing` of each mix with an open loop."""
+    """Return the `objective` of a results file and `sizing` of each mix with an open loop."""
     opened = {name: mix["open"] for name, mix in mixes.items() if mix["open"]}
     return {
         "objective": asdict(objective),

@@ -1,4 +1,4 @@
-"""What the commands' parsers share: types of arguments, and suggestions for mistyped words."""
+"""Parsing shared by the commands: types of arguments, and suggestions for mistyped words."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from typing import Any, NoReturn
 
 from triward.errors import InvalidRequest
 
-# What brings the packages that some commands need. Not on an index yet, so from a checkout.
-INSTALL_TOOLS = "pip install './client[tools]' in a checkout of Triward"
-
 
 def whole_number(text: str, least: int = 1) -> int:
-    """A whole number from `least` on; an ArgumentTypeError for anything else."""
+    """Return a whole number from `least` on; raise ArgumentTypeError for anything else."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
     return int(text)
 
 
 def seed(text: str) -> int:
-    """A whole number from 0 on."""
+    """Return a whole number from 0 on."""
     return whole_number(text, 0)
 
 
@@ -40,17 +37,24 @@ def check_free(path: Path) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Suggests what a word that it does not know may have been meant to be."""
+    """Suggests what a word that it does not know may have been meant to be.
 
+    Attributes:
+        needed: error of a command that is not installed, whatever its arguments are.
+    """
+
+    needed = ""
     _given: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; keeps what was given, for `error`."""
+        """Parse as argparse does; keep what was given, for `error`."""
         self._given = list(sys.argv[1:] if args is None else args)
+        if self.needed:
+            self.error(self.needed)
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; what is left over is told by the command that it was given to."""
+        """Parse as argparse does; the command reports its own unrecognized arguments."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             error = getattr(options, "error", self.error)

@@ -1,101 +1,64 @@
-"""What the blocking and the asyncio client share: everything that does not wait."""
+"""The part of a client that is the same with threads and in asyncio: everything that does not wait.
+
+A call is a generator of steps, as in httpx's authentication: it yields what is to be asked, gets
+the answer or the exception, and returns the call's result. The clients carry the steps out.
+"""
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, Generic, Literal, TypeVar, Union
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from triward import protocol
 from triward.channel import Address, Tls, Url
-from triward.connection import failed_to_connect
-from triward.contract import is_refusal
+from triward.connection import diagnose, failed_to_connect
+from triward.contract import is_refusal, refusal
 from triward.conversation import RewardRequest
 from triward.deadline import Deadline
-from triward.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    MediaError,
-    ServerError,
-    ServerUnavailable,
-    TriwardError,
-    code_of,
-    from_triton,
-    located,
-)
-from triward.grouping import Group, place
+from triward.errors import ServerUnavailable, TriwardError, code_of, from_triton
+from triward.process import PerProcess
 from triward.tokens import TokenRequest
-from triward.wire import infer_arguments, token_arguments
+from triward.wire import infer_arguments, read_scores, token_arguments
 
 if TYPE_CHECKING:
     from tritonclient.utils import InferenceServerException
 
     from triward.sharedmemory import Place
 
-OnError = Literal["raise", "return"]
-Outcome = Union[float, TriwardError]
 T = TypeVar("T")
 
 POLL = 0.5  # seconds between two looks at a server that starts
 
-# Requests that are finished but not handed out, since an earlier one is not, for each in flight.
-AHEAD = 2
 
+@dataclass(frozen=True)
+class Call:
+    """A call of tritonclient's.
 
-class PerProcess(Generic[T]):
-    """Something that belongs to one process: made when it is first asked for, anew after a fork.
-
-    Args:
-        make: makes it.
+    Attributes:
+        method: of its client: `infer`, or one that asks about servers, models or shared memory.
+        arguments: of the method.
     """
 
-    def __init__(self, make: Callable[[], T]) -> None:  # noqa: D107 - the class says it
-        self._make = make
-        self._lock = threading.Lock()
-        self._made: list[T] = []
-        _FORGETFUL.add(self)
-
-    def get(self) -> T:
-        """The process's own."""
-        with self._lock:
-            if not self._made:
-                self._made.append(self._make())
-            return self._made[0]
-
-    def take(self) -> T | None:
-        """What was made in this process, if anything; the next `get` makes another."""
-        with self._lock:
-            return self._made.pop() if self._made else None
-
-    def forget(self) -> None:
-        """In a fork's child: what is here is the parent's, and so may be the lock."""
-        # Not dropped: a channel that is closed in a child waits for threads of its parent.
-        _ABANDONED.append(self._made)
-        self._lock, self._made = threading.Lock(), []
+    method: str
+    arguments: Mapping[str, Any]
 
 
-_FORGETFUL: WeakSet[PerProcess[Any]] = WeakSet()
-_ABANDONED: list[object] = []
-
-
-def _after_fork() -> None:
-    for each in list(_FORGETFUL):
-        each.forget()
-
-
-if hasattr(os, "register_at_fork"):  # where there is a fork
-    os.register_at_fork(after_in_child=_after_fork)
+# A call, or a function that may block for a moment.
+Step = Call | Callable[[], Any]
+Steps = Generator[Step, Any, T]
 
 
 class Contact:
-    """What this process knows of the servers.
+    """State of this process's contact with the servers.
 
     Attributes:
-        made: whether one has answered; or several are named, of which one may be away. Then a call
-            that finds none is worth trying again.
-        waited: whether the time for servers that start is over.
+        made: True if one has answered; or if several are named, of which one may be away. Then a
+            call that finds none is worth trying again.
+        waited: True if the time for servers that start is over.
         lock: of those who wait.
     """
 
@@ -137,7 +100,7 @@ class BaseClient:
         return self._model
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The settings; connections stay behind."""
+        """Pickle the settings; connections stay behind."""
         return partial(type(self), self._address.url, **self._settings()), ()
 
     def _settings(self) -> dict[str, Any]:
@@ -160,167 +123,140 @@ class BaseClient:
             raise RuntimeError(f"this {type(self).__name__} is closed")
         return Deadline(self._timeout if timeout is None else timeout)
 
-    def _arguments(
-        self, request: RewardRequest, deadline: Deadline, media: Place | None = None
-    ) -> dict[str, Any]:
-        """Of `infer`, for what is left of the deadline."""
-        self._wait(deadline)
-        remaining = deadline.remaining()
-        arguments = infer_arguments(request, model=self._model, remaining=remaining, media=media)
-        return {**arguments, "headers": self._headers}
+    def _infer(self, request: RewardRequest, deadline: Deadline) -> Steps[list[float]]:
+        """Ask for a request's scores."""
+        yield from self._meet(deadline)
+        return (yield from self._send(request, deadline, None))
 
-    def _token_arguments(self, request: TokenRequest, deadline: Deadline) -> dict[str, Any]:
-        """The same for the forward model."""
+    def _send(
+        self, request: RewardRequest, deadline: Deadline, media: Place | None
+    ) -> Steps[list[float]]:
+        """Ask a server that is there; `media` if they are in shared memory."""
         self._wait(deadline)
         remaining = deadline.remaining()
-        arguments = token_arguments(request, model=self._model, remaining=remaining)
-        return {**arguments, "headers": self._headers}
+        sent = infer_arguments(request, model=self._model, remaining=remaining, media=media)
+        call = Call("infer", {**sent, "headers": self._headers})
+        result = yield from self._ask(call, deadline)
+        return read_scores(result, len(request.responses))
+
+    def _infer_tokens(self, request: TokenRequest, deadline: Deadline) -> Steps[list[float]]:
+        """Ask the forward model for a request's scores."""
+        yield from self._meet(deadline)
+        self._wait(deadline)
+        version = yield from self._served_version(deadline)
+        sent = token_arguments(request, model=self._model, remaining=deadline.remaining())
+        call = Call("infer", {**sent, "model_version": version, "headers": self._headers})
+        result = yield from self._ask(call, deadline, sent["model_name"])
+        return read_scores(result, request.responses)
+
+    def _served_version(self, deadline: Deadline) -> Steps[str]:
+        """Return the version that the public model uses.
+
+        Its forward model may have others loaded, before and after a change of versions, and Triton
+        would take the highest. Asked each time, since it may change between two calls.
+
+        Raises:
+            ServerUnavailable: no server that is asked takes new requests.
+        """
+        for _ in range(self._address.max_attempts):  # several servers take turns
+            call = self._short(deadline, "get_model_metadata", model_name=self._model)
+            about = yield from self._ask(call, deadline)
+            if about.versions[0] != protocol.DRAINING_VERSION:
+                return str(about.versions[0])
+        raise ServerUnavailable(f"{self._address}: the server is shutting down")
+
+    def _ready(self, deadline: Deadline) -> Steps[bool]:
+        self._wait(deadline)
+        call = self._short(deadline, "is_model_ready", model_name=self._model)
+        ready = yield from self._ask(call, deadline)
+        self._contact.get().made = True
+        return bool(ready)
+
+    def _check_ready(self, deadline: Deadline) -> Steps[None]:
+        if not (yield from self._ready(deadline)):
+            # Which says so where there is no such model.
+            call = self._short(deadline, "get_model_metadata", model_name=self._model)
+            yield from self._ask(call, deadline)
+            raise ServerUnavailable(f"{self._address}: the model {self._model!r} is not ready")
+
+    def _meet(self, deadline: Deadline) -> Steps[None]:
+        """See that a server is there, before gRPC tries for seconds to find one.
+
+        Raises:
+            ServerUnavailable: there is none, and there was none before.
+        """
+        from tritonclient.utils import InferenceServerException
+
+        contact = self._contact.get()
+        if contact.made:
+            return
+        deadline.begin(f"connecting to {self._address}")
+        try:
+            yield self._short(deadline, "is_server_live")
+        except InferenceServerException as error:
+            if code_of(error) == "DEADLINE_EXCEEDED":
+                raise deadline.exceeded() from error
+            if lacks_connection(error):
+                reason = yield self._diagnosis(error, deadline)
+                if reason:
+                    raise ServerUnavailable(reason) from error
+                return  # the call's own attempts may find one
+        contact.made = True
+
+    def _ask(self, call: Call, deadline: Deadline, model: str | None = None) -> Steps[Any]:
+        """Return the call's result; raise this package's errors in place of tritonclient's.
+
+        Args:
+            call: what is asked.
+            deadline: of the whole.
+            model: who is asked; None for the client's own.
+        """
+        # Imported when something is asked, here and elsewhere: numpy and gRPC take longer to load
+        # than all the rest.
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            return (yield call)
+        except InferenceServerException as error:
+            explained = yield from self._explained(error, deadline, model or self._model)
+            raise explained from error
+
+    def _explained(
+        self, error: InferenceServerException, deadline: Deadline, model: str
+    ) -> Steps[TriwardError]:
+        """Return what callers see; find out what tritonclient's error leaves open."""
+        message, url = error.message() or "", str(self._address)
+        if lacks_connection(error):
+            reason = yield self._diagnosis(error, deadline)
+            if reason:
+                return ServerUnavailable(reason)
+        if code_of(error) == "INVALID_ARGUMENT" and is_refusal(message):
+            with suppress(TriwardError):
+                call = self._short(deadline, "get_server_metadata")
+                about = yield from self._ask(call, deadline, model)
+                return refusal(message, url=url, model=model, server=about.name)
+        if code_of(error) == "DEADLINE_EXCEEDED":
+            return deadline.exceeded(message)
+        return from_triton(error, model=model, url=url)
+
+    def _diagnosis(self, error: InferenceServerException, deadline: Deadline) -> Step:
+        return partial(diagnose, self._address, error.message(), deadline.left)
+
+    def _short(self, deadline: Deadline, method: str, **arguments: Any) -> Call:
+        """Return a call other than `infer`."""
+        options = {"headers": self._headers, "client_timeout": deadline.remaining()}
+        return Call(method, {**arguments, **options})
 
     def _wait(self, deadline: Deadline) -> None:
         """Say that from here on the server has the time."""
         deadline.begin(f"waiting for {self._address} (its queue and its work)")
 
-    def _short(self, deadline: Deadline) -> dict[str, Any]:
-        """Of calls other than `infer`."""
-        return {"headers": self._headers, "client_timeout": deadline.remaining()}
-
-    def _translation(
-        self, error: InferenceServerException, deadline: Deadline, model: str
-    ) -> TriwardError:
-        """What callers see in place of tritonclient's error, if nothing more is to be found out."""
-        if code_of(error) == "DEADLINE_EXCEEDED":
-            return deadline.exceeded(error.message() or "")
-        return from_triton(error, model=model, url=str(self._address))
-
-    def _not_ready(self) -> ServerUnavailable:
-        return ServerUnavailable(f"{self._address}: the model {self._model!r} is not ready")
-
     def _waited(self, last: TriwardError) -> ServerUnavailable:
-        """For servers that did not start in time."""
+        """Return the error for servers that did not start in time."""
         waited = f"waited {self._wait_ready:g} s for the model {self._model!r}"
         return ServerUnavailable(f"{waited}; at last: {last}")
 
 
 def lacks_connection(error: InferenceServerException) -> bool:
-    """Whether no server has answered."""
+    """Return True if no server has answered."""
     return code_of(error) == "UNAVAILABLE" and failed_to_connect(error.message() or "")
-
-
-def lacks_tensors(error: InferenceServerException) -> bool:
-    """Whether Triton has found that the model has other tensors."""
-    return code_of(error) == "INVALID_ARGUMENT" and is_refusal(error.message() or "")
-
-
-def check_many(concurrency: int, on_error: OnError) -> None:
-    """Raise ValueError for what `score_many` cannot use."""
-    if concurrency < 1:
-        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
-    if on_error not in ("raise", "return"):
-        raise ValueError(f"on_error must be 'raise' or 'return', got {on_error!r}")
-
-
-def stands_for_all(error: TriwardError, group: Group) -> bool:
-    """Whether a group's error is the error of each of its conversations.
-
-    A wrong input, or a score that is not finite, may be one conversation's alone; then each is
-    asked for by itself. Media that cannot be read are the prompt's, and a server that is away or
-    late is so for all.
-    """
-    shared = isinstance(error, MediaError)
-    return group.size == 1 or shared or not isinstance(error, (InvalidRequest, ServerError))
-
-
-def failed(error: TriwardError, group: Group, done: int = 0) -> list[Outcome]:
-    """An error for each conversation of a group behind the first `done`, its place in front."""
-    places = (place(group.first + offset) for offset in range(done, group.size))
-    return [located(error, where) for where in places]
-
-
-def cause(outcome: Outcome) -> TriwardError:
-    """What an error with a place in front was made from."""
-    assert isinstance(outcome, TriwardError)
-    return outcome.__cause__ if isinstance(outcome.__cause__, TriwardError) else outcome
-
-
-def ends_singles(outcome: Outcome, on_error: OnError) -> bool:
-    """Whether the conversations behind one that was asked for alone need not be asked for."""
-    if isinstance(outcome, (ServerUnavailable, DeadlineExceeded)):
-        return True
-    return on_error == "raise" and isinstance(outcome, TriwardError)
-
-
-class Stop:
-    """The first group that failed: what comes behind it is not needed."""
-
-    def __init__(self) -> None:  # noqa: D107 - the class says it
-        self._lock = threading.Lock()
-        self._first = float("inf")
-
-    @property
-    def is_set(self) -> bool:
-        """Whether one failed."""
-        return self._first < float("inf")
-
-    def at(self, first: float) -> None:
-        """The group whose first conversation has this index failed."""
-        with self._lock:
-            self._first = min(self._first, first)
-
-    def skips(self, group: Group) -> bool:
-        """Whether a group lies behind it."""
-        return group.first > self._first
-
-
-def any_failed(outcomes: Sequence[Outcome]) -> bool:
-    """Whether an error is among them."""
-    return any(isinstance(outcome, TriwardError) for outcome in outcomes)
-
-
-def checked(outcomes: list[Outcome], on_error: OnError) -> list[Outcome]:
-    """The outcomes.
-
-    Raises:
-        TriwardError: the first error among them, if `on_error` says so.
-    """
-    if on_error == "raise":
-        for outcome in outcomes:
-            if isinstance(outcome, TriwardError):
-                raise outcome
-    return outcomes
-
-
-def ranked(scores: Sequence[float]) -> list[int]:
-    """Indices, best first; equal scores keep their order."""
-    return sorted(range(len(scores)), key=lambda index: -scores[index])
-
-
-class Progress:
-    """A bar of tqdm's on standard error, or nothing.
-
-    Args:
-        wanted: whether to show it.
-        conversations: what is gone through; the bar knows its end if they have a length.
-    """
-
-    def __init__(self, wanted: bool, conversations: object) -> None:  # noqa: D107
-        self._bar: Any = None
-        if wanted:
-            from tqdm.auto import tqdm
-
-            total = len(conversations) if isinstance(conversations, Sized) else None
-            self._bar = tqdm(total=total, unit="conversation")
-
-    def counting(self, outcomes: list[Outcome]) -> list[Outcome]:
-        """The same outcomes, which are counted as done."""
-        if self._bar is not None:
-            self._bar.update(len(outcomes))
-        return outcomes
-
-    def __enter__(self) -> Progress:
-        """The bar itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()

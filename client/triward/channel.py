@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from triward.errors import ServerUnavailable
 from triward.protocol import GRPC_PORT
@@ -22,8 +22,8 @@ from triward.protocol import GRPC_PORT
 if TYPE_CHECKING:
     import grpc
 
-Url = Union[str, Sequence[str]]
-Path = Union[str, "os.PathLike[str]"]
+Url = str | Sequence[str]
+Path = str | os.PathLike[str]
 
 # gRPC counts a message's bytes in a signed 32-bit integer.
 _MAX_MESSAGE_BYTES = 2**31 - 1
@@ -81,7 +81,7 @@ class Tls:
 
 @dataclass(frozen=True)
 class Address:
-    """Where the servers are, and how to reach them.
+    """Addresses of the servers, and how to reach them.
 
     Attributes:
         url: host:port of one server, a gRPC target such as dns:///rewards:8001 that names many, or
@@ -116,7 +116,7 @@ class Address:
 
     @property
     def urls(self) -> list[str]:
-        """All of them, each with its port."""
+        """All addresses, each with its port."""
         given = [self.url] if isinstance(self.url, str) else self.url
         return [_with_port(url) for url in given]
 
@@ -127,7 +127,7 @@ class Address:
         return None if more or _scheme(url) else _split(url)
 
     def connect(self, client: Any) -> Any:
-        """A client of tritonclient's, blocking or asyncio.
+        """Return one of tritonclient's clients, blocking or asyncio.
 
         Args:
             client: its class.
@@ -199,7 +199,7 @@ class Address:
 
 
 def _scheme(url: str) -> str:
-    """Of a gRPC target; "" for host:port, also of a host that is called like a scheme."""
+    """Return a gRPC target's scheme; "" for host:port, also if the host is named like a scheme."""
     if "://" in url:
         return url.partition("://")[0].lower()
     scheme, colon, rest = url.partition(":")
@@ -207,7 +207,7 @@ def _scheme(url: str) -> str:
 
 
 def _with_port(url: str) -> str:
-    """An address with Triward's port if it names none.
+    """Return an address with Triward's port if it names none.
 
     Raises:
         ValueError: it is no address.

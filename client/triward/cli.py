@@ -4,9 +4,10 @@
     rank      the same, best first
     compare   whether response A scores higher than response B
     health    whether the model can be asked
-    eval      accuracy on a benchmark's public files, as a report
-    best-of-n, filter, pairs
-              choose among scored responses, clean data, make preference pairs
+
+Other distributions add commands by entry points of the group `triward.commands`: functions that
+take argparse's subparsers and a parent parser with the server's options. triward-tools adds `eval`,
+`best-of-n`, `filter` and `pairs`.
 
 Exit codes: 0 done (compare: A scores higher; health: ready), 1 no (compare), 2 wrong input or
 usage, 3 unavailable (health: not ready), 4 deadline exceeded, 5 another failure, 130 Ctrl-C.
@@ -17,17 +18,19 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 import sys
 import traceback
+import unicodedata
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from triward import __version__ as version
-from triward import cli_eval, cli_tools, jsonl, protocol
+from triward import jsonl, protocol
 from triward.arguments import Parser, check_free, whole_number
-from triward.base import ranked
 from triward.channel import Tls
 from triward.client import RewardClient
 from triward.deadline import Deadline
@@ -38,8 +41,13 @@ from triward.errors import (
     ServerUnavailable,
     TriwardError,
 )
+from triward.many import ranked
 
 _CODES = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
+
+# Commands that are known, but not installed, say what brings them.
+_TOOLS = ("eval", "best-of-n", "filter", "pairs")
+_NEEDED = "comes with triward-tools: pip install triward-tools (in a checkout: pip install ./tools)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +117,7 @@ def _health(client: RewardClient, options: argparse.Namespace) -> int:
 
 
 def _score_lines(client: RewardClient, options: argparse.Namespace) -> int:
-    """Every line comes back, in order, with its scores or its error."""
+    """Write every line back, in order, with its scores or its error."""
     if options.output != "-" and options.input != "-" and _same(options.input, options.output):
         raise InvalidRequest(f"{options.output}: is the input, too")
     if options.output != "-" and not options.force:
@@ -190,9 +198,19 @@ def _parser() -> argparse.ArgumentParser:
         if name == "compare":
             command.add_argument("--a", required=True, help="response A")
             command.add_argument("--b", required=True, help="response B")
-    for tools in (cli_eval, cli_tools):
-        tools.add(commands, server)
+    _add_tools(commands, server)
     return parser
+
+
+def _add_tools(commands: Any, server: argparse.ArgumentParser) -> None:
+    """Add the commands of other distributions."""
+    found = {point.name: point for point in entry_points(group="triward.commands")}
+    for point in found.values():
+        point.load()(commands, server)
+    for name in _TOOLS:
+        if name not in found:
+            command = commands.add_parser(name, help="comes with triward-tools", add_help=False)
+            command.needed = _NEEDED
 
 
 def _server_options() -> argparse.ArgumentParser:
@@ -310,21 +328,38 @@ def _messages(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _print_scores(
     scores: list[float], options: argparse.Namespace, as_json: dict[str, Any]
 ) -> None:
-    """A table, best first, or JSON."""
+    """Print a table, best first, or JSON."""
     if options.json:
         print(json.dumps(as_json))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("rank", "response", "score", "text", box=None, pad_edge=False)
-    table.columns[3].overflow, table.columns[3].no_wrap = "ellipsis", True
+    names = "AB" if options.command == "compare" else [*map(str, range(len(scores)))]
+    rows = [("rank", "response", "score", "text")]
     for rank, index in enumerate(ranked(scores), start=1):
-        text = Text(" ".join(options.response[index].split()))
-        name = "AB"[index] if options.command == "compare" else str(index)
-        table.add_row(str(rank), name, f"{scores[index]:.4f}", text)
-    Console(highlight=False).print(table)
+        rows.append((str(rank), names[index], f"{scores[index]:.4f}", options.response[index]))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    room = shutil.get_terminal_size().columns - sum(widths) - 3
+    for *cells, text in rows:
+        start = " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print(f"{start} {_shortened(text, room)}")
+
+
+def _shortened(text: str, room: int) -> str:
+    """Return the text as a line of at most `room` terminal columns, without control characters."""
+    line = "".join(c for c in " ".join(text.split()) if unicodedata.category(c) != "Cc")
+    widths = [_width(character) for character in line]
+    if sum(widths) <= room:
+        return line
+    kept = 0
+    while kept < len(line) and sum(widths[: kept + 1]) < room:
+        kept += 1
+    return line[:kept] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _width(character: str) -> int:
+    """Columns of a terminal."""
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def _report(error: TriwardError) -> int:

@@ -2,85 +2,35 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, suppress
 from functools import partial
 from time import sleep
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from triward import protocol
-from triward.base import (
-    AHEAD,
-    POLL,
-    BaseClient,
-    OnError,
-    Outcome,
-    PerProcess,
-    Progress,
-    Stop,
-    any_failed,
-    cause,
-    check_many,
-    checked,
-    ends_singles,
-    failed,
-    lacks_connection,
-    lacks_tensors,
-    ranked,
-    stands_for_all,
-)
+from triward.base import POLL, BaseClient, Call, Step, Steps
 from triward.channel import MAX_ATTEMPTS, Tls, Url
-from triward.connection import diagnose
-from triward.contract import refusal
 from triward.conversation import Messages, RewardRequest, build_request, split_conversation
 from triward.deadline import Deadline
-from triward.errors import (
-    DeadlineExceeded,
-    ServerUnavailable,
-    TriwardError,
-    code_of,
-    is_unknown_region,
-)
-from triward.grouping import Group, grouped
+from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError
+from triward.grouping import Group
+from triward.many import Answer, OnError, Outcome, Progress, Schedule, ask_group, ranked
 from triward.patience import Patient
+from triward.process import PerProcess
 from triward.shelf import Shelf
-from triward.tokens import TokenRequest, token_request
-from triward.wire import read_scores
+from triward.tokens import token_request
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-    from tritonclient.utils import InferenceServerException
 
-    from triward.sharedmemory import Place, Region
+    from triward.sharedmemory import Region
+
+T = TypeVar("T")
 
 _CLOSING = 5.0  # seconds, for a last word to a server that may not listen
-
-
-class _Transport(Protocol):
-    """What of tritonclient's InferenceServerClient is used."""
-
-    def infer(self, *, client_timeout: float, **arguments: Any) -> Any: ...
-
-    def is_server_live(self, **options: Any) -> bool: ...
-
-    def is_model_ready(self, model_name: str, **options: Any) -> bool: ...
-
-    def get_model_metadata(self, model_name: str, **options: Any) -> Any: ...
-
-    def get_server_metadata(self, **options: Any) -> Any: ...
-
-    def register_system_shared_memory(
-        self, name: str, key: str, byte_size: int, **options: Any
-    ) -> None: ...
-
-    def unregister_system_shared_memory(self, name: str, **options: Any) -> None: ...
-
-    def get_system_shared_memory_status(self, **options: Any) -> Any: ...
-
-    def close(self) -> None: ...
 
 
 class RewardClient(BaseClient):
@@ -129,13 +79,13 @@ class RewardClient(BaseClient):
         max_attempts: int = MAX_ATTEMPTS,
         wait_ready: float = 0.0,
         shared_memory_bytes: int = 0,
-        _transport: _Transport | None = None,
+        _transport: Any = None,
     ) -> None:
         super().__init__(
             url, timeout, model, tls, headers, max_attempts, wait_ready, transport=_transport
         )
         self._given = _transport
-        self._transport: PerProcess[_Transport] = PerProcess(lambda: _transport or self._connect())
+        self._transport: PerProcess[Any] = PerProcess(lambda: _transport or self._connect())
         if shared_memory_bytes < 0:
             raise ValueError(f"shared_memory_bytes must be at least 0, got {shared_memory_bytes}")
         if shared_memory_bytes and not isinstance(url, str):
@@ -144,20 +94,20 @@ class RewardClient(BaseClient):
         self._region: PerProcess[Region] = PerProcess(self._make_region)
 
     def score(self, messages: Messages, *, timeout: float | None = None) -> float:
-        """The reward of a conversation whose last message is the assistant's."""
+        """Return the reward of a conversation whose last message is the assistant's."""
         deadline = self._begin(timeout)
         prompt, response = split_conversation(messages)
-        return self._infer(build_request(prompt, [response], deadline), deadline)[0]
+        return self._score(build_request(prompt, [response], deadline), deadline)[0]
 
     def score_responses(
         self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
     ) -> list[float]:
-        """The rewards of N >= 1 candidate responses to one prompt, in their order.
+        """Return the rewards of N >= 1 candidate responses to one prompt, in their order.
 
         One request: the prompt and its media are sent once.
         """
         deadline = self._begin(timeout)
-        return self._infer(build_request(messages, responses, deadline), deadline)
+        return self._score(build_request(messages, responses, deadline), deadline)
 
     def score_tokens(
         self,
@@ -169,7 +119,7 @@ class RewardClient(BaseClient):
         patch_size: int = 14,
         timeout: float | None = None,
     ) -> list[float]:
-        """The rewards of N >= 1 responses whose token ids are known: no preprocessing.
+        """Return the rewards of N >= 1 responses whose token ids are known: no preprocessing.
 
         Conversation i is `prompt_ids` followed by `response_ids[i]`, scored at its last token. A
         server knows ids and pixels only: whether they are the checkpoint's own chat template and
@@ -189,7 +139,7 @@ class RewardClient(BaseClient):
         """
         deadline = self._begin(timeout)
         request = token_request(prompt_ids, response_ids, media, seconds_per_grid, patch_size)
-        return self._infer_tokens(request, deadline)
+        return self._run(self._infer_tokens(request, deadline))
 
     def score_many(
         self,
@@ -200,7 +150,7 @@ class RewardClient(BaseClient):
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> list[Any]:
-        """The rewards of conversations, in their order.
+        """Return the rewards of conversations, in their order.
 
         Args:
             conversations: each as for `score`; taken one by one, as earlier ones finish.
@@ -239,30 +189,30 @@ class RewardClient(BaseClient):
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> Iterator[Any]:
-        """What `score_many` returns, one by one: for more conversations than fit into memory."""
-        check_many(concurrency, on_error)
+        """Yield the outcomes of `score_many`, for more conversations than fit into memory."""
+        schedule: Schedule[Future[list[Outcome]]] = Schedule(conversations, concurrency, on_error)
         self._deadline(timeout)  # raises for a wrong timeout even when there is no conversation
-        return self._outcomes(conversations, timeout, concurrency, on_error, progress)
+        return self._outcomes(schedule, timeout, progress)
 
     def rank(
         self, messages: Messages, responses: Sequence[str], *, timeout: float | None = None
     ) -> list[int]:
-        """Indices of `responses`, best first; equal scores keep their order."""
+        """Return indices of `responses`, best first; equal scores keep their order."""
         return ranked(self.score_responses(messages, responses, timeout=timeout))
 
     def compare(self, messages: Messages, a: str, b: str, *, timeout: float | None = None) -> bool:
-        """True when response `a` scores strictly higher than response `b`."""
+        """Return True if response `a` scores strictly higher than response `b`."""
         score_a, score_b = self.score_responses(messages, [a, b], timeout=timeout)
         return score_a > score_b
 
     def is_ready(self, timeout: float | None = None) -> bool:
-        """True when the model can be asked; False when it is not reachable or not ready in time.
+        """Return True if the model can be asked; False if it is not reachable or not ready in time.
 
         Raises:
             ServerError: the server fails, or does not serve this model at all.
         """
         try:
-            return self._ready(self._deadline(timeout))
+            return self._run(self._ready(self._deadline(timeout)))
         except (ServerUnavailable, DeadlineExceeded):
             return False
 
@@ -274,11 +224,7 @@ class RewardClient(BaseClient):
             DeadlineExceeded: there was no answer in time.
             ServerError: the server fails, or does not serve this model.
         """
-        deadline = self._begin(timeout)
-        if not self._ready(deadline):
-            with self._asking(deadline):  # which says so where there is no such model
-                self._transport.get().get_model_metadata(self._model, **self._short(deadline))
-            raise self._not_ready()
+        self._run(self._check_ready(self._begin(timeout)))
 
     def close(self) -> None:
         """Close the channel; calls in flight fail. Closing twice is fine."""
@@ -286,15 +232,14 @@ class RewardClient(BaseClient):
         transport, region = self._transport.take(), self._region.take()
         if transport is not None:
             if region is not None:
-                closing = Deadline(_CLOSING)
-                with suppress(TriwardError), self._asking(closing):  # one that is gone forgot it
-                    transport.unregister_system_shared_memory(region.name, **self._short(closing))
+                with suppress(TriwardError):  # a server that is gone has forgotten it
+                    self._run(self._unregister(region), transport)
             transport.close()
         if region is not None:
             region.close()
 
     def __enter__(self) -> RewardClient:
-        """The client itself."""
+        """Return the client itself."""
         return self
 
     def __exit__(
@@ -310,7 +255,7 @@ class RewardClient(BaseClient):
         return {**super()._settings(), "shared_memory_bytes": self._shared_memory_bytes}
 
     def _begin(self, timeout: float | None) -> Deadline:
-        """The deadline of a call. It begins when the server has started, if that is waited for."""
+        """Wait for the server, if that is wanted, and begin the call's deadline."""
         if self._wait_ready and not self._closed:
             contact = self._contact.get()
             with contact.lock:
@@ -334,101 +279,52 @@ class RewardClient(BaseClient):
                     raise self._waited(error) from error
             sleep(POLL)
 
-    def _ready(self, deadline: Deadline) -> bool:
-        self._wait(deadline)
-        with self._asking(deadline):
-            ready = self._transport.get().is_model_ready(self._model, **self._short(deadline))
-        self._contact.get().made = True
-        return bool(ready)
+    def _run(self, steps: Steps[T], transport: Any = None) -> T:
+        """Carry out a call's steps, and return its result."""
+        with closing(steps):
+            try:
+                step = next(steps)
+                while True:
+                    try:
+                        answer = self._carry_out(step, transport)
+                    except Exception as error:
+                        step = steps.throw(error)
+                    else:
+                        step = steps.send(answer)
+            except StopIteration as end:
+                result: T = end.value
+                return result
 
-    def _meet(self, deadline: Deadline) -> None:
-        """See that a server is there, before gRPC tries for seconds to find one.
+    def _carry_out(self, step: Step, transport: Any) -> Any:
+        if isinstance(step, Call):
+            return getattr(transport or self._transport.get(), step.method)(**step.arguments)
+        return step()
 
-        Raises:
-            ServerUnavailable: there is none, and there was none before.
-        """
-        from tritonclient.utils import InferenceServerException
-
-        contact = self._contact.get()
-        if contact.made:
-            return
-        deadline.begin(f"connecting to {self._address}")
-        try:
-            self._transport.get().is_server_live(**self._short(deadline))
-        except InferenceServerException as error:
-            if code_of(error) == "DEADLINE_EXCEEDED":
-                raise deadline.exceeded() from error
-            if lacks_connection(error):
-                reason = diagnose(self._address, error.message(), deadline.left)
-                if reason:
-                    raise ServerUnavailable(reason) from error
-                return  # the call's own attempts may find one
-        contact.made = True
-
-    @contextmanager
-    def _asking(self, deadline: Deadline, model: str | None = None) -> Iterator[None]:
-        """Raises this package's errors in place of tritonclient's; `model` is None for the own."""
-        # Imported when something is asked, here and elsewhere: numpy and gRPC take longer to load
-        # than all the rest.
-        from tritonclient.utils import InferenceServerException
-
-        try:
-            yield
-        except InferenceServerException as error:
-            raise self._explained(error, deadline, model or self._model) from error
-
-    def _explained(
-        self, error: InferenceServerException, deadline: Deadline, model: str
-    ) -> TriwardError:
-        """What callers see; what tritonclient's error leaves open is found out."""
-        if lacks_connection(error):
-            reason = diagnose(self._address, error.message(), deadline.left)
-            if reason:
-                return ServerUnavailable(reason)
-        if lacks_tensors(error):
-            with suppress(TriwardError), self._asking(deadline, model):
-                about = self._transport.get().get_server_metadata(**self._short(deadline))
-                url = str(self._address)
-                return refusal(error.message(), url=url, model=model, server=about.name)
-        return self._translation(error, deadline, model)
-
-    def _infer(self, request: RewardRequest, deadline: Deadline) -> list[float]:
-        self._meet(deadline)
+    def _score(self, request: RewardRequest, deadline: Deadline) -> list[float]:
         if not (self._shared_memory_bytes and request.media):
-            return self._ask(request, deadline, None)
-        region = self._region.get()
-        try:
-            return self._share(region, request, deadline)
-        except TriwardError as error:
-            if not is_unknown_region(error):
-                raise
-        # The server has been started again since the region was registered there.
-        region.registered = False
-        return self._share(region, request, deadline)
+            return self._run(self._infer(request, deadline))
+        return self._run(self._share(request, deadline))
 
-    def _share(self, region: Region, request: RewardRequest, deadline: Deadline) -> list[float]:
-        self._register(region, deadline)
-        with region.lend(request.media) as place:
-            return self._ask(request, deadline, place)
+    def _share(self, request: RewardRequest, deadline: Deadline) -> Steps[list[float]]:
+        from triward.sharedmemory import sharing
 
-    def _ask(self, request: RewardRequest, deadline: Deadline, media: Place | None) -> list[float]:
-        arguments = self._arguments(request, deadline, media)
-        with self._asking(deadline):
-            result = self._transport.get().infer(**arguments)
-        return read_scores(result, len(request.responses))
+        yield from self._meet(deadline)
+        deadline.begin(f"registering shared memory with {self._address}")
+        ask = partial(self._ask_short, deadline)
+        send = partial(self._send, request, deadline)
+        return (yield from sharing(self._region.get(), request.media, deadline, ask, send))
 
-    def _infer_tokens(self, request: TokenRequest, deadline: Deadline) -> list[float]:
-        self._meet(deadline)
-        arguments = self._token_arguments(request, deadline)
-        with self._asking(deadline, arguments["model_name"]):
-            result = self._transport.get().infer(**arguments)
-        return read_scores(result, request.responses)
+    def _ask_short(self, deadline: Deadline, method: str, **arguments: Any) -> Steps[Any]:
+        return (yield from self._ask(self._short(deadline, method, **arguments), deadline))
 
-    def _connect(self) -> _Transport:
+    def _unregister(self, region: Region) -> Steps[None]:
+        last = Deadline(_CLOSING)
+        yield from self._ask_short(last, "unregister_system_shared_memory", name=region.name)
+
+    def _connect(self) -> Patient:
         from tritonclient.grpc import InferenceServerClient
 
-        transport: _Transport = Patient(self._address.connect(InferenceServerClient))
-        return transport
+        return Patient(self._address.connect(InferenceServerClient))
 
     def _make_region(self) -> Region:
         from triward.sharedmemory import Region
@@ -439,84 +335,45 @@ class RewardClient(BaseClient):
         except OSError as error:
             raise TriwardError(f"shared memory of {size} bytes: {error.strerror}") from error
 
-    def _register(self, region: Region, deadline: Deadline) -> None:
-        """Tell the server about a region, and make it forget those that are gone."""
-        from triward.sharedmemory import is_gone
-
-        deadline.begin(f"registering shared memory with {self._address}")
-        if not region.registering.acquire(timeout=deadline.remaining()):
-            raise deadline.exceeded()
-        try:
-            if region.registered:
-                return
-            transport = self._transport.get()
-            with self._asking(deadline):
-                known = transport.get_system_shared_memory_status(**self._short(deadline)).regions
-                for other in known.values():
-                    if is_gone(other.key):
-                        transport.unregister_system_shared_memory(
-                            other.name, **self._short(deadline)
-                        )
-                if region.name not in known:
-                    transport.register_system_shared_memory(
-                        region.name, region.key, region.size, **self._short(deadline)
-                    )
-            region.registered = True
-        finally:
-            region.registering.release()
-
     def _outcomes(
-        self,
-        conversations: Iterable[Messages],
-        timeout: float | None,
-        concurrency: int,
-        on_error: OnError,
-        progress: bool,
+        self, schedule: Schedule[Future[list[Outcome]]], timeout: float | None, progress: bool
     ) -> Iterator[Outcome]:
-        """Requests under way in the order of their conversations, the first handed out first."""
-        shelf, stop = Shelf(), Stop()
-        pending: deque[Future[list[Outcome]]] = deque()
+        """Hand out outcomes in the order of their conversations."""
+        shelf = Shelf()
 
         def score(group: Group) -> list[Outcome]:
-            if stop.skips(group):
-                return []  # nobody looks: one before it has failed
-            outcomes = self._score_group(group, shelf, timeout, on_error)
-            if on_error == "raise" and any_failed(outcomes):
-                stop.at(group.first)
+            if schedule.skips(group):
+                return []
+            outcomes = self._score_group(group, shelf, timeout, schedule.on_error)
+            schedule.note(group, outcomes)
             return outcomes
 
-        pool = ThreadPoolExecutor(concurrency, thread_name_prefix="triward")
-        with Progress(progress, conversations) as bar:
+        pool = ThreadPoolExecutor(schedule.concurrency, thread_name_prefix="triward")
+        with Progress(progress, schedule.conversations) as bar:
             try:
-                for group in grouped(conversations):
-                    if stop.is_set:
-                        break
-                    pending.append(pool.submit(score, group))
-                    while pending and (pending[0].done() or len(pending) > AHEAD * concurrency):
-                        yield from bar.counting(checked(pending.popleft().result(), on_error))
-                while pending:
-                    yield from bar.counting(checked(pending.popleft().result(), on_error))
+                for future in schedule.run(lambda group: pool.submit(score, group)):
+                    if future is not None:
+                        yield from bar.counting(schedule.checked(future.result()))
             finally:
-                stop.at(-1)
+                schedule.stop()
                 pool.shutdown(cancel_futures=True)
 
     def _score_group(
         self, group: Group, shelf: Shelf, timeout: float | None, on_error: OnError
     ) -> list[Outcome]:
-        """A score or an error for each of a group's conversations."""
+        """Return a score or an error for each of a group's conversations."""
+        asking = ask_group(group, on_error)
         try:
-            if group.error:
-                raise group.error
+            wanted = next(asking)
+            while True:
+                wanted = asking.send(self._answer(wanted, shelf, timeout))
+        except StopIteration as end:
+            outcomes: list[Outcome] = end.value
+            return outcomes
+
+    def _answer(self, group: Group, shelf: Shelf, timeout: float | None) -> Answer:
+        try:
             deadline = self._begin(timeout)
-            request = group.request(partial(shelf.read, deadline=deadline))
-            return list(self._infer(request, deadline))
+            return self._score(group.request(partial(shelf.read, deadline=deadline)), deadline)
         except TriwardError as error:
-            if stands_for_all(error, group):
-                return failed(error, group)
-        outcomes: list[Outcome] = []
-        for single in group.alone():
-            outcomes += self._score_group(single, shelf, timeout, on_error)
-            if ends_singles(outcomes[-1], on_error):
-                outcomes += failed(cause(outcomes[-1]), group, len(outcomes))
-                break
-        return outcomes
+            return error

@@ -1,4 +1,4 @@
-"""Why a server cannot be reached, in one sentence: what gRPC says of it helps nobody.
+"""Diagnosis of failed connections: one sentence in place of gRPC's words.
 
 After a call has failed, a connection of our own asks the same address what it is. Nothing is
 asked of a server that answers.
@@ -31,7 +31,7 @@ _REQUEST = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: clos
 
 
 def failed_to_connect(message: str) -> bool:
-    """Whether gRPC's words are about the connection, and not a server's own."""
+    """Return True if gRPC's words are about the connection, and not a server's own."""
     return _FAILED.search(message) is not None
 
 
@@ -41,13 +41,13 @@ def readable(message: str) -> str:
 
 
 def last_error(message: str) -> str:
-    """What is said of the last address that was tried."""
+    """Return what is said of the last address that was tried."""
     found = _LAST.match(message)
     return readable(found[1] if found else message)
 
 
 def diagnose(address: Address, message: str, seconds: float) -> str | None:
-    """A sentence for a mistake that trying again cannot mend, or a server that is not there.
+    """Return a sentence for a mistake that trying again cannot mend, or for an absent server.
 
     Args:
         address: of one server; nothing is known of several.
@@ -77,7 +77,7 @@ def diagnose(address: Address, message: str, seconds: float) -> str | None:
 
 
 def _certificate(address: Address, message: str) -> str | None:
-    """What gRPC says of a server's certificate; its list of authorities is its own."""
+    """Return gRPC's words on a server's certificate; its list of authorities is its own."""
     if "CERTIFICATE_VERIFY_FAILED" in message or "certificate verify failed" in message:
         signed = "is not signed by an authority that the client was given"
         return f"the certificate of {address} {signed}; name its file: tls=Tls(ca=…), --tls-ca"
@@ -88,7 +88,7 @@ def _certificate(address: Address, message: str) -> str | None:
 
 
 def _protocol(address: Address, connection: socket.socket) -> str | None:
-    """What speaks there, if it is not what the client speaks."""
+    """Return the protocol that the server speaks, if it is not the client's."""
     if address.tls:
         return _encrypted(address, address.tls, _handshake(connection))
     answer = _answer(connection)
@@ -116,7 +116,7 @@ def _encrypted(address: Address, tls: Tls, peer: _Peer) -> str | None:
 
 
 def _answer(connection: socket.socket) -> bytes:
-    """What comes back to a request in HTTP/1.1; nothing from a server that hangs up."""
+    """Return the answer to a request in HTTP/1.1; nothing from a server that hangs up."""
     try:
         connection.sendall(_REQUEST)
         return connection.recv(64)
@@ -125,7 +125,7 @@ def _answer(connection: socket.socket) -> bytes:
 
 
 class _Peer(Enum):
-    """What a TLS client without a certificate meets."""
+    """Kinds of peers that a TLS client without a certificate meets."""
 
     TLS = "it speaks as gRPC's servers do, who have the first word"
     LEAVES = "it hangs up behind the handshake, as one that asks for a certificate"

@@ -1,4 +1,4 @@
-"""What a caller learns when Triton itself finds that a request is not its model's."""
+"""Errors for requests that Triton itself finds are not its model's."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SERVER = re.compile(r"triward-contract-(\d+)")
 
 
 def is_refusal(message: str) -> bool:
-    """Whether Triton refused a request before the model saw it."""
+    """Return True if Triton refused a request before the model saw it."""
     return _REFUSED.search(message) is not None
 
 
 def refusal(message: str, *, url: str, model: str, server: str) -> TriwardError:
-    """The error for such a refusal; this client sends what its contract says, and nothing else.
+    """Return the error for such a refusal; this client sends nothing outside its contract.
 
     Args:
         message: Triton's words.

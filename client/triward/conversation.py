@@ -32,7 +32,7 @@ class MediaRef:
 
 @dataclass(frozen=True)
 class RewardRequest:
-    """One row for the ensemble.
+    """A row for the ensemble.
 
     Attributes:
         messages: UTF-8 JSON array of the messages before the response, media values taken out.
@@ -100,7 +100,7 @@ def read_ref(ref: MediaRef, deadline: Deadline) -> bytes:
 
 
 def split_conversation(messages: Messages) -> tuple[list[Message], str]:
-    """A whole conversation -> the messages before the response, and the response's text.
+    """Split a whole conversation into the messages before the response and the response's text.
 
     Raises:
         InvalidRequest: the last message is not an assistant's, or holds more than text.
@@ -166,7 +166,7 @@ def _media_key(part: Message, place: str) -> str | None:
 
 
 def _kind(part: Message, key: str | None, place: str) -> str:
-    """The part's type on the wire; a part may leave out its type, as in the chat template."""
+    """Return the part's type on the wire; a part may leave it out, as in the chat template."""
     implied = "text" if key is None else _MEDIA_KEYS[key]
     kind = part.get("type", implied)
     if kind == "image_url":
@@ -185,7 +185,7 @@ def _kind(part: Message, key: str | None, place: str) -> str:
 
 
 def _frames(values: Sequence[object], place: str) -> list[MediaRef]:
-    """The frames of a video that is given as a list, each whatever an image may be."""
+    """Return the frames of a video given as a list; each may be whatever an image may be."""
     if not values:
         raise InvalidRequest(f"{place}: a video needs at least 1 frame, got an empty list")
     return [MediaRef(f"{place}.video[{i}]", value) for i, value in enumerate(values)]

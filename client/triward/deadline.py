@@ -53,13 +53,13 @@ class Deadline:
         return left
 
     def exceeded(self, said: str = "") -> DeadlineExceeded:
-        """The error that says that this deadline passed, and over what.
+        """Return the error that says that this deadline passed, and over what.
 
         Args:
             said: a server's own words.
         """
         ends = [*(start for _, start in self._steps[1:]), monotonic()]
-        spent = [(step, end - start) for (step, start), end in zip(self._steps, ends)]
+        spent = [(step, end - start) for (step, start), end in zip(self._steps, ends, strict=True)]
         told = [each for each in spent[:-1] if each[1] >= _BRIEF] + spent[-1:]
         parts = ", ".join(f"{seconds:.1f} s {step}" for step, seconds in told)
         own = f"; {said}" if said and said.lower() != _GRPCS else ""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, wait
-from http.client import HTTPException, HTTPResponse
-from urllib.error import HTTPError
+from typing import TYPE_CHECKING
 from urllib.parse import quote
-from urllib.request import Request, urlopen
 
 from triward.deadline import Deadline
 from triward.errors import MediaError, TriwardError
+
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
 
 DOWNLOAD_LIMIT = 64 * 2**20
 _CHUNK = 256 * 2**10
@@ -50,6 +51,10 @@ def download(url: str, deadline: Deadline, *, limit: int = DOWNLOAD_LIMIT) -> by
 
 
 def _fetch(url: str, deadline: Deadline, limit: int) -> bytes:
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
     shown = _without_query(url)
     try:
         request = Request(quote(url, safe=_URL_CHARACTERS), headers={"User-Agent": _USER_AGENT})

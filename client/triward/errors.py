@@ -1,4 +1,4 @@
-"""Everything that a call to the server can raise.
+"""Errors that a call to the server can raise.
 
     TriwardError
     ├── InvalidRequest      the input is wrong (also a ValueError); the same request fails again
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Triton's words for a model that it knows but has not loaded: it stops, or its operator changes it.
 _UNLOADED = "has no available versions"
+_VERSION_GONE = re.compile(r"version \d+ is not found")  # only calls of a served one name any
 
 _UNKNOWN_REGION = "Unable to find shared memory region"
 
@@ -35,7 +36,18 @@ _ENSEMBLE_PREFIX = re.compile(r"^(?:in ensemble '[^']*', )+")
 
 
 class TriwardError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Attributes:
+        place: in the caller's input, with which the message begins; "" for none.
+    """
+
+    place: str = ""
+
+    @property
+    def reason(self) -> str:
+        """The message without the place."""
+        return str(self).removeprefix(f"{self.place}: ") if self.place else str(self)
 
 
 class InvalidRequest(TriwardError, ValueError):
@@ -59,10 +71,17 @@ class ServerError(TriwardError):
 
 
 def located(error: TriwardError, place: str) -> TriwardError:
-    """The same error, caused by it, with the place in the caller's input in front."""
+    """Return the same error, caused by it, with the place in the caller's input in front."""
     placed = type(error)(f"{place}: {error}")
-    placed.__cause__ = error
+    placed.place, placed.__cause__ = place, error
     return placed
+
+
+def relocated(error: TriwardError, place: str = "") -> TriwardError:
+    """Return the same error, caused by it, with another place than its own, or none."""
+    bare = type(error)(error.reason)
+    bare.__cause__ = error
+    return located(bare, place) if place else bare
 
 
 def from_triton(error: InferenceServerException, *, model: str, url: str) -> TriwardError:
@@ -76,7 +95,8 @@ def from_triton(error: InferenceServerException, *, model: str, url: str) -> Tri
     # Also for one that waited too long in a queue: had the caller's own time run out, gRPC would
     # have said so first.
     # And for a call that the server cancels, as gRPC does when it shuts down.
-    if code in ("UNAVAILABLE", "CANCELLED") or (code == "NOT_FOUND" and _UNLOADED in message):
+    unloaded = code == "NOT_FOUND" and (_UNLOADED in message or _VERSION_GONE.search(message))
+    if code in ("UNAVAILABLE", "CANCELLED") or unloaded:
         return ServerUnavailable(f"{url}: {_unavailable(message)}")
     if code == "NOT_FOUND":
         what = url if _UNKNOWN_REGION in message else missing_model(url, model)
@@ -85,7 +105,7 @@ def from_triton(error: InferenceServerException, *, model: str, url: str) -> Tri
 
 
 def code_of(error: InferenceServerException) -> str:
-    """The name of the gRPC status, as "UNAVAILABLE"."""
+    """Return the name of the gRPC status, as "UNAVAILABLE"."""
     return str(error.status()).rpartition(".")[2]
 
 
@@ -98,5 +118,5 @@ def _unavailable(message: str) -> str:
 
 
 def is_unknown_region(error: TriwardError) -> bool:
-    """Whether the server says that it does not know a region of shared memory."""
+    """Return True if the server says that it does not know a region of shared memory."""
     return _UNKNOWN_REGION in str(error)

@@ -6,9 +6,8 @@ A request holds one prompt and N responses, and the server computes the prompt o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Callable
 
 from triward.conversation import (
     MediaRef,
@@ -43,24 +42,24 @@ class Group:
     error: TriwardError | None = None
 
     def takes(self, other: Group) -> bool:
-        """Whether another group's conversations can be asked for with these."""
+        """Return True if another group's conversations can be asked for with these."""
         return (
             self.error is None
             and other.error is None
             and len(self.responses) + len(other.responses) <= MAX_GROUP
             and self.messages == other.messages
             and len(self.refs) == len(other.refs)
-            and all(_same(a.value, b.value) for a, b in zip(self.refs, other.refs))
+            and all(_same(a.value, b.value) for a, b in zip(self.refs, other.refs, strict=True))
         )
 
     def request(self, read: Callable[[MediaRef], bytes]) -> RewardRequest:
-        """What is sent, once its media are read."""
+        """Read the media, and return the request."""
         media = tuple(read(ref) for ref in self.refs)
         return RewardRequest(self.messages, tuple(self.responses), media)
 
     @property
     def size(self) -> int:
-        """How many conversations there are."""
+        """Number of conversations."""
         return max(1, len(self.responses))
 
     def alone(self) -> Iterator[Group]:
@@ -70,7 +69,7 @@ class Group:
 
 
 def grouped(conversations: Iterable[Messages]) -> Iterator[Group]:
-    """Groups in the order of the conversations. One that cannot be sent is a group with its error.
+    """Yield groups in the order of the conversations; one that cannot be sent has an error.
 
     A group is complete when the next conversation does not fit into it, so one conversation more
     is taken from the iterable than the group holds.
@@ -89,7 +88,7 @@ def grouped(conversations: Iterable[Messages]) -> Iterator[Group]:
 
 
 def place(index: int) -> str:
-    """What messages call a conversation."""
+    """Return a conversation's name in messages."""
     return f"conversations[{index}]"
 
 
@@ -103,7 +102,7 @@ def _encode(index: int, conversation: Messages) -> Group:
 
 
 def _same(a: object, b: object) -> bool:
-    """Whether two media values are surely the same file; images are not compared by pixels."""
+    """Return True if two media values are surely the same file; pixels are not compared."""
     if a is b:
         return True
     comparable = (str, bytes, os.PathLike)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from triward.base import Outcome, ranked
 from triward.client import RewardClient
 from triward.conversation import Message
-from triward.errors import InvalidRequest, TriwardError, located
+from triward.errors import InvalidRequest, TriwardError, located, relocated
+from triward.jsonvalue import read_object
+from triward.many import Outcome, ranked
 
 # What an earlier run may have said; all other keys are handed on.
 _SAID = ("score", "scores", "ranking", "error")
@@ -84,13 +84,13 @@ def score_lines(
 
 
 def _read(text: str, number: int) -> tuple[_Line, list[list[Message]]]:
-    """A line and the conversations it asks for."""
+    """Return a line and the conversations it asks for."""
     line = _Line(number)
     try:
-        row = _object(text)
+        row = read_object(text)
         line.row = {key: value for key, value in row.items() if key not in _SAID}
         if not isinstance(row.get("messages"), list):
-            raise InvalidRequest("must be an object with 'messages', a list")
+            raise InvalidRequest("needs 'messages', a list")
         if "responses" not in row:
             line.count = 1
             return line, [row["messages"]]
@@ -105,16 +105,6 @@ def _read(text: str, number: int) -> tuple[_Line, list[list[Message]]]:
         return line, []
 
 
-def _object(text: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise InvalidRequest("must be an object with 'messages', a list")
-    return row
-
-
 def _finish(
     line: _Line, outcomes: list[Outcome], ranking: bool
 ) -> tuple[dict[str, Any], TriwardError | None]:
@@ -122,9 +112,8 @@ def _finish(
     for index, outcome in enumerate(outcomes):
         if isinstance(outcome, TriwardError) and error is None:
             place = f"line {line.number}" + (f": responses[{index}]" if line.many else "")
-            # Its cause does not count conversations, which a reader of lines never sees.
-            cause = outcome.__cause__
-            error = located(cause if isinstance(cause, TriwardError) else outcome, place)
+            # A reader of lines never sees the conversations' numbers.
+            error = relocated(outcome, place)
     if error:
         return {**line.row, "error": {"type": type(error).__name__, "message": str(error)}}, error
     scores = [outcome for outcome in outcomes if not isinstance(outcome, TriwardError)]

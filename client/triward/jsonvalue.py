@@ -1,7 +1,8 @@
-"""Callers' values -> plain JSON values, with the place of whatever JSON cannot hold."""
+"""JSON in and out: callers' values as plain JSON values, and objects from lines of JSON."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -32,7 +33,7 @@ def plain(value: object, place: str) -> Any:
 
 
 def check_text(value: object, place: str) -> str:
-    """The value itself, once it is known to be text that UTF-8 can encode.
+    """Return the value, once it is known to be text that UTF-8 can encode.
 
     Raises:
         InvalidRequest: it is no str, or holds half of a surrogate pair.
@@ -44,6 +45,31 @@ def check_text(value: object, place: str) -> str:
     except UnicodeEncodeError as error:
         wrong = ascii(value[error.start])
         raise InvalidRequest(f"{place}: {wrong} at {error.start} is half of a character") from error
+    return value
+
+
+def read_object(text: str | bytes) -> dict[str, Any]:
+    """Return the object that a line of JSON holds.
+
+    Raises:
+        InvalidRequest: it is not JSON in UTF-8, or no object.
+    """
+    try:
+        return as_object(json.loads(text if isinstance(text, str) else text.decode("utf-8-sig")))
+    except InvalidRequest:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"not JSON: {error}") from error
+
+
+def as_object(value: object) -> dict[str, Any]:
+    """Return a value of JSON that is an object.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"must be an object, got {type(value).__name__}")
     return value
 
 

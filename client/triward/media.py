@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
-from urllib.request import url2pathname
 
 from triward.deadline import Deadline
 from triward.download import DOWNLOAD_LIMIT, download
@@ -59,6 +58,8 @@ def _read_string(value: str, deadline: Deadline, download_limit: int) -> bytes:
     if scheme.startswith("data:"):
         return _decode_data_url(value)
     if scheme.startswith("file://"):
+        from urllib.request import url2pathname  # which loads all of HTTP
+
         path = value[len("file://") :]
         return _read_file(url2pathname(path[len("localhost") :] if _names_host(path) else path))
     return _read_file(value)

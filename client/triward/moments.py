@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from triward.errors import InvalidRequest
 
 Array = npt.NDArray[np.float64]
-Rewards = Union[Sequence[float], npt.NDArray[Any]]
+Rewards = Sequence[float] | npt.NDArray[Any]
 
 EPS = 1e-4  # TRL's
 
@@ -41,7 +41,7 @@ def finite(rewards: Rewards, place: str) -> Array:
 
 
 def plain(rewards: Any) -> Any:
-    """A tensor's numbers as a list; anything else as it is."""
+    """Return a tensor's numbers as a list; anything else as it is."""
     # numpy knows no bfloat16, and torch's own conversion no device but the CPU.
     return rewards.tolist() if hasattr(rewards, "tolist") else rewards
 

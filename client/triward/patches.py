@@ -36,7 +36,7 @@ def pixels_of(
     mean: Sequence[float] = _MEAN,
     std: Sequence[float] = _STD,
 ) -> list[NDArray[np.uint8]]:
-    """The pixels behind `pixel_values` and `image_grid_thw`, for `score_tokens`.
+    """Return the pixels behind `pixel_values` and `image_grid_thw`, for `score_tokens`.
 
     The exact inverse: a pixel v of channel c is ((v / 255) - mean[c]) / std[c] in `pixel_values`.
 
@@ -70,7 +70,9 @@ def pixels_of(
     spread = values.astype(np.float64).reshape(len(values), _CHANNELS, -1)
     pixels = _rounded((spread * scale + shift) * 255)
     items = np.split(pixels, np.cumsum(rows)[:-1])
-    frames = [_unfold(item, grid, patch_size, merge_size) for item, grid in zip(items, grids)]
+    frames = [
+        _unfold(item, grid, patch_size, merge_size) for item, grid in zip(items, grids, strict=True)
+    ]
     return frames if video else [_still(item, index) for index, item in enumerate(frames)]
 
 
@@ -123,7 +125,7 @@ def _unfold(
 
 
 def _still(frames: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
-    """The one picture that both frames of an image are."""
+    """Return the one picture that both frames of an image are."""
     if (frames[0] != frames[1]).any():
         raise InvalidRequest(f"pixel_values: item {index} has two different frames, as a video has")
     still: NDArray[np.uint8] = frames[0]

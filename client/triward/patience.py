@@ -27,7 +27,7 @@ class Patient:
         self._client = client
 
     def __getattr__(self, name: str) -> Any:
-        """Anything but `infer`."""
+        """Return anything but `infer` of the client."""
         return getattr(self._client, name)
 
     def infer(self, *, client_timeout: float, **arguments: Any) -> Any:
@@ -56,14 +56,14 @@ class Patient:
 
 
 class AsyncPatient:
-    """The same for `tritonclient.grpc.aio.InferenceServerClient`."""
+    """`tritonclient.grpc.aio.InferenceServerClient` whose `infer` leaves a late call alone."""
 
     def __init__(self, client: Any) -> None:  # noqa: D107 - the class says it
         self._client = client
         self._calls: set[asyncio.Future[Any]] = set()
 
     def __getattr__(self, name: str) -> Any:
-        """Anything but `infer`."""
+        """Return anything but `infer` of the client."""
         return getattr(self._client, name)
 
     async def infer(self, *, client_timeout: float, **arguments: Any) -> Any:

@@ -15,10 +15,12 @@ GRPC_PORT = 8001  # where a server listens that is not told otherwise
 # one refuses the call, so that no score comes from a misunderstanding.
 CONTRACT_VERSION = 1
 
+DRAINING_VERSION = "2147483647"  # of the public model of a server that is shutting down
+
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a model.
+    """Name, type and dimensions of a model's tensor.
 
     Attributes:
         name: Triton's name of the tensor.
@@ -49,5 +51,5 @@ OUTPUTS = (SCORES, TOKEN_COUNTS)
 
 
 def forward_model(model: str) -> str:
-    """The ensemble's step that takes tokens."""
+    """Return the name of the ensemble's step that takes tokens."""
     return f"{model}_forward"

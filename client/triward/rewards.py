@@ -1,4 +1,4 @@
-"""What becomes of scores before a policy learns from them; docs/rewards.md says who does what.
+"""Shaping of scores before a policy learns from them; docs/rewards.md says who does what.
 
 All standard deviations divide by n - 1, as torch's does and with it TRL's, verl's and OpenRLHF's.
 Everything is float64, and what is not finite in float32, as scores are, is refused.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ __all__ = [
     "with_rules",
 ]
 
-Groups = Union[int, Sequence[Hashable], npt.NDArray[Any]]
+Groups = int | Sequence[Hashable] | npt.NDArray[Any]
 
 
 def group_advantages(
@@ -98,7 +98,7 @@ def mix(
     *,
     optional: Collection[str] = (),
 ) -> Array:
-    """The weighted sum of a reward model's and of rules' rewards, such as format and accuracy.
+    """Return the weighted sum of a reward model's and rules' rewards, as format and accuracy.
 
     Such hybrids are common; Skywork R1V2 (arXiv:2504.16656) is one. For components on one scale
     (TRL's `normalize_then_sum`) hand over the `group_advantages` of each.
@@ -127,7 +127,7 @@ def mix(
     for name, given in components.items():
         rewards = plain(given)
         there = np.array([name not in optional or reward is not None for reward in rewards], bool)
-        known = [reward if here else 0.0 for reward, here in zip(rewards, there)]
+        known = [reward if here else 0.0 for reward, here in zip(rewards, there, strict=True)]
         total += _weight(weights[name], name) * finite(known, f"components[{name!r}]")
         applied |= there
     if not applied.all():
@@ -137,7 +137,7 @@ def mix(
 
 @dataclass(frozen=True)
 class Shape:
-    """What an integration does with a model's scores: standardise, clip, weigh, in this order.
+    """Shaping of a model's scores: standardise, clip, weigh, in this order.
 
     Attributes:
         running: standardise by it.
@@ -159,7 +159,7 @@ class Shape:
             _range(*self.clip)
 
     def __call__(self, scores: Sequence[float]) -> list[float]:
-        """The rewards of scores [N], which trainers call together or one by one.
+        """Return the rewards of scores [N], which trainers call together or one by one.
 
         Raises:
             InvalidRequest: a score is not finite.
@@ -175,7 +175,7 @@ class Shape:
 
 
 def shape_of(settings: Shape | Mapping[str, Any] | None) -> Shape | None:
-    """A shape, also from a trainer's configuration, whose keys are `Shape`'s.
+    """Return a shape, also from a trainer's configuration, whose keys are `Shape`'s.
 
     There `running` is true, or what `RunningMoments.state_dict` gave.
 
@@ -201,7 +201,7 @@ def with_rules(
     rules: Mapping[str, Sequence[float | None]],
     weights: Mapping[str, float],
 ) -> list[float]:
-    """A model's rewards, by weight 1, mixed with those of rules, whose None does not apply.
+    """Mix a model's rewards, by weight 1, with those of rules, whose None does not apply.
 
     Raises:
         InvalidRequest: see `mix`.

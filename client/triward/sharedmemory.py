@@ -21,12 +21,14 @@ import secrets
 import struct
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any, TypeVar
 
+from triward.deadline import Deadline
 from triward.errors import InvalidRequest, TriwardError, is_unknown_region
 
 FOLDER = Path("/dev/shm")
@@ -36,10 +38,13 @@ PREFIX = "triward-client-"
 # 120 s at the latest.
 _REST = 300.0
 
+T = TypeVar("T")
+Steps = Generator[Any, Any, T]  # as `base.Steps`
+
 
 @dataclass(frozen=True)
 class Place:
-    """Where a BYTES tensor lies.
+    """Position of a BYTES tensor in a region.
 
     Attributes:
         region: name under which the server knows the region.
@@ -87,7 +92,7 @@ class Region:
 
     @contextmanager
     def lend(self, values: Sequence[bytes]) -> Iterator[Place | None]:
-        """A place that holds a BYTES tensor while the context lasts; None if there is no room.
+        """Lend a place that holds a BYTES tensor while the context lasts; None if there is no room.
 
         It rests if the context is left by an exception other than `InvalidRequest`.
         """
@@ -114,7 +119,7 @@ class Region:
                 self._taken[start] = (start + size, monotonic() + rest)
 
     def _take(self, size: int) -> int | None:
-        """The first gap that is large enough."""
+        """Take the first gap that is large enough."""
         with self._lock:
             now, start = monotonic(), 0
             for first, (last, free) in sorted(self._taken.items()):
@@ -130,6 +135,55 @@ class Region:
             return start
 
 
+def sharing(
+    region: Region,
+    media: Sequence[bytes],
+    deadline: Deadline,
+    ask: Callable[..., Steps[Any]],
+    send: Callable[[Place | None], Steps[T]],
+) -> Steps[T]:
+    """Register a region where that is due, and send a request whose media lie in it.
+
+    Args:
+        region: of this process.
+        media: of the request.
+        deadline: of the request.
+        ask: calls a method of tritonclient's.
+        send: sends the request, with None if there was no room for its media.
+    """
+    yield from _register(region, deadline, ask)
+    try:
+        with region.lend(media) as place:
+            return (yield from send(place))
+    except TriwardError as error:
+        if not is_unknown_region(error):
+            raise
+    # The server has been started again since the region was registered there.
+    region.registered = False
+    yield from _register(region, deadline, ask)
+    with region.lend(media) as place:
+        return (yield from send(place))
+
+
+def _register(region: Region, deadline: Deadline, ask: Callable[..., Steps[Any]]) -> Steps[None]:
+    """Tell the server about a region, and make it forget those that are gone."""
+    if not region.registering.acquire(timeout=deadline.remaining()):
+        raise deadline.exceeded()
+    try:
+        if region.registered:
+            return
+        known = (yield from ask("get_system_shared_memory_status")).regions
+        for other in known.values():
+            if is_gone(other.key):
+                yield from ask("unregister_system_shared_memory", name=other.name)
+        if region.name not in known:
+            new = {"name": region.name, "key": region.key, "byte_size": region.size}
+            yield from ask("register_system_shared_memory", **new)
+        region.registered = True
+    finally:
+        region.registering.release()
+
+
 def sweep() -> None:
     """Remove the regions of processes that are gone."""
     for path in FOLDER.glob(PREFIX + "*"):
@@ -143,13 +197,13 @@ def sweep() -> None:
 
 
 def is_gone(key: str) -> bool:
-    """Whether a region that a server knows was a client's, and its file is not there any more."""
+    """Return True if a region that a server knows was a client's, and its file is gone."""
     name = key.lstrip("/")
     return name.startswith(PREFIX) and not (FOLDER / name).exists()
 
 
 def _create() -> tuple[Path, int]:
-    """A new file and its descriptor, with the lock that says that its owner lives."""
+    """Return a new file and its descriptor, with the lock that says that its owner lives."""
     while True:
         path = FOLDER / f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)

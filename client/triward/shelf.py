@@ -33,7 +33,7 @@ class Shelf:
         self._reading: dict[object, threading.Lock] = {}
 
     def read(self, ref: MediaRef, deadline: Deadline) -> bytes:
-        """Like `read_ref`, or what it returned before."""
+        """Return a file's bytes as `read_ref` does, or what that returned before."""
         value = ref.value
         if isinstance(value, (bytes, bytearray, memoryview)):
             return read_ref(ref, deadline)

@@ -24,7 +24,7 @@ _LARGEST_ID = 2**31 - 1
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """One row for the forward model.
+    """A row for the forward model.
 
     Attributes:
         tensors: its inputs, without the leading dimension.
@@ -108,7 +108,7 @@ def _ids(values: ArrayLike, place: str) -> NDArray[np.int32]:
 
 
 def _item(values: ArrayLike, place: str, patch_size: int) -> NDArray[np.uint8]:
-    """An image, uint8 [H, W, 3], or a video, uint8 [T, H, W, 3]."""
+    """Return an image, uint8 [H, W, 3], or a video, uint8 [T, H, W, 3]."""
     import numpy as np
 
     array = as_array(values, place)
@@ -137,7 +137,7 @@ def _grid(item: NDArray[np.uint8], patch_size: int) -> tuple[int, int, int]:
 
 
 def _seconds(values: ArrayLike, videos: int) -> NDArray[np.float32]:
-    """One finite number above 0 for each video, float32 [videos]."""
+    """Return a finite number above 0 for each video, float32 [videos]."""
     import numpy as np
 
     array = as_array(values, "seconds_per_grid")
@@ -157,7 +157,7 @@ def _seconds(values: ArrayLike, videos: int) -> NDArray[np.float32]:
 
 
 def as_array(values: ArrayLike, place: str) -> NDArray[Any]:
-    """What numpy can take, a CPU tensor of torch's among it.
+    """Return an array of what numpy can take, a CPU tensor of torch's among it.
 
     Raises:
         InvalidRequest: it cannot; the message names the place.

@@ -22,7 +22,7 @@ _MESSAGE_LIMIT = 2**31 - 1 - 64 * 2**10
 def infer_arguments(
     request: RewardRequest, *, model: str, remaining: float, media: Place | None = None
 ) -> dict[str, Any]:
-    """Keyword arguments of `infer`, the same for tritonclient's blocking and asyncio clients.
+    """Return keyword arguments of `infer`, for tritonclient's blocking and asyncio clients.
 
     Args:
         request: the row to send.
@@ -39,13 +39,13 @@ def infer_arguments(
     _check_size(sum(4 + len(value) for values in sent for value in values))
     inputs = [
         _input(spec, values, media if spec is protocol.MEDIA else None)
-        for spec, values in zip(protocol.INPUTS, fields)
+        for spec, values in zip(protocol.INPUTS, fields, strict=True)
     ]
     return _arguments(model, inputs, remaining)
 
 
 def token_arguments(request: TokenRequest, *, model: str, remaining: float) -> dict[str, Any]:
-    """The same for token ids; `model` is the ensemble, too."""
+    """Return keyword arguments of `infer` for token ids; `model` is the ensemble, too."""
     _check_size(sum(array.nbytes for array in request.tensors.values()))
     inputs = [_numbers(spec, array) for spec, array in request.tensors.items()]
     return _arguments(protocol.forward_model(model), inputs, remaining)
@@ -70,7 +70,7 @@ def _arguments(model: str, inputs: list[Any], remaining: float) -> dict[str, Any
 
 
 def read_scores(result: Any, count: int) -> list[float]:
-    """The scores of an `InferResult`, in the order of the request's responses.
+    """Return the scores of an `InferResult`, in the order of the request's responses.
 
     Args:
         result: has `as_numpy(name)`, with `scores` FP32 [1, count].

@@ -7,6 +7,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ class FakeTransport:
         self.calls = []
         self.closed = 0
         self.ready = True
+        self.version = "1"
         self.reply = self.lengths
 
     def infer(self, **arguments):
@@ -52,6 +54,7 @@ class FakeTransport:
 
     def get_model_metadata(self, model_name, **arguments):
         self.calls.append({"model_name": model_name, **arguments})
+        return SimpleNamespace(versions=[self.version])
 
     def close(self):
         self.closed += 1

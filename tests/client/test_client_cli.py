@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,23 @@ def defaults(**settings):
         "wait_ready": 0.0,
         **settings,
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a" * 30, "a" * 13 + "…"),
+        ("a" * 14, "a" * 14),
+        ("\u6587" * 30, "\u6587" * 6 + "…"),  # two columns each
+        ("e\u0301" * 14, "e\u0301" * 14),  # an accent takes none
+        ("red\x1b[31m \n\tand more", "red[31m and m…"),
+    ],
+)
+def test_a_row_is_one_line_of_the_terminal(made, capsys, monkeypatch, text, shown):
+    monkeypatch.setenv("COLUMNS", "36")
+    assert triward.cli.main([*ARGUMENTS, *responses(text)]) == 0
+    _, row = capsys.readouterr().out.splitlines()
+    assert row.rpartition("000 ")[2] == shown
 
 
 def test_table_is_best_first(made, capsys):
@@ -220,7 +238,6 @@ def test_how_servers_are_reached(made, tmp_path):
         ([*ARGUMENTS, "--response", "r", "--time-out=5"], "--timeout"),
         (["compare", "--promt", "q", "--a", "x", "--b", "y"], "--prompt"),
         (["health", "--ulr", "host:1"], "--url"),
-        (["best-of-n", "--inptu", "a.jsonl", "--output", "b.jsonl"], "--input"),
     ],
 )
 def test_a_word_that_is_mistyped(made, transport, arguments, meant, capsys):
@@ -231,6 +248,38 @@ def test_a_word_that_is_mistyped(made, transport, arguments, meant, capsys):
     assert err.endswith(f"; did you mean {meant}?\n")
     assert f"usage: triward {'' if meant == 'score' else arguments[0]}" in err
     assert transport.calls == []
+
+
+@pytest.mark.parametrize("name", ["eval", "best-of-n", "filter", "pairs"])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--input", "a", "b"]])
+def test_a_command_that_is_not_installed(monkeypatch, capsys, name, arguments):
+    monkeypatch.setattr(triward.cli, "entry_points", lambda group: ())
+    with pytest.raises(SystemExit) as caught:
+        triward.cli.main([name, *arguments])
+    assert caught.value.code == 2
+    error = (
+        "comes with triward-tools: pip install triward-tools (in a checkout: pip install ./tools)"
+    )
+    assert capsys.readouterr().err.endswith(f"triward {name}: error: {error}\n")
+
+
+def test_a_command_of_another_distribution(made, monkeypatch, capsys):
+    """By an entry point; it gets a client for the server's options."""
+
+    def add(commands, server):
+        command = commands.add_parser("hello", help="greet the server", parents=[server])
+        command.set_defaults(run=lambda client, options: print(client, options.model) or 7)
+
+    asked = []
+    point = SimpleNamespace(name="hello", load=lambda: add)
+    monkeypatch.setattr(triward.cli, "entry_points", lambda group: asked.append(group) or (point,))
+    assert triward.cli.main(["hello", "--url", "a:1", "--model", "other"]) == 7
+    assert capsys.readouterr().out == "RewardClient('a:1') other\n"
+    assert asked == ["triward.commands"]
+    with pytest.raises(SystemExit):
+        triward.cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert "greet the server" in out and "comes with triward-tools" in out
 
 
 def test_a_word_that_is_like_none(made, monkeypatch, capsys):
@@ -280,17 +329,6 @@ def test_lines(made, tmp_path):
     )
     _, rows = run_lines(tmp_path, LINES, "--force", command="rank")
     assert rows[0] == {**LINES[0], "scores": [2.0, 7.0], "ranking": [1, 0]}
-
-
-def test_scored_lines_can_be_filtered(made, tmp_path):
-    """What comes back is the input, with scores: a tool that takes that takes this."""
-    run_lines(tmp_path, [LINES[0]] * 4)
-    kept = tmp_path / "kept.jsonl"
-    arguments = ["--input", tmp_path / "out.jsonl", "--output", kept, "--scores", "scores"]
-    options = ["--min", "5", "--no-picture", "--prompt", "messages", "--responses", "responses"]
-    assert triward.cli.main(["filter", *map(str, arguments), *options]) == 0
-    rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-    assert rows == [{**LINES[0], "responses": ["longest"], "scores": [7.0]}] * 4
 
 
 def test_an_output_that_is_there_is_not_replaced(made, transport, tmp_path, capsys):

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
-import triward
+import pytest
 
-CLIENT = Path(__file__).parents[2] / "client"
+import triward
+from tests.fakeserver import FakeServer
+
+ROOT = Path(__file__).parents[2]
+CLIENT = ROOT / "client"
 
 
 def run(*arguments, **environment):
@@ -30,7 +36,14 @@ def test_import_stays_light():
         "transformers",
         "PIL",
         "requests",
+        "urllib.request",
+        "numpy",
+        "grpc",
         "triward_server",
+        "triward_tools",
+        "pyarrow",
+        "jinja2",
+        "matplotlib",
         "ray",
         "rich",
         "tqdm",
@@ -72,14 +85,15 @@ def test_exported_names():
     assert all(hasattr(triward, name) for name in triward.__all__)
 
 
-def test_versions_agree():
-    project = (CLIENT / "pyproject.toml").read_text(encoding="utf-8")
+@pytest.mark.parametrize("distribution", ["client", "tools"])
+def test_versions_agree(distribution):
+    project = (ROOT / distribution / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.+)"$', project, re.MULTILINE).group(1) == triward.__version__
 
 
 def test_the_thin_client_stays_thin():
     project = (CLIENT / "pyproject.toml").read_text(encoding="utf-8")
-    assert 'dependencies = ["cachetools", "numpy", "rich", "tqdm", "tritonclient[grpc]"]' in project
+    assert 'dependencies = ["cachetools", "numpy", "tqdm", "tritonclient[grpc]"]' in project
     assert (CLIENT / "triward" / "py.typed").is_file()
 
 
@@ -91,28 +105,100 @@ def test_a_narrow_console_gets_a_sentence_instead_of_a_traceback():
     assert done.stderr.count("\n") == 1
 
 
-def wheel_of(folder, *left_out):
-    ignored = shutil.ignore_patterns("build", *left_out)
-    source = shutil.copytree(CLIENT, folder / "client", ignore=ignored)
+def wheel_of(distribution, folder):
+    source = shutil.copytree(
+        ROOT / distribution, folder / distribution, ignore=shutil.ignore_patterns("build")
+    )
     done = run("-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", folder, source)
     assert done.returncode == 0, done.stderr
-    [wheel] = folder.glob("*.whl")
+    [wheel] = folder.glob(f"{'triward_tools' if distribution == 'tools' else 'triward'}-*.whl")
     return wheel
 
 
-def test_what_asks_for_rewards_is_small(tmp_path):
-    """A client without the tools that decide with scores, none of which it needs."""
-    wheel = wheel_of(tmp_path, "evaluation", "selection")
-    assert wheel.stat().st_size < 100_000
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import triward.aio, triward.cli"
-    assert run("-c", code, wheel).stderr == ""
-
-
-def test_the_wheel_is_small(tmp_path):
-    wheel = wheel_of(tmp_path)
-    assert wheel.stat().st_size < 200_000
+def names_in(wheel):
     with zipfile.ZipFile(wheel) as files:
-        names = files.namelist()
-    assert "triward/integrations/ray.py" in names
-    assert "triward/py.typed" in names
-    assert "triward/evaluation/report.html" in names
+        return set(files.namelist())
+
+
+@pytest.fixture(scope="module")
+def client_wheel(tmp_path_factory):
+    return wheel_of("client", tmp_path_factory.mktemp("client"))
+
+
+@pytest.fixture(scope="module")
+def tools_wheel(tmp_path_factory):
+    return wheel_of("tools", tmp_path_factory.mktemp("tools"))
+
+
+def test_wheels_are_small_and_whole(client_wheel, tools_wheel):
+    assert client_wheel.stat().st_size < 100_000
+    assert tools_wheel.stat().st_size < 100_000
+    names = names_in(client_wheel)
+    assert {"triward/integrations/rows.py", "triward/py.typed"} < names
+    assert not any("triward_tools" in name for name in names)
+    names = names_in(tools_wheel)
+    assert {"triward_tools/evaluation/report.html", "triward_tools/py.typed"} < names
+    assert not any(name.startswith("triward/") for name in names)
+
+
+class Environment:
+    """An empty one, without this one's packages and paths."""
+
+    def __init__(self, folder):
+        self.bin = folder / ("Scripts" if os.name == "nt" else "bin")
+        venv.create(folder, with_pip=True)
+        self.empty = self.packages()
+
+    def __call__(self, program, *arguments):
+        return subprocess.run(
+            [self.bin / program, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+            cwd=self.bin.parent,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        )
+
+    def install(self, *arguments):
+        tested = sys.version_info[:2] == (3, 11)  # the Python that these versions are for
+        constraint = ("--constraint", ROOT / "constraints.txt") if tested else ()
+        options = ("--quiet", "--disable-pip-version-check", *constraint)
+        done = self("pip", "install", *options, *arguments)
+        assert done.returncode == 0, done.stderr
+
+    def packages(self):
+        return set(self("pip", "list", "--format", "freeze").stdout.split())
+
+
+def test_wheels_in_an_empty_environment(tmp_path, client_wheel, tools_wheel):
+    """The client alone, then with the tools: their help, and a call."""
+    environment = Environment(tmp_path / "venv")
+    environment.install(client_wheel)
+    assert len(environment.packages() - environment.empty) <= 15
+    assert environment("triward", "--help").returncode == 0
+    evaluation = environment("triward", "eval", "--help")
+    assert evaluation.returncode == 2
+    assert "pip install triward-tools" in evaluation.stderr
+    loaded = "import sys, triward; print({*sys.modules} & {*sys.argv[1:]})"
+    heavy = ("torch", "pyarrow", "jinja2", "matplotlib", "PIL", "triward_tools")
+    assert environment("python", "-c", loaded, *heavy).stdout == "set()\n"
+
+    line = {"messages": [{"role": "user", "content": "q"}], "responses": ["a", "bcd"]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    with FakeServer() as server:
+        options = ("--url", server.url, "--json")
+        asked = ("--prompt", "q", "--response", "a", "--response", "bcd")
+        scored = environment("triward", "score", *options, *asked)
+        assert len(json.loads(scored.stdout)["scores"]) == 2, scored.stderr
+
+        environment.install(tools_wheel)
+        for name in ("eval", "best-of-n", "filter", "pairs"):
+            told = environment("triward", name, "--help")
+            assert told.returncode == 0
+            assert told.stdout.startswith(f"usage: triward {name}")
+        files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+        chosen = environment("triward", "best-of-n", *options, *files)
+        assert chosen.returncode == 0, chosen.stderr
+    best = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert best["scores"] == json.loads(scored.stdout)["scores"]

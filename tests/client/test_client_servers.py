@@ -33,7 +33,7 @@ from triward import (
     TriwardError,
     channel,
 )
-from triward.base import PerProcess
+from triward.process import PerProcess
 
 ROOT = Path(__file__).parents[2]
 

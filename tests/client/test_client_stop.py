@@ -2,34 +2,78 @@
 
 from __future__ import annotations
 
-from triward.base import Stop
+from triward.errors import ServerError
 from triward.grouping import grouped
+from triward.many import Schedule
 
 
-def groups(count):
-    conversations = (
+def conversations(count):
+    return [
         [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]
         for n in range(count)
-    )
-    return list(grouped(conversations))
+    ]
+
+
+class Done:
+    def done(self):
+        return True
+
+
+def schedule_of(count, on_error="raise"):
+    return Schedule(conversations(count), 2, on_error), list(grouped(conversations(count)))
+
+
+def starts_all(schedule):
+    started = []
+    for _ in schedule.run(lambda group: started.append(group) or Done()):
+        pass
+    return len(started)
 
 
 def test_only_what_lies_behind_the_first_failure_is_skipped():
-    stop, some = Stop(), groups(4)
-    assert not stop.is_set and not any(map(stop.skips, some))
-    stop.at(some[2].first)
-    assert stop.is_set
-    assert [stop.skips(group) for group in some] == [False, False, False, True]
+    schedule, some = schedule_of(4)
+    schedule.note(some[0], [1.0])
+    assert not any(map(schedule.skips, some))
+    schedule.note(some[2], [ServerError("gone")])
+    assert [schedule.skips(group) for group in some] == [False, False, False, True]
+    assert starts_all(schedule) == 0
 
 
 def test_an_earlier_failure_counts_and_a_later_one_does_not():
-    stop, some = Stop(), groups(4)
-    stop.at(some[1].first)
-    stop.at(some[3].first)
-    assert [stop.skips(group) for group in some] == [False, False, True, True]
+    schedule, some = schedule_of(4)
+    schedule.note(some[1], [ServerError("gone")])
+    schedule.note(some[3], [ServerError("gone")])
+    assert [schedule.skips(group) for group in some] == [False, False, True, True]
+
+
+def test_errors_that_are_returned_end_nothing():
+    schedule, some = schedule_of(4, "return")
+    schedule.note(some[0], [ServerError("gone")])
+    assert not any(map(schedule.skips, some))
+    assert starts_all(schedule) == 4
 
 
 def test_nobody_looks_any_more():
-    stop, some = Stop(), groups(2)
-    stop.at(-1)
-    assert all(map(stop.skips, some))
+    schedule, some = schedule_of(2)
+    schedule.stop()
+    assert all(map(schedule.skips, some))
+
+
+class Later:
+    def __init__(self):
+        self.is_done = False
+
+    def done(self):
+        return self.is_done
+
+
+def test_a_schedule_keeps_order_and_looks_ahead_no_further_than_twice_the_concurrency():
+    schedule = Schedule(conversations(8), 2, "raise")
+    started = []
+    steps = schedule.run(lambda _: started.append(Later()) or started[-1])
+    assert [next(steps) for _ in range(5)] == [None] * 5
+    assert next(steps) is started[0]  # to be waited for, though it is not done
+    started[1].is_done = True
+    assert next(steps) is started[1]
+    assert (next(steps), len(started)) == (None, 6)
+    assert [each for each in steps if each] == started[2:]

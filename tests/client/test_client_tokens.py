@@ -65,7 +65,9 @@ def tokens(transport):
 def test_what_is_sent(client, tokens):
     other = np.full((56, 28, 3), 7, np.uint8)
     assert client.score_tokens([5, 6], [[1, 2, 3], [4]], media=[IMAGE, other]) == [3.0, 1.0]
-    (call,) = tokens.calls
+    asked, call = tokens.calls
+    assert asked["model_name"] == "reward", "which version is served"
+    assert call["model_version"] == "1"
     assert call["model_name"] == "reward_forward"
     arrays = sent(call)
     assert list(arrays) == [spec.name for spec in protocol.FORWARD_INPUTS]
@@ -76,9 +78,33 @@ def test_what_is_sent(client, tokens):
     assert call["client_timeout"] <= 30 and call["timeout"] <= 30_000_000
 
 
+def test_each_call_goes_to_the_version_that_is_served_then(client, tokens):
+    """The forward model may have another one loaded, and Triton would take the highest."""
+    for tokens.version in ("3", "1"):
+        client.score_tokens([5], [[1]])
+        assert tokens.calls[-1]["model_version"] == tokens.version
+
+
+def test_a_server_that_shuts_down_gets_no_tokens(client, tokens):
+    tokens.version = protocol.DRAINING_VERSION
+    with pytest.raises(ServerUnavailable, match="the server is shutting down"):
+        client.score_tokens([5], [[1]])
+    assert {call["model_name"] for call in tokens.calls} == {"reward"}
+
+
+def test_a_version_that_has_gone_meanwhile_is_no_model_that_is_missing(client, tokens):
+    def gone(arguments):
+        text = "Request for unknown model: 'reward_forward' version 1 is not found"
+        raise InferenceServerException(text, "StatusCode.NOT_FOUND")
+
+    tokens.reply = gone
+    with pytest.raises(ServerUnavailable, match="version 1 is not found"):
+        client.score_tokens([5], [[1]])
+
+
 def test_text_has_tensors_of_length_zero(client, tokens):
     assert client.score_tokens([], [[1]]) == [1.0]
-    arrays = sent(tokens.calls[0])
+    arrays = sent(tokens.calls[-1])
     assert arrays["pixels"].shape == (1, 0) and arrays["grids"].shape == (1, 0, 3)
     assert arrays["segment_lengths"].tolist() == [[0, 1]]
 
@@ -86,8 +112,8 @@ def test_text_has_tensors_of_length_zero(client, tokens):
 def test_another_model_and_patch_size(tokens):
     with RewardClient(model="judge", _transport=tokens) as client:
         client.score_tokens([1], [[2]], media=[np.zeros((32, 64, 3), np.uint8)], patch_size=16)
-    assert tokens.calls[0]["model_name"] == "judge_forward"
-    assert sent(tokens.calls[0])["grids"].tolist() == [[[1, 2, 4]]]
+    assert tokens.calls[-1]["model_name"] == "judge_forward"
+    assert sent(tokens.calls[-1])["grids"].tolist() == [[[1, 2, 4]]]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +129,7 @@ def test_another_model_and_patch_size(tokens):
 )
 def test_whatever_numpy_takes(client, tokens, ids):
     assert client.score_tokens(ids, [ids, ids]) == [3.0, 3.0]
-    assert sent(tokens.calls[0])["input_ids"].tolist() == [list(map(int, ids)) * 3]
+    assert sent(tokens.calls[-1])["input_ids"].tolist() == [list(map(int, ids)) * 3]
 
 
 def test_equal_lengths_may_be_one_array(client, tokens):
@@ -115,7 +141,7 @@ def test_arrays_that_are_no_rows_in_memory(client, tokens):
     turned = np.ascontiguousarray(IMAGE.transpose(1, 0, 2)).transpose(1, 0, 2)
     kept = turned.copy()
     client.score_tokens(np.arange(10)[::2], [[1]], media=[turned])
-    arrays = sent(tokens.calls[0])
+    arrays = sent(tokens.calls[-1])
     assert arrays["pixels"].tobytes() == IMAGE.tobytes()
     assert arrays["input_ids"].tolist() == [[0, 2, 4, 6, 8, 1]]
     assert (turned == kept).all()
@@ -223,7 +249,7 @@ def test_a_closed_client_and_wrong_timeouts(client):
 
 def test_the_seam_matches_tritonclient(client, tokens):
     client.score_tokens([1], [[2]])
-    assert set(tokens.calls[0]) <= set(inspect.signature(InferenceServerClient.infer).parameters)
+    assert set(tokens.calls[-1]) <= set(inspect.signature(InferenceServerClient.infer).parameters)
 
 
 def test_both_clients_have_the_same_arguments():

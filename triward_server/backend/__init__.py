@@ -1,1 +1,1 @@
-"""What runs inside Triton's processes."""
+"""Code that runs inside Triton's processes."""

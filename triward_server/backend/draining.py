@@ -1,4 +1,4 @@
-"""What answers while the server shuts down: UNAVAILABLE, to every request.
+"""The model that answers UNAVAILABLE to every request while the server shuts down.
 
 `launch` puts the model `reward_draining` behind every public name when it is told to stop. Imports
 nothing heavy, so that the model costs next to nothing while it waits for that.

@@ -1,4 +1,4 @@
-"""What the models count, as Prometheus families beside Triton's own on its metrics port.
+"""The models' own metrics, as Prometheus families beside Triton's on its metrics port.
 
 Docs, alerts and dashboards use these names. Counters are shared by all instances of a model, and
 each update is a call into Triton of some 20 us, so they are made once a batch or forward pass.
@@ -133,7 +133,7 @@ class Metrics:
 
 
 class ForwardMetrics(Metrics):
-    """Those of the forward model, with the histogram of scores.
+    """Metrics of the forward model, with the histogram of scores.
 
     The histogram is made of counters, one call for each bucket that a batch touches; Triton's own
     kind takes one for each score, and older releases have none.
@@ -152,7 +152,7 @@ class ForwardMetrics(Metrics):
         ]
 
     def close(self) -> None:
-        """As of any metrics."""
+        """Close the metrics."""
         del self._buckets
         super().close()
 

@@ -14,15 +14,14 @@ import numpy as np
 import torch
 
 from .. import schema
-from ..engine.packing import Int64Array
 from ..engine.vision import Cut, patchify, places, plan_windows
-from ..schema import Array, Grid, TensorSpec, UInt8Array
+from ..schema import Array, Grid, Int64Array, TensorSpec, UInt8Array
 
 
 def graph_inputs(
     media: Sequence[UInt8Array], grids: Sequence[Grid], cut: Cut
 ) -> dict[TensorSpec, Array]:
-    """The graph's inputs for images and videos.
+    """Return the graph's inputs for images and videos.
 
     Args:
         media: uint8 [H, W, 3] or [T, H, W, 3] each, at least one.
@@ -38,7 +37,7 @@ def graph_inputs(
 
 
 def grid_inputs(grids: Sequence[Grid], cut: Cut) -> dict[TensorSpec, Array]:
-    """Those of the graph's inputs that follow from the media's sizes alone."""
+    """Return the graph's inputs that follow from the media's sizes alone."""
     # A unit is the square of patches that become one token; a unit's patches are neighbours.
     square = cut.merge_size**2
     ends = np.cumsum([grid.patches for grid in grids])
@@ -61,7 +60,7 @@ def grid_inputs(grids: Sequence[Grid], cut: Cut) -> dict[TensorSpec, Array]:
 
 
 def _padded(runs: Iterable[Int64Array]) -> tuple[Int64Array, Int64Array]:
-    """Runs of rows, one behind the other, as a rectangle; and each row's place in it, flattened.
+    """Arrange runs of rows in a rectangle; also return each row's place in it, flattened.
 
     Together the runs hold every row once. Padding is -1.
     """

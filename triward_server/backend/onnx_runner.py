@@ -55,7 +55,7 @@ class VisionBackend:
 
 
 def open_session(file: Path, config: VisionConfig) -> Any:
-    """An `onnxruntime.InferenceSession` of the vision tower's graph.
+    """Return an `onnxruntime.InferenceSession` of the vision tower's graph.
 
     Raises:
         ConfigError: ONNX Runtime is not installed.

@@ -18,7 +18,7 @@ from .onnx_inputs import graph_inputs
 
 
 def remote_tower(checkpoint: Path, pb_utils: Any, model: str, version: str) -> RemoteTower:
-    """For a checkpoint whose tower is served as `model`; raises `CheckpointError`."""
+    """Return the tower of a checkpoint that is served as `model`; raises `CheckpointError`."""
     cut, width = load_cut(checkpoint)
     return RemoteTower(pb_utils, model, version, cut, width)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,19 +18,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from .. import schema
 from ..config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
 from ..contract import check_caller, check_repository
-from ..engine.packing import Geometry
 from ..engine.scoring import Pass, Scorer
 from ..errors import InvalidRequest, TriwardError, Unavailable, is_out_of_memory
 from ..intake.preprocess import Opened, Preprocessor
 from ..intake.workers import close_all
 from ..memory import Heap, lift_limit
-from ..schema import Array, Features, Grid, Scores, TensorSpec, UInt8Array
+from ..schema import Array, Features, Scores, TensorSpec
+from .codec import arrays_to_features, features_to_arrays
 from .metrics import PREPROCESS_COUNTERS, ForwardMetrics, Metrics
 from .onnx_vision import remote_tower
 
@@ -186,89 +184,6 @@ class ForwardBackend:
         )
 
 
-def features_to_arrays(features: Features, patch_size: int) -> dict[TensorSpec, Array]:
-    """The tensors of `reward_forward` for one request, without the leading dimension.
-
-    Segment 0 of `segment_lengths` is the prompt; `pixels` is all media flattened, one behind the
-    other; `grids` has a row (t, h, w) in patches for each, t pairs of frames of a video.
-    """
-    segments = [features.prompt_ids, *features.response_ids]
-    grids = [_grid(item.shape, patch_size) for item in features.media]
-    flat = [np.empty(0, np.uint8), *(item.reshape(-1) for item in features.media)]
-    return {
-        schema.INPUT_IDS: np.concatenate(segments),
-        schema.SEGMENT_LENGTHS: np.array([len(s) for s in segments], np.int32),
-        schema.PIXELS: np.concatenate(flat),
-        schema.GRIDS: np.array(grids, np.int32).reshape(-1, 3),
-        schema.SECONDS_PER_GRID: np.array(features.seconds_per_grid, np.float32),
-    }
-
-
-def _grid(shape: tuple[int, ...], patch_size: int) -> Grid:
-    *frames, height, width, _ = shape
-    pairs = frames[0] // schema.FRAMES_PER_GRID if frames else 1
-    return Grid(pairs, height // patch_size, width // patch_size)
-
-
-def arrays_to_features(
-    input_ids: Array,
-    segment_lengths: Array,
-    pixels: Array,
-    grids: Array,
-    seconds_per_grid: Array,
-    *,
-    geometry: Geometry,
-) -> Features:
-    """The inverse of `features_to_arrays`; a trainer may have made the arrays itself.
-
-    Raises:
-        InvalidRequest: the arrays' sizes contradict each other.
-    """
-    lengths = segment_lengths.tolist()
-    if not lengths or min(lengths) < 0 or sum(lengths) != len(input_ids):
-        raise InvalidRequest(
-            "segment_lengths",
-            f"{len(lengths)} lengths of {sum(lengths)} tokens in all, the smallest "
-            f"{min(lengths, default=0)}; input_ids has {len(input_ids)}",
-        )
-    prompt, *responses = np.split(input_ids, np.cumsum(lengths)[:-1])
-    media = _split_media(prompt, pixels, grids, geometry)
-    return Features(prompt, tuple(responses), media, tuple(seconds_per_grid.tolist()))
-
-
-def _split_media(
-    prompt: Array, pixels: Array, grids: Array, geometry: Geometry
-) -> tuple[UInt8Array, ...]:
-    """The media items; whether one is a video says its placeholder."""
-    kinds = prompt[np.isin(prompt, geometry.media_token_ids)]
-    shapes: list[tuple[int, ...]] = []
-    used = 0
-    for index, row in enumerate(grids.tolist()):
-        # Where too few placeholders stand, `packing.check` says so.
-        video = kinds[used] == geometry.video_token_id if used < len(kinds) else row[0] != 1
-        shapes.append(_shape(index, Grid(*row), bool(video), geometry))
-        try:
-            used += geometry.tokens(geometry.grid_of(shapes[-1]))
-        except ValueError as error:  # the processor resizes no frame of such a shape
-            raise InvalidRequest(f"grids[{index}]", f"{row}: {error}") from None
-    sizes = [math.prod(shape) for shape in shapes]
-    if sum(sizes) != len(pixels):
-        raise InvalidRequest(
-            "pixels", f"{len(pixels)} values were given, the media in grids have {sum(sizes)}"
-        )
-    parts = np.split(pixels, np.cumsum(sizes)[:-1]) if shapes else []
-    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
-
-
-def _shape(index: int, grid: Grid, video: bool, geometry: Geometry) -> tuple[int, ...]:
-    merge, side = geometry.merge_size, geometry.patch_size
-    if min(grid) <= 0 or grid.h % merge or grid.w % merge or (grid.t != 1 and not video):
-        kind = "a video is t x h x w" if video else "an image is 1 x h x w"
-        raise InvalidRequest(f"grids[{index}]", f"{[*grid]}; {kind}, h and w multiples of {merge}")
-    size = (grid.h * side, grid.w * side, 3)
-    return (grid.t * schema.FRAMES_PER_GRID, *size) if video else size
-
-
 def _row(pb_utils: Any, request: Any, spec: TensorSpec) -> Array:
     """One input without its leading dimension, which must be 1."""
     array: Array = pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
@@ -311,7 +226,7 @@ def _answer(pb_utils: Any, metrics: Metrics, respond: Callable[[], Any]) -> Any:
 
 
 def _has_given_up(request: Any, begun: float) -> bool:
-    """Whether the caller has cancelled or its timeout has passed since `begun`.
+    """Return True if the caller has cancelled or its timeout has passed since `begun`.
 
     Inside an ensemble Triton 24.10 reports no cancellation, but hands the caller's timeout on. That
     began before the batch did: what is late here is late for the caller.

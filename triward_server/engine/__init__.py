@@ -1,1 +1,1 @@
-"""From `Features` to scores. Read `scoring.py` first."""
+"""The engine: `Features` -> scores. Read `scoring.py` first."""

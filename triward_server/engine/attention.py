@@ -38,7 +38,7 @@ _masks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a packed row splits into S sequences.
+    """The split of a packed row into S sequences.
 
     Attributes:
         query_lengths: S lengths; they sum to the row's.
@@ -51,8 +51,8 @@ class Layout:
             sees all its keys.
         kernel: which kernel computes it.
         blocks: numbers of rows that row-wise layers compute at once (`blocks`).
-        apart: whether every sequence is computed as if it were alone, so that no rounding depends
-            on its company; the blocks are the sequences then.
+        deterministic: whether every sequence is computed as if it were alone, so that no rounding
+            depends on its company; the blocks are the sequences then.
     """
 
     query_lengths: tuple[int, ...]
@@ -63,12 +63,12 @@ class Layout:
     causal: bool
     kernel: Kernel
     blocks: tuple[int, ...]
-    apart: bool
+    deterministic: bool
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """How a layer turns products of query and key into weights.
+class LogitRules:
+    """Rules that turn products of query and key into attention's weights.
 
     Attributes:
         scale: what products are multiplied by; None: 1/sqrt(D).
@@ -82,11 +82,11 @@ class Scoring:
     window: int | None = None
 
 
-PLAIN = Scoring()
+PLAIN = LogitRules()
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel that can compute a device's tensors of a dtype."""
+    """Return the kernel that can compute a device's tensors of a dtype."""
     flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return "varlen" if flash else "sdpa"
 
@@ -98,7 +98,7 @@ def make_layout(
     dtype: torch.dtype,
     key_lengths: Sequence[int] | None = None,
     key_rows: NDArray[np.int64] | None = None,
-    apart: bool = False,
+    deterministic: bool = False,
 ) -> Layout:
     """Describe sequences of `lengths` queries that lie one behind the other.
 
@@ -109,12 +109,12 @@ def make_layout(
         dtype: of queries, keys and values.
         key_lengths: keys of each sequence, where they are not the queries' rows.
         key_rows: their rows.
-        apart: see `Layout`.
+        deterministic: see `Layout`.
     """
     keys = lengths if key_lengths is None else key_lengths
     total = sum(lengths)
     block = _CPU_BLOCK if device.type == "cpu" else total
-    blocks = lengths if apart else [min(block, total - row) for row in range(0, total, block)]
+    even = [min(block, total - row) for row in range(0, total, block)]
     return Layout(
         query_lengths=tuple(lengths),
         key_lengths=tuple(keys),
@@ -123,13 +123,13 @@ def make_layout(
         cu_key=upload(_cumulative(keys), device),
         causal=causal,
         kernel=kernel_for(device, dtype),
-        blocks=tuple(blocks),
-        apart=apart,
+        blocks=tuple(lengths if deterministic else even),
+        deterministic=deterministic,
     )
 
 
 def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of [Q, …] tensors, block by block, for layers that compute each row for itself.
+    """Iterate over [Q, …] tensors block by block, for layers that compute each row for itself.
 
     On CUDA one block is the whole row. On the CPU a block's intermediate results stay in its
     caches. In deterministic mode a block is a sequence: how a matrix product rounds a row depends
@@ -139,13 +139,13 @@ def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def join(parts: Iterable[Tensor]) -> Tensor:
-    """The blocks' results as one tensor; a single one is not copied."""
+    """Join the blocks' results into one tensor; a single one is not copied."""
     first, *rest = parts
     return torch.cat([first, *rest]) if rest else first
 
 
 def varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring = PLAIN
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rules: LogitRules = PLAIN
 ) -> Tensor:
     """Softmax attention within each sequence of the layout.
 
@@ -154,23 +154,23 @@ def varlen(
         key: [T, G, D], G divides H: each key head serves H / G query heads.
         value: [T, G, D].
         layout: which rows belong together.
-        scoring: how weights are made of products.
+        rules: how weights are made of products.
 
     Returns:
         [Q, H, D].
     """
-    fused = layout.kernel == "varlen" and scoring.softcap is None
+    fused = layout.kernel == "varlen" and rules.softcap is None
     kernel = _varlen_kernel if fused else _sdpa_by_shape
-    return kernel(query, key, value, layout, scoring)
+    return kernel(query, key, value, layout, rules)
 
 
 def _sdpa_by_shape(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rules: LogitRules
 ) -> Tensor:
-    """One batched call for each run of consecutive sequences of equal lengths."""
+    """Make one batched call for each run of consecutive sequences of equal lengths."""
     out = torch.empty_like(query)
     first_query = first_key = 0
-    for queries, keys, count in _runs(layout, together=scoring.softcap is None):
+    for queries, keys, count in _runs(layout, together=rules.softcap is None):
         rows = slice(first_query, first_query + count * queries)
         seen = slice(first_key, first_key + count * keys)
         # Gathered run by run: what all runs see together can be many times what there is.
@@ -180,23 +180,23 @@ def _sdpa_by_shape(
             for tensor in (query[rows], key[own], value[own])
         )
         causal = layout.causal and queries > 1
-        windowed = layout.causal and scoring.window is not None and keys > scoring.window
+        windowed = layout.causal and rules.window is not None and keys > rules.window
         far_ahead = causal and keys >= 2 * queries
-        if windowed or far_ahead or scoring.softcap is not None:
-            attended = _masked(q, k, v, scoring)
+        if windowed or far_ahead or rules.softcap is not None:
+            attended = _masked(q, k, v, rules)
         else:
             if causal and queries < keys:
                 # Short ancestors: recomputing their queries costs less than a mask, behind which
                 # the kernel computes the upper triangle too.
                 q = query[own].unflatten(0, (count, -1)).transpose(1, 2)
-            attended = _sdpa(q, k, v, scoring, is_causal=causal)
+            attended = _sdpa(q, k, v, rules, is_causal=causal)
         out[rows] = attended[:, :, -queries:].transpose(1, 2).flatten(0, 1)
         first_query, first_key = rows.stop, seen.stop
     return out
 
 
 def _runs(layout: Layout, together: bool) -> Iterator[tuple[int, int, int]]:
-    """Queries, keys and number of consecutive sequences of equal lengths; or of one at a time.
+    """Yield queries, keys and number of consecutive sequences of equal lengths; or one at a time.
 
     A written-out product rounds differently in another company, and takes memory for all of it.
     """
@@ -205,16 +205,16 @@ def _runs(layout: Layout, together: bool) -> Iterator[tuple[int, int, int]]:
         yield from [(queries, keys, count)] if together else [(queries, keys, 1)] * count
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+def _masked(q: Tensor, k: Tensor, v: Tensor, rules: LogitRules) -> Tensor:
     """Causal attention of the last Q of K places: q [N, H, Q, D], k and v [N, G, K, D].
 
     In blocks of queries, each with the keys that it can see, so that the mask stays small.
     """
     before = k.shape[2] - q.shape[2]
-    window = scoring.window or k.shape[2]
+    window = rules.window or k.shape[2]
     rows = _MASK_ROWS
     attend: Callable[..., Tensor] = _sdpa
-    if scoring.softcap is not None:
+    if rules.softcap is not None:
         rows = max(1, min(rows, CAPPED_BYTES // (16 * q.shape[1] * k.shape[2])))
         attend = _capped
     parts = []
@@ -224,22 +224,22 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         mask = _lower_right(block.shape[2], end - start, q.dtype, q.device)
         if window < end - start:
             mask = _windowed(mask, window)
-        parts.append(attend(block, k[:, :, start:end], v[:, :, start:end], scoring, attn_mask=mask))
+        parts.append(attend(block, k[:, :, start:end], v[:, :, start:end], rules, attn_mask=mask))
     return torch.cat(parts, dim=2)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, **options: Any) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, rules: LogitRules, **options: Any) -> Tensor:
     return scaled_dot_product_attention(
-        q, k, v, scale=scoring.scale, enable_gqa=q.shape[1] != k.shape[1], **options
+        q, k, v, scale=rules.scale, enable_gqa=q.shape[1] != k.shape[1], **options
     )
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, attn_mask: Tensor) -> Tensor:
+def _capped(q: Tensor, k: Tensor, v: Tensor, rules: LogitRules, attn_mask: Tensor) -> Tensor:
     """Attention with capped products; weights are float32 until they meet the values."""
-    assert scoring.softcap is not None
+    assert rules.softcap is not None
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # a key head's queries lie together
-    products = grouped @ k.transpose(2, 3) * (scoring.scale or q.shape[-1] ** -0.5)
-    capped = products.float().div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    products = grouped @ k.transpose(2, 3) * (rules.scale or q.shape[-1] ** -0.5)
+    capped = products.float().div_(rules.softcap).tanh_().mul_(rules.softcap)
     masked = capped.unflatten(2, (-1, q.shape[2])) + attn_mask
     weights = masked.flatten(2, 3).softmax(-1).to(v.dtype)
     attended: Tensor = (weights @ v).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
@@ -247,7 +247,7 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, attn_mask: Tensor
 
 
 def _windowed(mask: Tensor, window: int) -> Tensor:
-    """A mask [queries, keys], aligned bottom-right, without keys that lie `window` or more back."""
+    """Hide keys that lie `window` or more back in a mask [queries, keys], aligned bottom-right."""
     queries, keys = mask.shape
     far = torch.ones_like(mask, dtype=torch.bool).tril(keys - queries - window)
     return mask.masked_fill(far, -torch.inf)
@@ -270,7 +270,7 @@ def _lower_right(queries: int, keys: int, dtype: torch.dtype, device: torch.devi
 
 
 def _varlen_kernel(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rules: LogitRules
 ) -> Tensor:
     # Imported late: the module exists from torch 2.10 on and is of no use without CUDA.
     from torch.nn.attention.varlen import varlen_attn
@@ -284,15 +284,15 @@ def _varlen_kernel(
     elif groups > 1:
         options["enable_gqa"] = True
     has_splits = "num_splits" in inspect.signature(varlen_attn).parameters
-    if has_splits and (layout.apart or not layout.causal):
+    if has_splits and (layout.deterministic or not layout.causal):
         # One split does not depend on company. It also keeps torch from handing attention without
         # a mask to cuDNN, which builds and keeps a graph for every new total of rows.
         options["num_splits"] = 1
-    back = -1 if scoring.window is None else scoring.window - 1
+    back = -1 if rules.window is None else rules.window - 1
     window = (back, 0) if layout.causal else (-1, -1)  # causal is aligned bottom-right
     out = varlen_attn(
         query, key, value, layout.cu_query, layout.cu_key,
-        max(layout.query_lengths), max(layout.key_lengths), scale=scoring.scale,
+        max(layout.query_lengths), max(layout.key_lengths), scale=rules.scale,
         window_size=window, **options,
     )  # fmt: skip
     assert isinstance(out, Tensor)
@@ -300,7 +300,7 @@ def _varlen_kernel(
 
 
 def repeats_keys() -> bool:
-    """Whether this torch's varlen kernel wants as many key heads as query heads (torch < 2.12)."""
+    """Return True if torch < 2.12, whose kernel needs as many key heads as query heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" not in inspect.signature(varlen_attn).parameters
@@ -311,7 +311,7 @@ def _cumulative(lengths: Sequence[int]) -> Tensor:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it; pinned memory makes that possible."""
+    """Copy to the device without waiting for it, from pinned memory."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..schema import FRAMES_PER_GRID, Grid, UInt8Array
-from .attention import CAPPED_BYTES, Layout, make_layout, repeats_keys, upload
-from .decoder import Decoder, DecoderLayer, LanguageModel, SandwichLayer, weights_per_layer
-from .packing import Cost, Geometry, Int64Array, MediaItem, PackedBatch
-from .vision import CHANNELS, EmbeddingCache, Tower, VisionBlock, VisionTower
+from ..schema import Grid, Int64Array, UInt8Array
+from .attention import Layout, make_layout, upload
+from .decoder import DecoderConfig, DecoderLayer, LanguageModel, SandwichLayer
+from .geometry import Geometry
+from .packing import MediaItem, PackedBatch
+from .planning import costs
+from .vision import EmbeddingCache, VisionBlock, VisionTower
 
 # Images uint8 [H, W, 3] and videos [T, H, W, 3], and their patches -> embeddings [M, out], one
 # item's tokens behind the other's.
@@ -80,7 +82,7 @@ class Clock:
             self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """From each mark to the next; the device must have got to the last."""
+        """Return the seconds from each mark to the next; the device must have got to the last."""
         if self._cuda:
             return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self._marks)]
         return [b - a for a, b in pairwise(self._marks)]
@@ -103,7 +105,7 @@ class RewardModel(nn.Module):
     def __init__(
         self,
         geometry: Geometry,
-        decoder: Decoder,
+        decoder: DecoderConfig,
         visual: VisionTower | None,
         head: str,
         dtype: torch.dtype,
@@ -125,7 +127,7 @@ class RewardModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.language_model.norm.weight.device
 
     def compile_layers(self, **options: Any) -> None:
@@ -190,7 +192,7 @@ class RewardModel(nn.Module):
         missing = [item for digest, item in distinct.items() if digest not in found]
         rounds = [[item] for item in missing] if self.deterministic else [missing]
         for together in filter(None, rounds):
-            grids = [self.geometry.grid(item.pixels) for item in together]
+            grids = [item.grid for item in together]
             encoded = self._encode([item.pixels for item in together], grids).to(self.device)
             counts = [self.geometry.tokens(grid) for grid in grids]
             for item, embedding in zip(together, encoded.split(counts), strict=True):
@@ -199,7 +201,7 @@ class RewardModel(nn.Module):
         return [found[item.digest] for item in media]
 
     def _encode_here(self, media: Sequence[UInt8Array], grids: Sequence[Grid]) -> Tensor:
-        assert self.visual is not None, "packing.check lets no media through without one"
+        assert self.visual is not None, "geometry.check lets no media through without one"
         embeddings: Tensor = self.visual([self._upload(pixels) for pixels in media], grids)
         return embeddings
 
@@ -208,56 +210,8 @@ class RewardModel(nn.Module):
     ) -> Layout:
         dtype = self.language_model.norm.weight.dtype
         return make_layout(
-            lengths, True, self.device, dtype, keys, key_rows, apart=self.deterministic
+            lengths, True, self.device, dtype, keys, key_rows, deterministic=self.deterministic
         )
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         return upload(torch.from_numpy(array), self.device)
-
-
-def costs(decoder: Decoder, vision: Tower | None, itemsize: int) -> Cost:
-    """FLOPs and bytes of a forward pass.
-
-    In FLOPs multiply-adds count twice; norms, rotations and activations are left out. Bytes are an
-    upper bound, as if nothing were freed early; float32 on CUDA is left out, where torch may keep
-    attention's weights too.
-
-    Args:
-        decoder: the language model's.
-        vision: the tower's; None: there is none.
-        itemsize: bytes of one activation.
-    """
-    layer, seen = weights_per_layer(decoder)  # the last one computes `seen` for what is not scored
-    width = decoder.heads * decoder.head_dim
-    keys = 2 * decoder.kv_heads * decoder.head_dim
-    # Gathered, and where the kernel wants it, repeated for every query head.
-    gathered = keys + (2 * width if repeats_keys() else 0)
-    per_patch, patch_bytes = (0, 0) if vision is None else _patch_costs(vision, itemsize)
-    return Cost(
-        per_token=2 * (layer * (decoder.layers - 1) + seen),
-        per_score=2 * (layer - seen),
-        per_pair=4 * width * (decoder.layers - 1),
-        per_patch=per_patch,
-        token_bytes=_row_bytes(decoder.hidden, 2 * width + keys, decoder.inner, itemsize),
-        key_bytes=gathered * itemsize,
-        patch_bytes=patch_bytes,
-        pass_bytes=0 if decoder.softcap is None else CAPPED_BYTES,
-    )
-
-
-def _patch_costs(vision: Tower, itemsize: int) -> tuple[int, int]:
-    """FLOPs and bytes of one patch in the tower."""
-    dim, inner = vision.hidden_size, vision.intermediate_size
-    block = 4 * dim**2 + 3 * dim * inner
-    merged = dim * vision.spatial_merge_size**2
-    merger = (merged**2 + merged * vision.out_hidden_size) // vision.spatial_merge_size**2
-    pixels = CHANNELS * FRAMES_PER_GRID * vision.patch_size**2
-    return (
-        2 * (block * vision.depth + merger),
-        5 * 4 * pixels + _row_bytes(dim, 4 * dim, inner, itemsize),
-    )
-
-
-def _row_bytes(dim: int, heads: int, inner: int, itemsize: int) -> int:
-    """The residual stream and its norm in float32; q, k, v, what is attended, the gated MLP."""
-    return 4 * 4 * dim + itemsize * (dim + heads + 3 * inner)

@@ -11,18 +11,13 @@ that names it. So is a weight that is NaN or infinite.
 from __future__ import annotations
 
 import json
-import logging
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,34 +28,19 @@ from transformers import (
 from ..errors import CheckpointError
 from .architectures import ARCHITECTURES, Architecture
 from .architectures.fields import Fields
-from .backbone import HEADS, Encoder, RewardModel, ValueHead
-from .decoder import Decoder
-from .packing import Geometry
+from .backbone import Encoder, RewardModel, ValueHead
+from .decoder import DecoderConfig
+from .geometry import Geometry
 from .processors import Pixels, load_pixels
 from .vision import Cut, Tower, VisionTower
-
-logger = logging.getLogger(__name__)
-
-VALUE_HEAD_FILE = "value_head.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-# Matrices that the model reads as one, in the order in which their rows are stacked.
-_JOINED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-_PART_OF = {part: (whole, parts) for whole, parts in _JOINED.items() for part in parts}
-_PART = re.compile(r"\b(" + "|".join(_PART_OF) + r")\b")
+from .weights import UNREAD, VALUE_HEAD_FILE, canonical_name, open_tensors, read_state, weight_files
 
 _VISION, _HEAD = "visual.", "v_head."
-
-# Present in every checkpoint, read by no score.
-_UNREAD = re.compile(r"^lm_head\.")
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a checkpoint's files say of the model, weights aside.
+    """Description of a model, read from all of a checkpoint's files but the weights.
 
     Attributes:
         geometry: how a batch of it is laid out.
@@ -71,20 +51,20 @@ class Blueprint:
     """
 
     geometry: Geometry
-    decoder: Decoder
+    decoder: DecoderConfig
     tower: Tower | None
     cut: Cut | None
     head: str
 
     def vision(self) -> VisionTower | None:
-        """A tower without weights, on torch's default device."""
+        """Return a tower without weights, on torch's default device."""
         if self.tower is None or self.cut is None:
             return None
         return VisionTower(self.tower, self.cut)
 
 
 def load_config(checkpoint: Path) -> Any:
-    """The checkpoint's model configuration.
+    """Return the checkpoint's model configuration.
 
     Raises:
         CheckpointError: there is none, or the architecture is not one of `ARCHITECTURES`.
@@ -110,12 +90,12 @@ def load_config(checkpoint: Path) -> Any:
 
 
 def architecture_of(config: Any) -> Architecture:
-    """How a configuration of `load_config` is read."""
+    """Return the architecture of a configuration of `load_config`."""
     return ARCHITECTURES[config.model_type]
 
 
 def head_of(checkpoint: Path, config: Any) -> str:
-    """Which of `backbone.HEADS` scores: trl's value head, or transformers' classification head.
+    """Return the key of `backbone.HEADS`: trl's value head, or transformers' classification head.
 
     Raises:
         CheckpointError: neither, or both, or one of several labels.
@@ -138,26 +118,6 @@ def head_of(checkpoint: Path, config: Any) -> str:
     if architecture_of(config).vision is not None:
         raise CheckpointError(f"{checkpoint}: {classes[0]} is not supported, only a value head is")
     return "score"
-
-
-def weight_files(checkpoint: Path) -> list[Path]:
-    """The safetensors files that hold the model, a value head last.
-
-    Raises:
-        CheckpointError: a file is missing.
-    """
-    index = checkpoint / INDEX_FILE
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    if (checkpoint / VALUE_HEAD_FILE).is_file():
-        names.append(VALUE_HEAD_FILE)
-    files = [checkpoint / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: no such file")
-    return files
 
 
 def read_blueprint(checkpoint: Path, config: Any) -> Blueprint:
@@ -190,7 +150,7 @@ def verify(checkpoint: Path) -> Blueprint:
     expected = _expected_shapes(config, blueprint.head)
     found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(checkpoint):
-        with _open(file, "cpu") as tensors:
+        with open_tensors(file, "cpu") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - no mapping, only named like one
                 name = canonical_name(key)
                 if name in found:
@@ -198,7 +158,7 @@ def verify(checkpoint: Path) -> Blueprint:
                 found[name] = tuple(tensors.get_slice(key).get_shape())
     _raise_for("missing", checkpoint, expected.keys() - found.keys())
     # Some savers write a matrix that nothing reads, tied to the embedding or not.
-    unexpected = {name for name in found.keys() - expected.keys() if not _UNREAD.match(name)}
+    unexpected = {name for name in found.keys() - expected.keys() if not UNREAD.match(name)}
     _raise_for("unexpected", checkpoint, unexpected)
     for name in sorted(found.keys() & expected.keys()):
         if found[name] != expected[name]:
@@ -243,7 +203,7 @@ def empty_model(
     cache_bytes: int = 0,
     encoder: Encoder | None = None,
 ) -> RewardModel:
-    """The model without weights, on the meta device; arguments as for `load_model`."""
+    """Return the model without weights, on the meta device; arguments as for `load_model`."""
     with torch.device("meta"):
         return RewardModel(
             blueprint.geometry,
@@ -257,14 +217,8 @@ def empty_model(
         )
 
 
-def check_finite(checkpoint: Path) -> None:
-    """Read all weights; raises `CheckpointError` naming the first tensor that is not finite."""
-    for _ in _tensors(weight_files(checkpoint), torch.device("cpu"), lambda name: True):
-        pass
-
-
 def load_cut(checkpoint: Path) -> tuple[Cut, int]:
-    """How a checkpoint cuts media, and the width of their embeddings.
+    """Return how a checkpoint cuts media, and the width of their embeddings.
 
     Raises:
         CheckpointError: see `read_blueprint`; or it is a text model.
@@ -276,7 +230,7 @@ def load_cut(checkpoint: Path) -> tuple[Cut, int]:
 
 
 def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
-    """The vision tower and the value head alone, in float32 on the CPU.
+    """Return the vision tower and the value head alone, in float32 on the CPU.
 
     Raises:
         CheckpointError: see `verify`; or it is a text model.
@@ -294,18 +248,8 @@ def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
     return tower, head
 
 
-def canonical_name(key: str) -> str:
-    """Our name for a checkpoint's tensor.
-
-    transformers < 4.52 wrote `model.layers…` and `visual…`, later ones
-    `model.language_model.layers…` and `model.visual…`; both are in use.
-    """
-    key = re.sub(r"^model\.(visual|language_model)\.", r"\1.", key)
-    return re.sub(r"^model\.", "language_model.", key)
-
-
 def _geometry(
-    fields: Fields, decoder: Decoder, tower: Tower | None, pixels: Pixels | None, head: str
+    fields: Fields, decoder: DecoderConfig, tower: Tower | None, pixels: Pixels | None, head: str
 ) -> Geometry:
     if tower is None or pixels is None:
         return Geometry(
@@ -349,91 +293,8 @@ def _expected_shapes(config: Any, head: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _open(file: Path, device: str) -> Any:
-    try:
-        return safe_open(file, framework="pt", device=device)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: not a safetensors file, or cut short: {error}") from None
-
-
-def read_state(
-    checkpoint: Path, dtype: torch.dtype, device: torch.device, wanted: Callable[[str], bool]
-) -> dict[str, Tensor]:
-    """The wanted tensors by our names, joined; the head is float32 always."""
-    tensors = _join(_tensors(weight_files(checkpoint), device, lambda name: wanted(_whole(name))))
-    return {name: t.to(torch.float32 if _is_head(name) else dtype) for name, t in tensors}
-
-
-def read_tensors(
-    checkpoint: Path, dtype: torch.dtype, device: torch.device, wanted: Callable[[str], bool]
-) -> dict[str, Tensor]:
-    """The wanted tensors by `canonical_name`, none of them joined with another."""
-    tensors = _tensors(weight_files(checkpoint), device, wanted)
-    return {name: tensor.to(dtype) for name, tensor in tensors}
-
-
 def _is(prefix: str, name: str) -> bool:
     return name.startswith(prefix)
-
-
-def _is_head(name: str) -> bool:
-    return any(_is(f"{head}.", name) for head in HEADS)
-
-
-def _tensors(
-    files: Iterable[Path], device: torch.device, wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that are read, each finite, by our names."""
-    checked, seconds = 0, 0.0
-    for file in files:
-        with _open(file, str(device)) as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                name = canonical_name(key)
-                if not _UNREAD.match(key) and wanted(name):
-                    tensor = tensors.get_tensor(key)
-                    begun = time.monotonic()
-                    _check_finite(file, key, tensor)
-                    seconds += time.monotonic() - begun
-                    checked += tensor.nbytes
-                    yield name, tensor
-    logger.info("%s bytes of weights are finite; looking took %.2f s", f"{checked:,}", seconds)
-
-
-def _check_finite(file: Path, key: str, tensor: Tensor) -> None:
-    """In one pass without a copy: a NaN is both extremes, an infinity one of them."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    if tensor.itemsize == 1:  # float8, of which torch knows no extremes
-        tensor = tensor.to(torch.bfloat16)
-    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        count = tensor.numel() - int(tensor.isfinite().sum())
-        raise CheckpointError(
-            f"{file}: tensor {key!r}: {count:,} of {tensor.numel():,} weights are NaN or infinite"
-        )
-
-
-def _whole(name: str) -> str:
-    """The name of what `_join` makes a tensor a part of; its own, if it is left alone."""
-    match = _PART.search(name)
-    if match is None:
-        return name
-    return name[: match.start()] + _PART_OF[match[0]][0] + name[match.end() :]
-
-
-def _join(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Stack the matrices of `_JOINED` as soon as all parts of one have come by."""
-    waiting: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors:
-        match = _PART.search(name)
-        if match is None:
-            yield name, tensor
-            continue
-        joined, parts = _whole(name), _PART_OF[match[0]][1]
-        group = waiting.setdefault(joined, {})
-        group[match[0]] = tensor
-        if len(group) == len(parts):
-            yield joined, torch.cat([group[part] for part in parts])
-            del waiting[joined]
 
 
 def _raise_for(problem: str, checkpoint: Path, names: Iterable[str]) -> None:

@@ -1,8 +1,9 @@
 """The language model of every architecture: one decoder, and the few ways in which they differ.
 
-`Decoder` says what a model computes; a file of `architectures/` reads it from a configuration. Only
-what a reward needs is here: one prefill, no cache, no vocabulary head. Parameter names are the
-checkpoint's, but for `qkv_proj` and `gate_up_proj`, which `checkpoint.py` joins.
+`DecoderConfig` says what a model computes; a file of `architectures/` reads it from a checkpoint's
+configuration. Only what a reward needs is here: one prefill, no cache, no vocabulary head.
+Parameter names are the checkpoint's, but for `qkv_proj` and `gate_up_proj`, which `weights.py`
+joins.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Layout, Scoring, blocks, join, varlen
-from .vision import GatedMLP, RMSNorm, rotate_
+from .attention import Layout, LogitRules, blocks, join, varlen
+from .layers import GatedMLP, RMSNorm, rotate_
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """What a decoder-only language model computes.
+class DecoderConfig:
+    """Configuration of a decoder-only language model.
 
     Attributes:
         vocab_size: rows of the embedding.
@@ -50,7 +51,7 @@ class Decoder:
         windows: for each layer how many tokens back a query sees, itself included; None: all.
         qkv_bias: whether the projections of queries, keys and values add a bias.
         qk_norm: whether queries and keys are normalised, head by head.
-        activation: of the gated MLP: a key of `vision.ACTIVATIONS`.
+        activation: of the gated MLP: a key of `layers.ACTIVATIONS`.
         norm_offset: what a norm adds to its weight.
         sandwich: whether the results of attention and MLP are normalised too.
         embedding_scale: what embeddings are multiplied by.
@@ -83,14 +84,14 @@ class Decoder:
         return len(self.windows)
 
     def norm(self, dim: int) -> RMSNorm:
-        """A norm as this model has them."""
+        """Return a norm as this model has them."""
         return RMSNorm(dim, self.eps, self.norm_offset)
 
 
 class Attention(nn.Module):
     """Projections of grouped-query attention; the rows of `qkv_proj` are heads of q, k, v."""
 
-    def __init__(self, decoder: Decoder, window: int | None) -> None:
+    def __init__(self, decoder: DecoderConfig, window: int | None) -> None:
         super().__init__()
         self.head_dim = decoder.head_dim
         self.queries = decoder.heads
@@ -102,7 +103,7 @@ class Attention(nn.Module):
             self.q_norm = decoder.norm(self.head_dim)
             self.k_norm = decoder.norm(self.head_dim)
         self.qk_norm = decoder.qk_norm
-        self.scoring = Scoring(decoder.scale, decoder.softcap, window)
+        self.rules = LogitRules(decoder.scale, decoder.softcap, window)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, first: int, last: int) -> Tensor:
         """Heads `first` up to `last`: [T, dim] -> [T, last - first, D]. Values are not rotated."""
@@ -126,7 +127,7 @@ class Attention(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm transformer layer: attention between two row-wise halves."""
 
-    def __init__(self, decoder: Decoder, window: int | None) -> None:
+    def __init__(self, decoder: DecoderConfig, window: int | None) -> None:
         super().__init__()
         self.input_layernorm = decoder.norm(decoder.hidden)
         self.self_attn = Attention(decoder, window)
@@ -138,31 +139,31 @@ class DecoderLayer(nn.Module):
         queries, keys = self.self_attn.queries, self.self_attn.keys
         heads = join(self.before(*rows) for rows in blocks(layout, x, *rotary))
         q, k, v = heads.split([queries, keys, keys], dim=1)
-        for rows in blocks(layout, x, varlen(q, k, v, layout, self.self_attn.scoring)):
+        for rows in blocks(layout, x, varlen(q, k, v, layout, self.self_attn.rules)):
             self.after_(*rows)
         return x
 
     def at(
         self, rows: Tensor, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, last: Layout
     ) -> Tensor:
-        """The same, but only `rows` [C] pass beyond keys and values: [T, dim] -> [C, dim]."""
+        """Compute only `rows` [C] beyond keys and values: [T, dim] -> [C, dim]."""
         cos, sin = rotary
         heads = join(self.keys_and_values(*each) for each in blocks(layout, x, cos, sin))
         k, v = heads.chunk(2, dim=1)
         x, cos, sin = x[rows], cos[rows], sin[rows]
         q = join(self.queries(*each) for each in blocks(last, x, cos, sin))
-        for each in blocks(last, x, varlen(q, k, v, last, self.self_attn.scoring)):
+        for each in blocks(last, x, varlen(q, k, v, last, self.self_attn.rules)):
             self.after_(*each)
         return x
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries, keys and values: residual stream [T, dim] -> [T, H + 2 G, D]."""
+        """Project to queries, keys and values: residual stream [T, dim] -> [T, H + 2 G, D]."""
         attention = self.self_attn
         heads = attention.queries + 2 * attention.keys
         return attention.project(self.input_layernorm(x), cos, sin, 0, heads)
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries alone: [T, dim] -> [T, H, D]."""
+        """Project to queries alone: [T, dim] -> [T, H, D]."""
         attention = self.self_attn
         return attention.project(self.input_layernorm(x), cos, sin, 0, attention.queries)
 
@@ -181,13 +182,13 @@ class DecoderLayer(nn.Module):
 class SandwichLayer(DecoderLayer):
     """A layer that normalises its halves' results too, as Gemma 2 has it (arXiv:2408.00118)."""
 
-    def __init__(self, decoder: Decoder, window: int | None) -> None:
+    def __init__(self, decoder: DecoderConfig, window: int | None) -> None:
         super().__init__(decoder, window)
         self.pre_feedforward_layernorm = decoder.norm(decoder.hidden)
         self.post_feedforward_layernorm = decoder.norm(decoder.hidden)
 
     def after_(self, x: Tensor, attended: Tensor) -> None:
-        """As in every layer; `post_attention_layernorm` is what its name says here."""
+        """Add as every layer does, the results of both halves normalised."""
         result = self.self_attn.o_proj(attended.flatten(1))
         x += self.post_attention_layernorm(result.float())
         result = self.mlp(self.pre_feedforward_layernorm(x))
@@ -197,7 +198,7 @@ class SandwichLayer(DecoderLayer):
 class LanguageModel(nn.Module):
     """Token embeddings, decoder layers and the final norm."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: DecoderConfig) -> None:
         super().__init__()
         self.decoder = decoder
         kind = SandwichLayer if decoder.sandwich else DecoderLayer
@@ -245,7 +246,7 @@ class LanguageModel(nn.Module):
         return turned.cos().mul_(rope.scale), turned.sin().mul_(rope.scale)
 
 
-def weights_per_layer(decoder: Decoder) -> tuple[int, int]:
+def weights_per_layer(decoder: DecoderConfig) -> tuple[int, int]:
     """Weights of one layer's matrices, and those of them that make keys and values."""
     width = decoder.heads * decoder.head_dim
     keys = 2 * decoder.kv_heads * decoder.head_dim * decoder.hidden

@@ -14,109 +14,17 @@ is less than the token count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
-from ..config import ForwardConfig
-from ..errors import InvalidRequest
-from ..schema import FRAMES_PER_GRID, Features, Grid, Int32Array, UInt8Array
+from ..schema import Features, Grid, Int32Array, Int64Array, UInt8Array
+from .geometry import Geometry
 
-Int64Array = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What packing must know of a model.
-
-    Attributes:
-        image_token_id: the placeholder that one merged patch of an image takes in the text; None
-            for a text model.
-        patch_size: side of a vision patch in pixels.
-        merge_size: patches that are merged into one token, along each side.
-        vocab_size: ids are below this.
-        max_tokens: positions that the model has.
-        video_token_id: what `image_token_id` is, for videos.
-        tokens_per_second: positions that a second of a video takes.
-        video_limits: fewest and most pixels of a frame that the processor leaves as it is.
-        padding_id: a conversation is scored at its last token of another id; None: at its last.
-    """
-
-    image_token_id: int | None
-    patch_size: int
-    merge_size: int
-    vocab_size: int
-    max_tokens: int
-    video_token_id: int | None = None
-    tokens_per_second: int = 0
-    video_limits: tuple[int, int] | None = None
-    padding_id: int | None = None
-
-    @property
-    def media_token_ids(self) -> tuple[int, ...]:
-        """The placeholders: an image's and a video's; a text model has none."""
-        ids = (self.image_token_id, self.video_token_id)
-        return tuple(id_ for id_ in ids if id_ is not None)
-
-    def grid(self, pixels: UInt8Array) -> Grid:
-        """The patches of an image [H, W, 3] or a video [T, H, W, 3]."""
-        return self.grid_of(pixels.shape)
-
-    def grid_of(self, shape: tuple[int, ...]) -> Grid:
-        """The same for a shape; H and W are multiples of a merged patch.
-
-        A video's frames may be resized once more, as the processor does it.
-        """
-        *frames, height, width, _ = shape
-        if frames and self.video_limits:
-            side = self.patch_size * self.merge_size
-            height, width = smart_resize(height, width, side, *self.video_limits)
-        t = frames[0] // FRAMES_PER_GRID if frames else 1
-        return Grid(t, height // self.patch_size, width // self.patch_size)
-
-    def step(self, seconds: float) -> np.float32:
-        """Positions from one pair of frames to the next, in float32 as the reference has it."""
-        return np.float32(self.tokens_per_second) * np.float32(seconds)
-
-    def read(self, ids: Int32Array) -> int:
-        """How many of a conversation's tokens are read: up to the one that is scored."""
-        if self.padding_id is None:
-            return len(ids)
-        return int(np.flatnonzero(ids != self.padding_id).max(initial=-1)) + 1
-
-    def tokens(self, grid: Grid) -> int:
-        """Placeholders that a media item takes."""
-        return grid.patches // self.merge_size**2
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a forward pass takes.
-
-    Attributes:
-        per_token: FLOPs of the language model's matrices, for one token that others see.
-        per_score: the rest of the last layer, for one token that is scored.
-        per_pair: FLOPs of its attention, for one query and one key.
-        per_patch: FLOPs of the vision tower's matrices, for one patch.
-        token_bytes: intermediate results at their peak, for one token.
-        key_bytes: the same for one gathered key with its value.
-        patch_bytes: the same for one patch.
-        pass_bytes: the same for any pass, however small.
-    """
-
-    per_token: int
-    per_score: int
-    per_pair: int
-    per_patch: int
-    token_bytes: int
-    key_bytes: int
-    patch_bytes: int
-    pass_bytes: int = 0
+_NONE = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -125,12 +33,14 @@ class MediaItem:
 
     Attributes:
         pixels: uint8 [H, W, 3], or [T, H, W, 3] of a video.
+        grid: its patches.
         digest: of shape and pixels; what has equal digests is embedded alike.
         index: its place among the distinct items of the batch.
         first_token: its first token among those of all distinct items of the batch.
     """
 
     pixels: UInt8Array
+    grid: Grid
     digest: bytes
     index: int
     first_token: int
@@ -165,7 +75,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Forest:
+class SortedBatch:
     """All conversations of a batch, sorted so that those that begin alike are neighbours.
 
     Attributes:
@@ -173,14 +83,14 @@ class Forest:
         shared: int64 [C], how many tokens branch i has in common with branch i - 1; 0 for the
             first. Computing branch i after branch i - 1 costs the rest.
         media: distinct ones, in the order of their tokens.
-        canonical: whether nodes end where prompts end and nowhere else, so that how a
+        deterministic: whether nodes end where prompts end and nowhere else, so that how a
             conversation is cut does not depend on its company.
     """
 
     branches: tuple[Branch, ...]
     shared: Int64Array
     media: tuple[MediaItem, ...]
-    canonical: bool
+    deterministic: bool
 
 
 @dataclass(frozen=True)
@@ -210,147 +120,85 @@ class PackedBatch:
     media_tokens: Int64Array
 
 
-def check(features: Features, geometry: Geometry, limits: ForwardConfig) -> None:
-    """Raise `InvalidRequest` unless the features fit the model and its limits.
-
-    Ours always do; a caller of `reward_forward` may send anything.
-    """
-    responses = len(features.response_ids)
-    if not responses:
-        raise InvalidRequest("segment_lengths", "a prompt without a response was given")
-    if responses > limits.max_responses:
-        raise InvalidRequest(
-            "segment_lengths", f"{responses} responses, the limit is {limits.max_responses}"
-        )
-    ids = np.concatenate([features.prompt_ids, *features.response_ids])
-    if len(ids) > limits.max_request_tokens:
-        raise InvalidRequest(
-            "input_ids",
-            f"the request has {len(ids)} tokens, the limit is {limits.max_request_tokens}",
-        )
-    if min(map(len, features.response_ids)) == 0:
-        raise InvalidRequest("segment_lengths", "a response segment of 0 tokens was given")
-    for index, response in enumerate(features.response_ids):
-        if not geometry.read(np.concatenate([features.prompt_ids, response])):
-            raise InvalidRequest(
-                "input_ids", f"conversation {index} is nothing but padding (id {response[0]})"
-            )
-    outside = (ids < 0) | (ids >= geometry.vocab_size)
-    if outside.any():
-        at = int(outside.argmax())
-        raise InvalidRequest(
-            f"input_ids[{at}]", f"id {ids[at]}, the vocabulary has {geometry.vocab_size} entries"
-        )
-    _check_placeholders(features, ids, geometry)
-    _check_seconds(features, geometry)
-    longest = max(features.token_counts)
-    if longest > geometry.max_tokens:
-        raise InvalidRequest(
-            "input_ids", f"a conversation of {longest} tokens, the limit is {geometry.max_tokens}"
-        )
-
-
-def _check_placeholders(features: Features, ids: Int32Array, geometry: Geometry) -> None:
-    placeholders = np.flatnonzero(np.isin(ids, geometry.media_token_ids))
-    if placeholders.size and placeholders[-1] >= len(features.prompt_ids):
-        raise InvalidRequest(
-            f"input_ids[{placeholders[-1]}]", "a media placeholder stands behind the prompt"
-        )
-    sizes = [geometry.tokens(geometry.grid(pixels)) for pixels in features.media]
-    if len(placeholders) != sum(sizes):
-        raise InvalidRequest(
-            "input_ids",
-            f"{len(placeholders)} media placeholders were given, the media take {sum(sizes)}",
-        )
-    runs = np.split(placeholders, np.cumsum(sizes)[:-1]) if sizes else []
-    for index, (run, pixels) in enumerate(zip(runs, features.media, strict=True)):
-        if run[-1] - run[0] != len(run) - 1:
-            raise InvalidRequest(
-                "input_ids",
-                f"the {len(run)} placeholders of media item {index} do not stand together",
-            )
-        kind = geometry.media_token_ids[pixels.ndim == 4]
-        if (ids[run] != kind).any():
-            raise InvalidRequest(
-                "input_ids", f"media item {index} has placeholders other than {kind} of its kind"
-            )
-
-
-def _check_seconds(features: Features, geometry: Geometry) -> None:
-    videos = [pixels for pixels in features.media if pixels.ndim == 4]
-    given = features.seconds_per_grid
-    if len(given) != len(videos):
-        raise InvalidRequest(
-            "seconds_per_grid", f"{len(given)} values were given for {len(videos)} videos"
-        )
-    for index, (pixels, seconds) in enumerate(zip(videos, given, strict=True)):
-        last = (geometry.grid(pixels).t - 1) * float(geometry.step(seconds))
-        if not (seconds >= 0 and last < geometry.max_tokens):
-            raise InvalidRequest(
-                f"seconds_per_grid[{index}]",
-                f"{seconds:g} s put the video's last frames at position {last:g}, the model has "
-                f"{geometry.max_tokens} and none before 0",
-            )
-
-
-def plant(batch: dict[int, Features], geometry: Geometry, canonical: bool = False) -> Forest:
+def sort_batch(
+    batch: dict[int, Features], geometry: Geometry, deterministic: bool = False
+) -> SortedBatch:
     """Sort a batch's conversations and find what neighbours share.
 
     Args:
         batch: items by request number, each accepted by `check`.
         geometry: the model's.
-        canonical: share whole prompts or nothing.
+        deterministic: share whole prompts or nothing.
     """
-    # Positions depend on a video's speed, and what is computed behind it on them.
-    media: dict[tuple[bytes, float], MediaItem] = {}
-    branches: list[Branch] = []
-    first_token = 0
-    for request, item in batch.items():
-        keys = item.prompt_ids.copy()
-        at = 0
-        shown: list[int] = []
-        placeholders = np.flatnonzero(np.isin(keys, geometry.media_token_ids))
-        seconds = _seconds(item)
-        for pixels, pace in zip(item.media, seconds, strict=True):
-            content = repr(pixels.shape).encode() + pixels.tobytes()
-            digest = blake2b(content, digest_size=16).digest()
-            count = geometry.tokens(geometry.grid(pixels))
-            if (digest, pace) not in media:
-                media[digest, pace] = MediaItem(pixels, digest, len(media), first_token)
-                first_token += count
-            shown.append(media[digest, pace].index)
-            tokens = media[digest, pace].first_token + np.arange(count, dtype=np.int32)
-            keys[placeholders[at : at + count]] = -1 - tokens
-            at += count
-        grids = [geometry.grid(pixels) for pixels in item.media]
-        positions, start = mrope_positions(item.prompt_ids, grids, seconds, geometry)
-        for index, ids in enumerate(item.response_ids):
-            row = np.concatenate([keys, ids])
-            row = row[: geometry.read(row)]
-            places = np.concatenate([positions, text_positions(start, len(ids))], axis=1)
-            branches.append(
-                Branch(
-                    request,
-                    index,
-                    row,
-                    places[:, : len(row)],
-                    min(len(keys), len(row)),
-                    frozenset(shown),
-                )
-            )
+    media = _DistinctMedia(geometry)
+    branches = [
+        branch
+        for request, item in batch.items()
+        for branch in _branches(request, item, media, geometry)
+    ]
     # Any order of byte strings puts those with a common prefix side by side.
-    if canonical:
+    if deterministic:
         branches.sort(key=lambda branch: (branch.prompt.tobytes(), branch.keys.tobytes()))
         shared = [len(a.prompt) * np.array_equal(a.prompt, b.prompt) for a, b in pairwise(branches)]
     else:
         branches.sort(key=lambda branch: branch.keys.tobytes())
         shared = [_common(a.keys, b.keys) for a, b in pairwise(branches)]
     counts = np.array([0, *shared], np.int64)
-    return Forest(tuple(branches), counts, tuple(media.values()), canonical)
+    return SortedBatch(tuple(branches), counts, media.items, deterministic)
+
+
+class _DistinctMedia:
+    """A batch's media, each once."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        # Positions depend on a video's speed, and what is computed behind it on them.
+        self._items: dict[tuple[bytes, float], MediaItem] = {}
+        self._tokens = 0
+
+    @property
+    def items(self) -> tuple[MediaItem, ...]:
+        """All of them, in the order of their tokens."""
+        return tuple(self._items.values())
+
+    def add(self, pixels: UInt8Array, seconds: float) -> MediaItem:
+        """Add an item unless it is there; seconds from one pair of frames to the next."""
+        content = repr(pixels.shape).encode() + pixels.tobytes()
+        key = blake2b(content, digest_size=16).digest(), seconds
+        if key not in self._items:
+            grid = self._geometry.grid(pixels)
+            self._items[key] = MediaItem(pixels, grid, key[0], len(self._items), self._tokens)
+            self._tokens += self._geometry.tokens(grid)
+        return self._items[key]
+
+
+def _branches(
+    request: int, item: Features, media: _DistinctMedia, geometry: Geometry
+) -> Iterator[Branch]:
+    """Conversations of one item, with the keys and positions of their tokens."""
+    seconds = _seconds(item)
+    shown = [media.add(*each) for each in zip(item.media, seconds, strict=True)]
+    grids = [each.grid for each in shown]
+    tokens = [each.first_token + np.arange(geometry.tokens(each.grid)) for each in shown]
+    keys = item.prompt_ids.copy()
+    keys[np.isin(keys, geometry.media_token_ids)] = -1 - np.concatenate([*tokens, _NONE])
+    positions, start = mrope_positions(item.prompt_ids, grids, seconds, geometry)
+    for index, ids in enumerate(item.response_ids):
+        row = np.concatenate([keys, ids])
+        row = row[: geometry.read(row)]
+        places = np.concatenate([positions, text_positions(start, len(ids))], axis=1)
+        yield Branch(
+            request,
+            index,
+            row,
+            places[:, : len(row)],
+            min(len(keys), len(row)),
+            frozenset(each.index for each in shown),
+        )
 
 
 def _seconds(features: Features) -> list[float]:
-    """For each media item its seconds per grid; an image, which has one grid, takes none."""
+    """Return each media item's seconds per grid; 0 for an image, which has one grid."""
     given = iter(features.seconds_per_grid)
     return [next(given) if pixels.ndim == 4 else 0.0 for pixels in features.media]
 
@@ -362,12 +210,12 @@ def _common(a: Int32Array, b: Int32Array) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def pack(forest: Forest, chosen: Sequence[int]) -> PackedBatch:
+def pack(ordered: SortedBatch, chosen: Sequence[int]) -> PackedBatch:
     """Lay the tree of some branches, by ascending index, out in one row."""
-    branches = [forest.branches[index] for index in chosen]
+    branches = [ordered.branches[index] for index in chosen]
     # What two branches share is what all between them share.
-    shared = [0, *(int(forest.shared[a + 1 : b + 1].min()) for a, b in pairwise(chosen))]
-    ends, parents, owners, scored = _grow(branches, shared, forest.canonical)
+    shared = [0, *(int(ordered.shared[a + 1 : b + 1].min()) for a, b in pairwise(chosen))]
+    ends, parents, owners, scored = _grow(branches, shared, ordered.deterministic)
 
     # Place every node behind its ancestors, in the order of the branches.
     rows: dict[int, Int64Array] = {0: np.empty(0, np.int64)}  # of a node's path, 0 is the root
@@ -389,7 +237,7 @@ def pack(forest: Forest, chosen: Sequence[int]) -> PackedBatch:
     spans = [(branches[owners[n]], slice(ends[parents[n]], ends[n])) for n in order]
     keys = np.concatenate([branch.keys[span] for branch, span in spans])
     media_rows = np.flatnonzero(keys < 0)
-    media, media_tokens = _used(forest.media, -1 - keys[media_rows].astype(np.int64))
+    media, media_tokens = _used(ordered.media, -1 - keys[media_rows].astype(np.int64))
     place = {node: index for index, node in enumerate(order)}
     return PackedBatch(
         input_ids=np.maximum(keys, 0),
@@ -405,9 +253,9 @@ def pack(forest: Forest, chosen: Sequence[int]) -> PackedBatch:
 
 
 def _grow(
-    branches: Sequence[Branch], shared: Sequence[int], canonical: bool
+    branches: Sequence[Branch], shared: Sequence[int], deterministic: bool
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """The radix tree of sorted branches, from what neighbours share.
+    """Grow the radix tree of sorted branches from what neighbours share.
 
     A node ends at a depth; it begins where its parent ends. Walking the sorted branches, the path
     to the last one is a stack: whatever lies deeper than what the next one shares is left, and a
@@ -429,7 +277,7 @@ def _grow(
             owners.append(index)
             stack.append(len(ends) - 1)
             parents[left] = stack[-1]
-        cuts = (branch.prompt_length, len(branch.keys)) if canonical else (len(branch.keys),)
+        cuts = (branch.prompt_length, len(branch.keys)) if deterministic else (len(branch.keys),)
         for cut in cuts:
             if cut > ends[stack[-1]]:
                 ends.append(cut)
@@ -443,7 +291,7 @@ def _grow(
 def _used(
     media: tuple[MediaItem, ...], tokens: Int64Array
 ) -> tuple[tuple[MediaItem, ...], Int64Array]:
-    """The items that tokens of all media belong to, and the tokens counted among those alone."""
+    """Find the items that tokens of all media belong to; count the tokens among those alone."""
     firsts = np.array([item.first_token for item in media], np.int64)
     owner = np.searchsorted(firsts, tokens, side="right") - 1
     used, local = np.unique(owner, return_inverse=True)

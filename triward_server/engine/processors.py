@@ -1,4 +1,4 @@
-"""What a checkpoint's image and video processors do with pixels, read by an allow-list.
+"""A checkpoint's image and video processors, read by an allow-list.
 
 The vision tower normalises as they would, and `media.py` and `video.py` resize as they would. What
 else they can be told to do is refused by name.
@@ -36,7 +36,7 @@ _FRAMES = (
 
 @dataclass(frozen=True)
 class Pixels:
-    """What the processors ask of the vision tower and of the preprocessor.
+    """Properties of the processors that the vision tower and the preprocessor need.
 
     Attributes:
         cut: how media become patches.
@@ -89,7 +89,7 @@ def load_pixels(checkpoint: Path, tower: Tower) -> Pixels:
 
 
 def _check_alike(fields: Fields, tower: Tower, check: Callable[[str, Any, Any], None]) -> None:
-    """What both processors must do, and the rest that neither may."""
+    """Check what both processors must do, and that they do nothing else."""
     check("patch_size", fields["patch_size"], tower.patch_size)
     check("merge_size", fields["merge_size"], tower.spatial_merge_size)
     check("temporal_patch_size", fields["temporal_patch_size"], FRAMES_PER_GRID)

@@ -2,9 +2,9 @@
 
 One call of `Scorer.score` is one dynamic batch of Triton:
 
-    check       each request's features fit the model              packing.check
-    plant       sort conversations so that they share prefixes     packing.plant
-    plan        cut them into micro-batches by predicted cost      plan
+    check       each request's features fit the model              geometry.check
+    sort        conversations that begin alike become neighbours   packing.sort_batch
+    plan        cut them into micro-batches by predicted cost      planning.plan
     pack        lay a micro-batch's tree out in one row            packing.pack
     forward     encode its media, run the row, read the head      backbone.RewardModel
     hand back   scores to their requests; NaN is an error
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.compiler import set_stance
 
 from ..config import ForwardConfig, token_limit
@@ -38,7 +37,9 @@ from ..schema import Features, Float32Array, Scores
 from . import packing
 from .backbone import Clock, Encoder, RewardModel
 from .checkpoint import load_model
-from .packing import Cost, Forest, Geometry
+from .geometry import Geometry, check
+from .packing import SortedBatch
+from .planning import Cost, plan
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ _CPU_TFLOP = 0.01  # of the language model in one such pass on a CPU
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass did, for who watches.
+    """Statistics of one forward pass, for the observer.
 
     Attributes:
         tokens: computed.
@@ -123,7 +124,7 @@ class Scorer:
 
     @property
     def cost(self) -> Cost:
-        """What the model takes for a token, a pair, a patch."""
+        """Cost of a token, a pair and a patch in this model."""
         return self._model.cost
 
     def score(
@@ -146,22 +147,22 @@ class Scorer:
         errors: dict[int, TriwardError] = {}
         for index, features in enumerate(batch):
             try:
-                packing.check(features, self.geometry, self._config)
+                check(features, self.geometry, self._config)
             except TriwardError as error:
                 errors[index] = error
         valid = {index: item for index, item in enumerate(batch) if index not in errors}
         rewards = [np.full(len(item.response_ids), np.nan, np.float32) for item in batch]
-        forest = packing.plant(valid, self.geometry, self._config.deterministic)
-        for chosen in plan(forest, self.geometry, self._model.cost, self._config):
-            callers = {forest.branches[i].request for i in chosen} - errors.keys()
+        ordered = packing.sort_batch(valid, self.geometry, self._config.deterministic)
+        for chosen in plan(ordered, self._model.cost, self._config):
+            callers = {ordered.branches[i].request for i in chosen} - errors.keys()
             gone = {caller for caller in callers if is_cancelled(caller)}
             errors |= {
                 caller: Cancelled("the caller has cancelled, or its timeout has passed")
                 for caller in gone
             }
-            needed = [i for i in chosen if forest.branches[i].request not in errors]
-            for i, score in zip(needed, self._score_apart(forest, needed, observe), strict=True):
-                branch = forest.branches[i]
+            needed = [i for i in chosen if ordered.branches[i].request not in errors]
+            for i, score in zip(needed, self._score_halving(ordered, needed, observe), strict=True):
+                branch = ordered.branches[i]
                 if isinstance(score, TriwardError):
                     errors[branch.request] = score
                 else:
@@ -190,23 +191,23 @@ class Scorer:
         passes = [(size, sees) for size in _WARM_UP_TOKENS if size < largest]
         for tokens, images in [*passes, (max(largest, _WARM_UP_TOKENS[0]), False)]:
             batch = warm_up_requests(tokens, geometry, images)
-            forest = packing.plant(dict(enumerate(batch)), geometry)
+            ordered = packing.sort_batch(dict(enumerate(batch)), geometry)
             flops = self.cost.per_token * tokens
             if self._model.device.type == "cpu" and flops > _CPU_TFLOP * 1e12:
                 break
-            self._warm_up_with(forest)
+            self._warm_up_with(ordered)
         # One row, which compiled code treats apart.
         single = Features(np.empty(0, np.int32), (np.zeros(1, np.int32),))
-        self._warm_up_with(packing.plant({0: single}, geometry))
+        self._warm_up_with(packing.sort_batch({0: single}, geometry))
         self._model.embeddings.clear()
         self._warm = True
 
-    def _warm_up_with(self, forest: Forest) -> None:
-        """Run a forest's micro-batches whole: one that fails is not halved here."""
-        for chosen in plan(forest, self.geometry, self._model.cost, self._config):
-            tokens = len(packing.pack(forest, chosen).input_ids)
+    def _warm_up_with(self, ordered: SortedBatch) -> None:
+        """Run a batch's micro-batches whole: one that fails is not halved here."""
+        for chosen in plan(ordered, self._model.cost, self._config):
+            tokens = len(packing.pack(ordered, chosen).input_ids)
             try:
-                scores = self._forward(forest, chosen)
+                scores = self._forward(ordered, chosen)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise Unavailable(
@@ -217,31 +218,31 @@ class Scorer:
             if not np.isfinite(scores).all():
                 raise NonFiniteScore(f"warming up: a pass of {tokens} tokens scores {scores}")
 
-    def _score_apart(
-        self, forest: Forest, chosen: Sequence[int], observe: Observer
+    def _score_halving(
+        self, ordered: SortedBatch, chosen: Sequence[int], observe: Observer
     ) -> list[float | TriwardError]:
         """Run one forward pass; if it fails, halve it until the failure stands alone."""
         if not chosen:
             return []
         try:
-            return list(self._forward(forest, chosen, observe))
+            return list(self._forward(ordered, chosen, observe))
         except Exception as error:
             if len(chosen) == 1:
-                return [_failure(error, len(forest.branches[chosen[0]].keys))]
+                return [_failure(error, len(ordered.branches[chosen[0]].keys))]
             if is_out_of_memory(error):
                 observe(Pass(out_of_memory=True))
         # Outside the handler: the traceback would keep the failed pass's tensors in memory.
         middle = len(chosen) // 2
         halves = chosen[:middle], chosen[middle:]
-        return [score for half in halves for score in self._score_apart(forest, half, observe)]
+        return [score for half in halves for score in self._score_halving(ordered, half, observe)]
 
     def _forward(
-        self, forest: Forest, chosen: Sequence[int], observe: Observer = lambda done: None
+        self, ordered: SortedBatch, chosen: Sequence[int], observe: Observer = lambda done: None
     ) -> Float32Array:
         # A pass whose shapes no compiled code serves runs as it is written: compiling takes longer
         # than any caller waits.
         compiled = self._config.compile and self._warm
-        batch, clock = packing.pack(forest, chosen), Clock(self._model.device)
+        batch, clock = packing.pack(ordered, chosen), Clock(self._model.device)
         cached = self._model.embeddings.hits
         with set_stance("eager_on_recompile") if compiled else nullcontext():
             scores: Float32Array = self._model(batch, clock).cpu().numpy()
@@ -249,7 +250,7 @@ class Scorer:
         observe(
             Pass(
                 tokens=len(batch.input_ids),
-                tokens_saved=sum(len(forest.branches[i].keys) for i in chosen)
+                tokens_saved=sum(len(ordered.branches[i].keys) for i in chosen)
                 - len(batch.input_ids),
                 images=len({item.digest for item in batch.media}),
                 images_cached=self._model.embeddings.hits - cached,
@@ -262,7 +263,7 @@ class Scorer:
 
 
 def warm_up_requests(tokens: int, geometry: Geometry, images: bool) -> list[Features]:
-    """Requests of `tokens` tokens together, or a few less, three responses each.
+    """Make requests of `tokens` tokens together, or a few less, three responses each.
 
     Args:
         tokens: at least the smallest of `_WARM_UP_TOKENS`.
@@ -285,69 +286,6 @@ def warm_up_requests(tokens: int, geometry: Geometry, images: bool) -> list[Feat
         requests.append(Features(np.concatenate([text, pads]), answers, (image,) if side else ()))
         tokens -= length
     return requests
-
-
-def plan(forest: Forest, geometry: Geometry, cost: Cost, config: ForwardConfig) -> list[list[int]]:
-    """Cut a forest into micro-batches within the budgets of tokens, patches, FLOPs and bytes.
-
-    A branch costs what it does not share with the one before it. One that exceeds a budget by
-    itself runs alone. An image that is shown in several micro-batches counts in each.
-
-    Returns:
-        Indices of branches, in order.
-    """
-    micro_batches: list[list[int]] = []
-    budget = (
-        config.max_batch_tokens,
-        config.max_batch_patches,
-        config.max_batch_tflop * 1e12,
-        config.max_batch_bytes,
-    )
-    start = np.array([0, 0, 0, cost.pass_bytes], np.float64)
-    used = start.copy()
-    shown: frozenset[int] = frozenset()
-    for index, branch in enumerate(forest.branches):
-        extra = price(forest, index, int(forest.shared[index]), shown, geometry, cost)
-        if micro_batches and (used + extra <= budget).all():
-            micro_batches[-1].append(index)
-        else:
-            micro_batches.append([index])
-            used, shown = start.copy(), frozenset()
-            extra = price(forest, index, 0, shown, geometry, cost)
-        used += extra
-        shown |= branch.media
-    return micro_batches
-
-
-def price(
-    forest: Forest,
-    index: int,
-    shared: int,
-    shown: frozenset[int],
-    geometry: Geometry,
-    cost: Cost,
-) -> NDArray[np.float64]:
-    """Tokens, patches, FLOPs and bytes of one more branch.
-
-    Args:
-        forest: the batch's conversations.
-        index: which branch.
-        shared: its first tokens that are computed already.
-        shown: media that are encoded already.
-        geometry: the model's.
-        cost: the model's.
-    """
-    branch = forest.branches[index]
-    length = len(branch.keys)
-    # Its own node's keys, and at most those of one node that ends where it leaves its neighbour.
-    keys = length + (branch.prompt_length if forest.canonical else shared)
-    media = (forest.media[i].pixels for i in branch.media - shown)
-    patches = sum(geometry.grid(pixels).patches for pixels in media)
-    pairs = (length * (length + 1) - shared * (shared + 1)) // 2
-    flops = cost.per_token * (length - shared) + cost.per_pair * pairs
-    flops += cost.per_patch * patches + cost.per_score
-    size = cost.token_bytes * (length - shared) + cost.key_bytes * keys + cost.patch_bytes * patches
-    return np.array([length - shared, patches, flops, size], np.float64)
 
 
 def _failure(error: Exception, tokens: int) -> TriwardError:

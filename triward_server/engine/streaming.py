@@ -48,7 +48,7 @@ def load(model: nn.Module, tensors: Load, name_of: Callable[[str], str], streame
 
 
 def fits(weights: int, device: torch.device) -> bool:
-    """Whether float32 weights leave a quarter of the device's free memory to the work itself.
+    """Return True if float32 weights leave a quarter of the device's free memory to the work.
 
     Args:
         weights: how many numbers.
@@ -115,7 +115,7 @@ def _fill(module: nn.Module, names: dict[str, str], tensors: Load) -> None:
 
 
 def _cgroup_free() -> float:
-    """Of a container's memory limit; infinity where there is none."""
+    """Return the bytes left of a container's memory limit; infinity where there is none."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         return float(limit) - float((_CGROUP / "memory.current").read_text())

@@ -10,9 +10,9 @@ Parameter names are the checkpoint's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,80 +20,16 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..schema import FRAMES_PER_GRID, Grid
+from ..schema import FRAMES_PER_GRID, Grid, Int64Array
 from .attention import Layout, blocks, join, make_layout, upload, varlen
-from .packing import Int64Array
-
-
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary embedding, computed in float32 and written in place.
-
-    Args:
-        heads: [T, H, D]; the two halves of D are paired.
-        cos: float32 [T, D / 2].
-        sin: likewise.
-    """
-    first, second = heads.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    turned = torch.addcmul(first * cos, second, sin, value=-1)
-    heads_first, heads_second = heads.chunk(2, dim=-1)
-    heads_second.copy_(torch.addcmul(second * cos, first, sin))
-    heads_first.copy_(turned)
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv:1910.07467): float32 in, the weight's dtype out.
-
-    `offset` is added to the weight (Gemma's are stored around 0).
-
-    Its input is the residual stream, which both towers keep in float32 whatever their dtype: what
-    is added up over dozens of layers is where bf16 would lose most.
-    """
-
-    def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.eps = eps
-        self.offset = offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension."""
-        # Written out: without a compiler, torch's rms_norm reads and writes more on a CPU.
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
-        scale = (square / x.shape[-1] + self.eps).rsqrt()
-        # Added in float32: in bfloat16 most weights that are meant as 1 + w would be lost.
-        weight = self.weight.float() + self.offset if self.offset else self.weight
-        out: Tensor = (x * scale).mul_(weight).to(self.weight.dtype)
-        return out
-
+from .layers import GatedMLP, RMSNorm, rotate_
 
 CHANNELS = 3  # red, green, blue
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-
-class GatedMLP(nn.Module):
-    """Gated linear unit (arXiv:2002.05202); gate and up projections are one matrix."""
-
-    def __init__(self, dim: int, inner: int, bias: bool, activation: str = "silu") -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.gate_up_proj = nn.Linear(dim, 2 * inner, bias=bias)
-        self.down_proj = nn.Linear(inner, dim, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, dim] -> [T, dim]."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(self.activation(gate).mul_(up))
-        return out
 
 
 @dataclass(frozen=True)
 class Tower:
-    """What a vision tower computes, by transformers' names of the fields.
+    """Configuration of a vision tower, by transformers' names of the fields.
 
     Attributes:
         depth: blocks.
@@ -195,7 +131,7 @@ class PatchMerger(nn.Module):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a checkpoint cuts media into patches, and patches into windows.
+    """Rules that cut media into patches, and patches into windows.
 
     Attributes:
         patch_size: side of a patch in pixels.
@@ -215,7 +151,7 @@ class Cut:
 
 
 def cut_of(tower: Tower, mean: Sequence[float], std: Sequence[float]) -> Cut:
-    """What a checkpoint says.
+    """Return the cut of a checkpoint.
 
     Args:
         tower: what it computes.
@@ -322,7 +258,7 @@ class EmbeddingCache:
 
     @property
     def nbytes(self) -> int:
-        """What is kept at present."""
+        """Bytes that are kept at present."""
         return int(self._items.currsize)
 
     def clear(self) -> None:
@@ -330,7 +266,7 @@ class EmbeddingCache:
         self._items.clear()
 
     def get(self, digest: bytes) -> Tensor | None:
-        """The embedding [M, out], or None; either is counted."""
+        """Return the embedding [M, out], or None; either is counted."""
         embedding = self._items.get(digest)
         self.hits += embedding is not None
         self.misses += embedding is None

@@ -22,11 +22,9 @@ from ..engine.backbone import ValueHead
 from ..engine.vision import VisionAttention, VisionBlock, VisionTower
 from ..errors import ConfigError
 from ..schema import Grid
+from .options import OPSET
 
 VALUE_HEAD_FILE = "value_head.onnx"
-# The first that has attention as one operator, from which runtimes choose a fused kernel; ONNX
-# Runtime takes it from 1.22 on.
-OPSET = 23
 _EXTERNAL_BYTES = 1024  # tensors from this size on are kept beside the graph
 # How many leading axes vary, of each of `schema.VISION_INPUTS`.
 _VARIABLE = (1, 1, 2, 1, 2, 1)

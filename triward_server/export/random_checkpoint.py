@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +22,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-Size = Literal["tiny", "small", "7b"]
+from .options import Size as Size
 
 # Qwen2's tokenizer: how text is cut before byte pairs are merged, and the tokens with a role.
 # The first group is special, the second is ordinary text that happens to be one token.
@@ -82,7 +82,7 @@ _PROCESSOR: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What distinguishes the sizes; everything else is the real model's."""
+    """Dimensions of one size; everything else is the real model's."""
 
     merges: int
     vocab_size: int
@@ -242,7 +242,7 @@ def random_tensor(name: str, shape: torch.Size, seed: int, device: str) -> Tenso
 
 
 def _hub_name(name: str) -> str:
-    """The names that transformers < 4.52 wrote, as the checkpoint on the hub has them."""
+    """Return the name that transformers < 4.52 wrote, as the checkpoint on the hub has it."""
     for new, old in (("model.language_model.", "model."), ("model.visual.", "visual.")):
         if name.startswith(new):
             return old + name.removeprefix(new)

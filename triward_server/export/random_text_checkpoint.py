@@ -81,7 +81,7 @@ _QWEN3_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Kind:
-    """What distinguishes an architecture's checkpoints.
+    """Properties of an architecture's checkpoints.
 
     Attributes:
         special: special tokens.

@@ -1,4 +1,4 @@
-"""What a score should be: transformers' own class, with the checkpoint's head, in float32.
+"""The reference score: transformers' own class, with the checkpoint's head, in float32.
 
 `Reference` is a model card's code without what costs memory and packages and changes no score:
 trl's wrapper, whose head is one affine map, and the logits of a vocabulary.
@@ -22,8 +22,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from ..engine.checkpoint import architecture_of, canonical_name, head_of, load_config, read_tensors
+from ..engine.checkpoint import architecture_of, head_of, load_config
 from ..engine.streaming import load, parameters_on_meta
+from ..engine.weights import canonical_name, read_tensors
 from ..schema import Int32Array
 
 Messages = Sequence[dict[str, Any]]
@@ -53,12 +54,12 @@ class Reference:
         load(self._model, tensors, canonical_name, streamed)
 
     def score(self, messages: Messages) -> float:
-        """The number for one conversation whose last message is the assistant's."""
+        """Return the number for one conversation whose last message is the assistant's."""
         inputs = card_inputs if self._sees else text_inputs
         return self._score(inputs(self._processor, [messages]))
 
     def score_ids(self, ids: Int32Array) -> float:
-        """The number for the token ids [L] of a conversation without media."""
+        """Return the number for the token ids [L] of a conversation without media."""
         row = torch.from_numpy(ids.astype(np.int64))[None]
         inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
         return self._score(inputs | ({"mm_token_type_ids": row * 0} if self._sees else {}))
@@ -69,7 +70,7 @@ class Reference:
 
 
 def score_inputs(model: Any, inputs: dict[str, Tensor]) -> float:
-    """The number of a `reference_model` for one row."""
+    """Return the number of a `reference_model` for one row."""
     with torch.inference_mode():
         if not isinstance(model, _Valued):
             return float(model(**inputs, use_cache=False).logits[0, 0])
@@ -87,7 +88,7 @@ class _Valued(nn.Module):
 
 
 def reference_model(config: Any, valued: bool, device: torch.device) -> Any:
-    """transformers' own model, its parameters on the meta device.
+    """Return transformers' own model, its parameters on the meta device.
 
     Args:
         config: transformers' configuration.
@@ -108,7 +109,7 @@ def reference_model(config: Any, valued: bool, device: torch.device) -> Any:
 
 
 def card_inputs(processor: Any, conversations: Sequence[Messages]) -> Any:
-    """A multimodal card's padded batch for whole conversations, responses included."""
+    """Return a multimodal card's padded batch for whole conversations, responses included."""
     texts = [
         processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         for messages in conversations
@@ -118,7 +119,7 @@ def card_inputs(processor: Any, conversations: Sequence[Messages]) -> Any:
 
 
 def text_inputs(tokenizer: Any, conversations: Sequence[Messages]) -> Any:
-    """A text card's padded batch.
+    """Return a text card's padded batch.
 
     The BOS token that some templates write is left to the tokenizer, as the cards of
     Skywork-Reward-V2 do, so that it is there once.
@@ -133,12 +134,12 @@ def text_inputs(tokenizer: Any, conversations: Sequence[Messages]) -> Any:
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose parts of text are one string: templates of text models know no parts."""
+    """Join a message's parts of text into one string: templates of text models know no parts."""
     if isinstance(message["content"], str):
         return message
     return {**message, "content": "".join(part["text"] for part in message["content"])}
 
 
 def fp32_budget(score: float) -> float:
-    """How far a float32 score may be from the reference's: 1e-4, relative above 1."""
+    """Return how far a float32 score may be from the reference's: 1e-4, relative above 1."""
     return 1e-4 * max(1.0, abs(score))

@@ -1,4 +1,4 @@
-"""Whether the engine scores a checkpoint as transformers does: `triward-server verify`.
+"""Comparison of the engine's scores with transformers' own: `triward-server verify`.
 
 A built-in set of conversations is scored twice in float32, by `reference.Reference` and by what
 serves (`Preprocessor`, `Scorer`), and compared within `fp32_budget`. An export asks a few of them,
@@ -28,6 +28,7 @@ from ..engine import checkpoint as checkpoints
 from ..engine.decoder import weights_per_layer
 from ..engine.scoring import Scorer
 from ..engine.streaming import fits, load
+from ..engine.weights import read_state
 from ..errors import CheckpointError, ConfigError, InvalidRequest, TriwardError
 from ..intake.preprocess import Preprocessor
 from ..schema import Features
@@ -60,7 +61,7 @@ class Case:
         return [image for p in parts for image in (p if isinstance(p, list) else [p])]
 
     def card(self) -> list[dict[str, Any]]:
-        """As a model card's code takes it."""
+        """Return the messages as a model card's code takes them."""
         return [
             {"role": role, "content": _content(parts, _card_part)} for role, parts in self.turns
         ]
@@ -73,8 +74,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What came of a case.
+class Comparison:
+    """Scores of one case.
 
     Attributes:
         name: the case's.
@@ -95,7 +96,7 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        """Whether it is within the budget, or both refuse."""
+        """True if the distance is within the budget, or both refuse."""
         if isinstance(self.score, str) or isinstance(self.reference, str):
             return isinstance(self.score, str) and isinstance(self.reference, str)
         return self.distance <= fp32_budget(self.reference)
@@ -111,13 +112,13 @@ class Report:
         streamed: whether layers came and went one by one.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Comparison] = field(default_factory=list)
     seconds: float = 0.0
     streamed: bool = False
 
     @property
-    def wrong(self) -> list[Row]:
-        """Those beyond the budget; all, if none has two scores to compare."""
+    def wrong(self) -> list[Comparison]:
+        """Comparisons beyond the budget; all, if none has two scores."""
         if np.isnan(self.largest):
             return self.rows
         return [row for row in self.rows if not row.agrees]
@@ -161,7 +162,7 @@ def verify(
     del reference
     gc.collect()  # its weights, before the engine's come
     scores = _scores(_scorer(checkpoint, blueprint, device, streamed), features)
-    rows = [Row(case.name, scores[case.name], expected[case.name]) for case in chosen]
+    rows = [Comparison(case.name, scores[case.name], expected[case.name]) for case in chosen]
     return Report(rows, time.monotonic() - start, streamed)
 
 
@@ -185,7 +186,7 @@ def check(report: Report) -> None:
 
 
 def cases(sees: bool, small: bool = False, window: int = 0) -> list[Case]:
-    """The built-in conversations.
+    """Return the built-in conversations.
 
     Args:
         sees: whether the model reads images and videos.
@@ -237,7 +238,7 @@ def _asked(name: str, question: str, response: str, *media: Any) -> Case:
 
 
 def _picture(width: int, height: int, shift: int = 0) -> Image.Image:
-    """A gradient with bars: neither flat nor noise."""
+    """Draw a gradient with bars: neither flat nor noise."""
     y, x = np.mgrid[0:height, 0:width]
     red, green = x * 255 / width, y * 255 / height
     blue = ((x + 9 * shift) // 12 % 2) * 255
@@ -307,7 +308,7 @@ def _scorer(
     model = checkpoints.empty_model(blueprint, torch.float32)
 
     def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        return checkpoints.read_state(checkpoint, torch.float32, device, wanted)
+        return read_state(checkpoint, torch.float32, device, wanted)
 
     load(model, tensors, str, streamed=True)
     return Scorer(checkpoint, config, model=model)

@@ -1,1 +1,1 @@
-"""From a request's bytes to `Features`: parsing, decoding, resizing, tokenizing."""
+"""A request's bytes -> `Features`: parsing, decoding, resizing, tokenizing."""

@@ -1,4 +1,4 @@
-"""What a worker does: files in, headers and pixels out, one request at a time, for ever.
+"""The decoding worker: files in, headers and pixels out, one request at a time.
 
 Its parent's side is `decoding.py`. Each answer is a message, an error or with pixels behind it.
 """
@@ -21,12 +21,12 @@ Answer = tuple[dict[str, Any], UInt8Array | None]
 
 
 def prepare(settings: bytes) -> int:
-    """In the zygote: the bytes that a worker may use, for its error messages."""
+    """Read, in the zygote, how many bytes a worker may use, for its error messages."""
     return int(json.loads(settings))
 
 
 def serve(channel: Channel, max_bytes: int) -> None:
-    """In a worker: answer until the channel closes."""
+    """Answer, in a worker, until the channel closes."""
     heap = Heap()
     items: list[Image.Image | VideoFile | None] = []  # opened and not yet read
     while True:

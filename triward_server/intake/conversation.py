@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -51,7 +50,7 @@ class TextPart(_Wire):
 
 
 class MediaPart(_Wire):
-    """What images and videos have in common: the size limits of qwen-vl-utils.
+    """A part with pixels: the size limits of qwen-vl-utils, for images and videos.
 
     `min_pixels` and `max_pixels` bound the resized area in pixels. `resized_height` and
     `resized_width` ask for a size instead, and come together.
@@ -142,27 +141,31 @@ _MESSAGES = TypeAdapter(Annotated[list[Message], _FAIL_FAST])
 
 
 @dataclass(frozen=True)
+class MediaPlace:
+    """Place of a media part.
+
+    Attributes:
+        path: in the request.
+        part: itself.
+        entries: of `media`, which are its own.
+    """
+
+    path: str
+    part: MediaPart
+    entries: range
+
+
+@dataclass(frozen=True)
 class Conversation:
-    """One request: a prompt, the media that its parts stand for, and N candidate responses."""
+    """One request: a prompt, the media that its parts stand for, and N candidate responses.
+
+    `media_places` has the media parts in order of appearance.
+    """
 
     messages: tuple[Message, ...]
     responses: tuple[str, ...]
     media: tuple[bytes, ...]
-
-    def media_parts(self) -> list[tuple[str, MediaPart]]:
-        """Media parts in order of appearance, each with its path in the request."""
-        return list(_media_parts(self.messages))
-
-    def media_entries(self) -> list[range]:
-        """For each media part, which entries of `media` are its own."""
-        counts = [entries(part) for _, part in self.media_parts()]
-        ends = accumulate(counts)
-        return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
-
-
-def entries(part: MediaPart) -> int:
-    """How many entries of `media` a part takes."""
-    return (isinstance(part, VideoPart) and part.frames) or 1
+    media_places: tuple[MediaPlace, ...]
 
 
 def parse_conversation(
@@ -188,10 +191,12 @@ def parse_conversation(
         _at_most(f"media[{index}]", len(item), limits.max_media_bytes, "bytes")
     _at_most("media", sum(map(len, media)), limits.max_request_bytes, "bytes in all")
 
+    parsed = _parse_messages(_utf8("messages", messages))
     conversation = Conversation(
-        messages=_parse_messages(_utf8("messages", messages)),
+        messages=parsed,
         responses=tuple(_utf8(f"responses[{i}]", text) for i, text in enumerate(responses)),
         media=tuple(media),
+        media_places=tuple(_media_places(parsed)),
     )
     count = len(conversation.messages) + sum(
         len(m.content) for m in conversation.messages if not isinstance(m.content, str)
@@ -202,12 +207,12 @@ def parse_conversation(
 
 
 def _check_media(conversation: Conversation, limits: PreprocessConfig) -> None:
-    parts = conversation.media_parts()
-    for path, part in parts:
-        if isinstance(part, VideoPart) and part.frames:
-            _at_most(f"{path}.frames", part.frames, limits.max_video_frames, "frames")
-    given, needed = len(conversation.media), sum(entries(part) for _, part in parts)
-    _at_most("media", given - (needed - len(parts)), limits.max_media, "entries")
+    places = conversation.media_places
+    for place in places:
+        if isinstance(place.part, VideoPart) and place.part.frames:
+            _at_most(f"{place.path}.frames", len(place.entries), limits.max_video_frames, "frames")
+    given, needed = len(conversation.media), places[-1].entries.stop if places else 0
+    _at_most("media", given - (needed - len(places)), limits.max_media, "entries")
     if needed != given:
         raise InvalidRequest(
             "media", f"{given} entries were given for {needed} media parts in messages"
@@ -272,11 +277,14 @@ def _path(loc: tuple[int | str, ...]) -> str:
     return path
 
 
-def _media_parts(messages: Sequence[Message]) -> Iterator[tuple[str, MediaPart]]:
+def _media_places(messages: Sequence[Message]) -> Iterator[MediaPlace]:
+    start = 0
     for i, message in enumerate(messages):
         for j, part in enumerate(message.content):
             if isinstance(part, MediaPart):
-                yield f"messages[{i}].content[{j}]", part
+                end = start + ((isinstance(part, VideoPart) and part.frames) or 1)
+                yield MediaPlace(f"messages[{i}].content[{j}]", part, range(start, end))
+                start = end
 
 
 def _utf8(field: str, raw: bytes) -> str:

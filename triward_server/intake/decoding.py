@@ -40,7 +40,7 @@ _MOMENT = 5.0  # seconds in which a worker that has nothing to do must answer
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """Properties that a file's headers name.
 
     Attributes:
         number: of the item among those of its request.
@@ -76,7 +76,7 @@ class Decoder:
 
     @contextmanager
     def reading(self) -> Iterator[Reading]:
-        """The block reads one request's media; nothing of them stays in the worker after it."""
+        """Read one request's media in a block; nothing of them stays in the worker after it."""
         if self._running and not self._running.channel.is_alive:
             self.end()  # the kernel has taken it while it was idle
         reading = Reading(self, self._seconds)
@@ -217,7 +217,7 @@ class Reading:
 
     @contextmanager
     def _timed(self, field: str) -> Iterator[float]:
-        """The block asks the worker; gives it the time until which it may.
+        """Ask the worker in a block, which gets the time until which it may.
 
         What is done with frames between two of them counts, too.
         """

@@ -83,7 +83,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def count_scans(data: bytes) -> int:
-    """How often a JPEG's decoder goes over the picture, at most; 0 for other formats."""
+    """Return how often a JPEG's decoder goes over the picture, at most; 0 for other formats."""
     if not data.startswith(b"\xff\xd8"):
         return 0
     # Few files hold as many of its marker as would be too many scans, wherever they stand.

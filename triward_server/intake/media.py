@@ -70,7 +70,7 @@ class ImageLoader:
     def open_frame(
         self, reading: Reading, field: str, data: bytes, part_field: str, part: MediaPart
     ) -> Picture:
-        """A frame of a list: qwen-vl-utils hands a merged patch on as the patch of an image.
+        """Open a frame of a list: qwen-vl-utils takes a merged patch for the patch of an image.
 
         Arguments and errors as of `open`.
         """
@@ -101,7 +101,7 @@ class ImageLoader:
         return Picture(field, header, (height, width), final)
 
     def _first_size(self, encoded: Size, limits: dict[str, int], factor: int) -> Size:
-        """Where qwen-vl-utils' resize leads."""
+        """Return the size after qwen-vl-utils' resize."""
         height, width = encoded
         if "resized_height" in limits and "resized_width" in limits:
             height, width = limits["resized_height"], limits["resized_width"]
@@ -111,7 +111,7 @@ class ImageLoader:
         return self._smart_resize(height, width, low, high, factor)
 
     def _final_size(self, height: int, width: int) -> Size:
-        """Where the processor's resize leads from there."""
+        """Return the size after the processor's resize of that."""
         if not self._processor.do_resize:
             return height, width
         limits = dict(self._processor.size)

@@ -16,8 +16,8 @@ from transformers.video_utils import VideoMetadata
 
 from ..config import PreprocessConfig, token_limit
 from ..errors import CheckpointError, InvalidRequest
-from ..schema import FRAMES_PER_GRID, Features, UInt8Array
-from .conversation import Conversation, MediaPart, VideoPart, parse_conversation
+from ..schema import FRAMES_PER_GRID, Features, Grid, UInt8Array
+from .conversation import Conversation, MediaPlace, VideoPart, parse_conversation
 from .decoding import Decoder, Reading
 from .media import ImageLoader, Picture
 from .resizing import TorchResizer, is_steep, limited
@@ -61,7 +61,7 @@ class Preprocessor:
         self._decoder = Decoder(config, progress)
         self._media: tuple[ImageLoader, VideoLoader] | None = None
         self._resizer: TorchResizer | None = None
-        self.patch_size = self._merged_patch = 1
+        self.patch_size = self._merge_size = 1
         images = getattr(processor, "image_processor", None)
         if images is not None:
             loader = ImageLoader(images, config.max_image_pixels)
@@ -69,7 +69,7 @@ class Preprocessor:
             self._media = (loader, videos)
             self._image_processor = images
             self.patch_size = int(images.patch_size)
-            self._merged_patch = self.patch_size * int(images.merge_size)
+            self._merge_size = int(images.merge_size)
             if config.resize == "torch":
                 self._resizer = TorchResizer(images, torch.device(config.device))
         self._seconds_per_grid = _seconds_per_grid()
@@ -81,12 +81,12 @@ class Preprocessor:
 
     @property
     def reads_images(self) -> bool:
-        """Whether the model is multimodal."""
+        """True if the model is multimodal."""
         return self._media is not None
 
     @property
     def knows_the_date(self) -> bool:
-        """Whether the chat template may write the day on which it is rendered."""
+        """True if the chat template may write the day on which it is rendered."""
         return self._tokenizer.knows_the_date
 
     def features(
@@ -102,7 +102,7 @@ class Preprocessor:
         return self.finish(opened)
 
     def open(self, messages: bytes, responses: Sequence[bytes], media: Sequence[bytes]) -> Opened:
-        """The first half of `features`, up to `flush`, which serves many requests."""
+        """Run the first half of `features`, up to `flush`, which serves many requests."""
         return self._open(parse_conversation(messages, responses, media, self._config))
 
     def flush(self) -> None:
@@ -111,7 +111,7 @@ class Preprocessor:
             self._resizer.flush()
 
     def finish(self, opened: Opened) -> Features:
-        """The second half, after the flush."""
+        """Run the second half, after the flush."""
         tokens = opened.tokens
         media = tuple(pixels.result(timeout=0) for pixels in opened.pixels)
         seconds = (self._seconds_per_grid,) * opened.videos
@@ -136,37 +136,35 @@ class Preprocessor:
     def _open(self, conversation: Conversation) -> Opened:
         """Headers, then tokens: what is refused for its length is not decoded."""
         with self._decoder.reading() as reading:
-            items = self._read_headers(reading, conversation)
-            placeholders = [self._tokens(item) for item in items]
+            items, placeholders = self._read_headers(reading, conversation)
             tokens = self._tokenizer.tokenize(conversation, placeholders)
             pixels = [self._read(reading, item) for item in items]
         return Opened(tokens, pixels, sum(isinstance(item, Clip) for item in items))
 
-    def _read_headers(self, reading: Reading, conversation: Conversation) -> list[Picture | Clip]:
+    def _read_headers(
+        self, reading: Reading, conversation: Conversation
+    ) -> tuple[list[Picture | Clip], list[int]]:
+        """Read the media's headers; return them with the tokens that each takes."""
         items: list[Picture | Clip] = []
-        taken = shown = 0
-        parts = zip(conversation.media_parts(), conversation.media_entries(), strict=True)
-        for (path, part), entries in parts:
-            item = self._open_item(reading, conversation, path, part, entries)
+        tokens: list[int] = []
+        shown = 0
+        for place in conversation.media_places:
+            item = self._open_item(reading, conversation, place)
             items.append(item)
             # Many small files can be very many pixels.
-            taken += self._tokens(item)
-            self._at_most(item.field, "tokens", taken, self._max_tokens)
+            tokens.append(self._tokens(item))
+            self._at_most(item.field, "tokens", sum(tokens), self._max_tokens)
             if isinstance(item, Clip):
                 shown += item.frames * item.size[0] * item.size[1]
                 self._at_most(item.field, "pixels of video", shown, self._config.max_video_pixels)
-        return items
+        return items, tokens
 
     def _open_item(
-        self,
-        reading: Reading,
-        conversation: Conversation,
-        path: str,
-        part: MediaPart,
-        entries: range,
+        self, reading: Reading, conversation: Conversation, place: MediaPlace
     ) -> Picture | Clip:
-        fields = [f"media[{i}]" for i in entries]
-        data = [conversation.media[i] for i in entries]
+        path, part = place.path, place.part
+        fields = [f"media[{i}]" for i in place.entries]
+        data = [conversation.media[i] for i in place.entries]
         if self._media is None:
             raise InvalidRequest(path, "this checkpoint's model reads text only")
         images, videos = self._media
@@ -177,8 +175,9 @@ class Preprocessor:
         return videos.open(reading, fields[0], data[0], path, part)
 
     def _tokens(self, item: Picture | Clip) -> int:
-        grids = item.frames // FRAMES_PER_GRID if isinstance(item, Clip) else 1
-        return grids * item.final_size[0] * item.final_size[1] // self._merged_patch**2
+        frames = (item.frames,) if isinstance(item, Clip) else ()
+        grid = Grid.of((*frames, *item.final_size, 3), self.patch_size)
+        return grid.tokens(self._merge_size)
 
     def _at_most(self, field: str, unit: str, value: int, limit: int) -> None:
         if value > limit:
@@ -206,13 +205,13 @@ def _done(pixels: UInt8Array) -> Future[UInt8Array]:
 
 
 def _seconds_per_grid() -> float:
-    """What the processor says of every video: the card's code does not tell it the frame rate."""
+    """Return the processor's value for every video: the card's code tells it no frame rate."""
     untold = VideoMetadata(total_num_frames=0)
     return float(FRAMES_PER_GRID / untold.sampled_fps)
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:
-    """The checkpoint's processor, a text model's tokenizer, and its model configuration.
+    """Return the checkpoint's processor, a text model's tokenizer, and its model configuration.
 
     Raises:
         CheckpointError: a file is missing or damaged; transformers raises many types for that.

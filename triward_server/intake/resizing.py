@@ -30,13 +30,13 @@ _MAX_REDUCTION = 32
 
 
 def limited(processor: Any, pixels: UInt8Array) -> UInt8Array:
-    """The processor's own resize of one image, uint8 [H, W, 3]."""
+    """Resize one image, uint8 [H, W, 3], as the processor does."""
     resized: UInt8Array = _channels_last(_limited(processor, _channels_first(pixels)))[0]
     return resized
 
 
 def is_steep(encoded: Size, resized: Size) -> bool:
-    """Whether a reduction is beyond what `TorchResizer` can do."""
+    """Return True if a reduction is beyond what `TorchResizer` can do."""
     return max(encoded[0] / resized[0], encoded[1] / resized[1]) > _MAX_REDUCTION
 
 
@@ -107,7 +107,7 @@ class TorchResizer:
 
 
 def _limited(processor: Any, batch: Tensor) -> Tensor:
-    """The processor's own resize of uint8 [N, 3, H, W]."""
+    """Resize uint8 [N, 3, H, W] as the processor does."""
     if not processor.do_resize:
         return batch
     size, factor = SizeDict(**dict(processor.size)), processor.patch_size * processor.merge_size

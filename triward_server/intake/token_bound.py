@@ -29,7 +29,7 @@ _ROUNDING = 1e-9  # of a sum of a few million floats, with room to spare
 
 
 class TokenBound:
-    """For one tokenizer, if it is BPE that drops nothing; for others the bound is 0.
+    """Bound for one tokenizer, if it is BPE that drops nothing; for others it is 0.
 
     Args:
         backend: of the `tokenizers` package; special tokens in text are text to it.
@@ -46,7 +46,7 @@ class TokenBound:
         self._longest = _longest(description) if _keeps_every_character(description) else 0
 
     def __call__(self, text: str) -> int:
-        """How many tokens a text has at least; of a short one nothing is claimed."""
+        """Return how many tokens a text has at least; 0 for a short one."""
         if len(text) < SHORT:
             return 0
         if self._longest:
@@ -67,7 +67,7 @@ class TokenBound:
 
 
 def _keeps_every_byte(description: Any) -> bool:
-    """Whether tokens are runs of a text's bytes and together all of it."""
+    """Return True if tokens are runs of a text's bytes and together all of it."""
     model, added = description["model"], description["added_tokens"]
     steps = description["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
@@ -93,7 +93,7 @@ def _keeps_every_byte(description: Any) -> bool:
 
 
 def _keeps_every_character(description: Any) -> bool:
-    """Whether tokens are runs of a text's characters, or bytes of one, and together all of it."""
+    """Return True if tokens are runs of characters, or bytes of one, and together the text."""
     model = description["model"]
     normalizer = description["normalizer"] or {"type": None}
     same_length = normalizer["type"] is None or (
@@ -121,7 +121,7 @@ def _longest(description: Any) -> int:
 
 
 def _weights(tokens: Sequence[bytes]) -> tuple[Weights, Weights]:
-    """Of each byte, and of each two, the first one times 256.
+    """Return the weight of each byte, and of each two, the first one times 256.
 
     A byte that no token holds weighs nothing, for the tokenizer leaves it out; then pairs do not
     either, for others become neighbours.

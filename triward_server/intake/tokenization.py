@@ -49,9 +49,33 @@ class _Rendering:
     pieces: Sequence[Piece] = ()
 
     def whole_before(self, end: int) -> int:
-        """How many pieces lie before a place in the text."""
+        """Count the pieces before a place in the text."""
         ends = accumulate(map(len, self.raw))
         return sum(1 for _ in takewhile(lambda each: each <= end, ends))
+
+
+class Spans:
+    """A request's text between control tokens, each distinct span of it tokenized once."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._ids: dict[str, Sequence[int]] = {}
+
+    def encode(self, renderings: Sequence[Sequence[Piece]]) -> None:
+        """Tokenize what is new, all together."""
+        pieces = (piece for pieces in renderings for piece in pieces)
+        new = list({p: None for p in pieces if isinstance(p, str) and p not in self._ids})
+        encodings = self._backend.encode_batch(new, add_special_tokens=False)
+        self._ids.update(zip(new, (encoding.ids for encoding in encodings), strict=True))
+
+    def length(self, pieces: Sequence[Piece]) -> int:
+        """Count the tokens of encoded pieces."""
+        return sum(len(self._ids[p]) if isinstance(p, str) else 1 for p in pieces)
+
+    def ids(self, pieces: Sequence[Piece]) -> Int32Array:
+        """Return the token ids of encoded pieces."""
+        ids = (i for p in pieces for i in (self._ids[p] if isinstance(p, str) else (p,)))
+        return np.fromiter(ids, np.int32)
 
 
 class ConversationTokenizer:
@@ -89,7 +113,7 @@ class ConversationTokenizer:
 
     @property
     def knows_the_date(self) -> bool:
-        """Whether the template asks transformers for the time."""
+        """True if the template asks transformers for the time."""
         return "strftime_now" in str(self._processor.chat_template)
 
     def tokenize(
@@ -109,8 +133,9 @@ class ConversationTokenizer:
         prompt = self._with_prefix(rendering) if chat else []
         # Before it is rendered with each response: a prompt that is too long ends here.
         least = self._check_least("messages", prompt, 0)
-        known: dict[str, Sequence[int]] = {}
-        self._check_length("messages", len(self._encode([prompt], known)[0]), 0)
+        spans = Spans(self._backend)
+        spans.encode([prompt])
+        self._check_length("messages", spans.length(prompt), 0)
         tails = []
         total = least
         for index, text in enumerate(conversation.responses):
@@ -122,8 +147,9 @@ class ConversationTokenizer:
 
         shared = min(same for same, _ in tails)
         full = [[*prompt[shared:same], *rest] for same, rest in tails]
-        ids, *response_ids = self._encode([prompt[:shared], *full], known)
-        prompt_ids = self._expand(ids, placeholders)
+        spans.encode(full)
+        prompt_ids = self._expand(spans.ids(prompt[:shared]), placeholders)
+        response_ids = [spans.ids(pieces) for pieces in full]
         for index, ids in enumerate(response_ids):
             self._check_length(f"responses[{index}]", len(prompt_ids), len(ids))
         total = len(prompt_ids) + sum(map(len, response_ids))
@@ -200,7 +226,7 @@ class ConversationTokenizer:
         return _Rendering(text, [*like.raw[:count], *raw], [*like.pieces[:count], *pieces])
 
     def _with_prefix(self, rendering: _Rendering) -> list[Piece]:
-        """A template may write the first token itself; it is there once."""
+        """Put the first token in front, unless the template has written it."""
         pieces = list(rendering.pieces)
         return pieces if pieces[: len(self._prefix)] == self._prefix else self._prefix + pieces
 
@@ -220,19 +246,6 @@ class ConversationTokenizer:
     def _mark(self, text: str) -> str:
         return self._control.sub(lambda match: match[0] + self._marker, text)
 
-    def _encode(
-        self, renderings: Sequence[Sequence[Piece]], known: dict[str, Sequence[int]]
-    ) -> list[Int32Array]:
-        """Tokenize every distinct span that is not known once, all together."""
-        pieces = (piece for pieces in renderings for piece in pieces)
-        spans = list({p: None for p in pieces if isinstance(p, str) and p not in known})
-        encodings = self._backend.encode_batch(spans, add_special_tokens=False)
-        known.update(zip(spans, (encoding.ids for encoding in encodings), strict=True))
-        flat = (
-            [i for p in ps for i in (known[p] if isinstance(p, str) else (p,))] for ps in renderings
-        )
-        return [np.array(ids, dtype=np.int32) for ids in flat]
-
     def _expand(self, ids: Int32Array, placeholders: Sequence[int]) -> Int32Array:
         """Repeat the k-th media placeholder `placeholders[k]` times."""
         repeats = np.ones(len(ids), dtype=np.int64)
@@ -243,7 +256,7 @@ class ConversationTokenizer:
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with."""
+    """Count the characters that two texts begin with."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -255,7 +268,7 @@ def _common(one: str, other: str) -> int:
 
 
 def _spelled(tokens: Sequence[str]) -> re.Pattern[str]:
-    """Matches the first character of any of the tokens where a text spells it, overlapping or not.
+    """Match the first character of any of the tokens where a text spells it, overlapping or not.
 
     And of its beginning, where that ends a text: a template may trim what follows.
     """
@@ -269,7 +282,7 @@ def _spelled(tokens: Sequence[str]) -> re.Pattern[str]:
 
 
 def _added_around(tokenizer: Any) -> tuple[list[Piece], list[Piece]]:
-    """What the tokenizer puts in front of a text and behind it by itself: BOS, for Llama."""
+    """Return what the tokenizer itself puts before and behind a text: BOS, for Llama."""
     probe = "a"
     bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
     full = tokenizer(probe)["input_ids"]

@@ -131,7 +131,7 @@ class VideoLoader:
     def _sizes(
         self, field: str, part_field: str, part: VideoPart, frames: int, size: Size
     ) -> tuple[Size, Size]:
-        """Where qwen-vl-utils' resize leads, and the processor's from there."""
+        """Return the sizes after qwen-vl-utils' resize and after the processor's."""
         try:
             if part.resized_height and part.resized_width:
                 resized = vision_process.smart_resize(

@@ -42,7 +42,7 @@ class VideoFile:
     height: int
 
     def decoded(self, numbers: Sequence[int]) -> Iterator[UInt8Array]:
-        """The frames of ascending numbers, uint8 [H, W, 3] each.
+        """Decode the frames of ascending numbers, uint8 [H, W, 3] each.
 
         All before the last are decoded: seeking is a guess.
 
@@ -124,7 +124,7 @@ def _refuse(url: str, *_: object) -> Any:
 
 
 def _is_hidden(packet: Any) -> bool:
-    """Whether a packet is no frame that is shown: VP8 keeps such references (RFC 6386, 9.1)."""
+    """Return True for a packet that is not shown: VP8 keeps such references (RFC 6386, 9.1)."""
     return packet.stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0b10000
 
 

@@ -85,7 +85,7 @@ class Channel:
                 rest = rest[self._wait(self._socket.send, rest, end) :]
 
     def receive(self, end: float = float("inf")) -> Any:
-        """The next message; raises as `send` does."""
+        """Receive the next message; raises as `send` does."""
         head = bytearray(_HEAD.size)
         self.receive_into(head, end)
         [size] = _HEAD.unpack(head)
@@ -116,7 +116,7 @@ class Channel:
 
     @property
     def is_alive(self) -> bool:
-        """Whether both sides are open, and the other sent nothing which nobody asked for."""
+        """True if both sides are open, and the other sent nothing that nobody asked for."""
         try:
             self._socket.settimeout(0)
             self._socket.recv(1, socket.MSG_PEEK)
@@ -157,8 +157,8 @@ class Zygote:
         ours, theirs = socket.socketpair()
         # As in this process, which may be embedded; PYTHONPATH alone might miss what it added.
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import run; "
-            f"run({module!r}, {theirs.fileno()})"
+            f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import run_zygote; "
+            f"run_zygote({module!r}, {theirs.fileno()})"
         )
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # else fork is unsafe
         with theirs:
@@ -173,7 +173,7 @@ class Zygote:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can be asked."""
+        """True if it can be asked."""
         return self._channel.is_alive
 
     def fork(
@@ -244,7 +244,7 @@ _guard = threading.Lock()
 
 
 def zygote(module: str) -> Zygote:
-    """This process's for a kind of workers; another one where it has died."""
+    """Return this process's zygote for a kind of workers; a new one where it has died."""
     with _guard:
         if module in _zygotes and not _zygotes[module].is_alive:
             _zygotes.pop(module).close()
@@ -261,7 +261,7 @@ def close_all() -> None:
             _zygotes.popitem()[1].close()
 
 
-def run(module: str, number: int) -> None:
+def run_zygote(module: str, number: int) -> None:
     """Be a zygote: what its process does.
 
     Args:

@@ -1,1 +1,1 @@
-"""What starts, watches and changes tritonserver."""
+"""Code that starts, watches and changes tritonserver."""

@@ -73,7 +73,7 @@ class Canary:
             raise LaunchError(f"{path}: no canary: {type(error).__name__}: {error}") from None
 
     def problem(self, scores: list[float]) -> str | None:
-        """What is wrong with an answer, or None."""
+        """Return what is wrong with an answer, or None."""
         if len(scores) != len(self.responses) or not all(map(isfinite, scores)):
             return f"the canary scores {scores}"
         for score, expected in zip(scores, self.scores or scores, strict=True):

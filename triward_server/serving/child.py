@@ -1,4 +1,4 @@
-"""What is set in tritonserver's process between fork and exec (Linux, x86-64; no C of ours)."""
+"""Settings of tritonserver's process between fork and exec (Linux, x86-64; no C of ours)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Program(ctypes.Structure):
 
 
 def prepare(parent: int, ipv4_only: bool, max_memory: int | None) -> Callable[[], None]:
-    """For the child: take signals, get SIGTERM when the parent dies, keep to some limits.
+    """Set up the child: take signals, get SIGTERM when the parent dies, keep to some limits.
 
     Args:
         parent: the process that starts it.
@@ -61,7 +61,7 @@ def prepare(parent: int, ipv4_only: bool, max_memory: int | None) -> Callable[[]
 
 
 def _no_ipv6() -> bytes:
-    """A filter by which socket(AF_INET6, …) fails as on a machine without IPv6."""
+    """Return a filter by which socket(AF_INET6, …) fails as on a machine without IPv6."""
 
     def instruction(code: int, if_true: int, if_false: int, value: int) -> bytes:
         return struct.pack("HBBI", code, if_true, if_false, value)

@@ -1,4 +1,4 @@
-"""Where a server listens, and how its callers' connections are encrypted."""
+"""Addresses where a server listens, and the encryption of its callers' connections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALL_OPEN = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Where the server listens. A port of 0 asks for a free one; `with_ports` finds it.
+    """Addresses of the server. A port of 0 asks for a free one; `with_ports` finds it.
 
     Attributes:
         host: for gRPC and metrics; an IPv4 address, 0.0.0.0 for all that the machine has.
@@ -48,19 +48,19 @@ class Endpoints:
 
     @property
     def grpc(self) -> str:
-        """What a `RewardClient` on this machine takes."""
+        """Address for a `RewardClient` on this machine."""
         return f"{self.client_host}:{self.grpc_port}"
 
     @property
     def http_is_local(self) -> bool:
-        """Whether other machines cannot reach HTTP."""
+        """True if other machines cannot reach HTTP."""
         try:
             return ip_address(self.http_host).is_loopback
         except ValueError:
             return self.http_host == "localhost"
 
     def with_ports(self) -> Endpoints:
-        """These endpoints with free ports for 0, every other port checked to be free.
+        """Replace ports of 0 by free ones, and check that every other port is free.
 
         Raises:
             LaunchError: a port is in use, or the address is not this machine's.
@@ -74,7 +74,7 @@ class Endpoints:
             )
 
     def listening(self, pid: int) -> dict[str, str]:
-        """Where a process really listens, as the kernel has it: `grpc` -> `0.0.0.0:8001`.
+        """Return where a process really listens, as the kernel has it: `grpc` -> `0.0.0.0:8001`.
 
         Args:
             pid: of a tritonserver that is ready. It opens the metrics port a moment later.
@@ -101,7 +101,7 @@ def _reachable(host: str) -> str:
 
 
 def _shown(address: str) -> str:
-    """An address as an operator writes it: gRPC listens on IPv4 through an IPv6 socket."""
+    """Format an address as an operator writes it: gRPC listens on IPv4 through an IPv6 socket."""
     parsed = ip_address(address)
     if not isinstance(parsed, IPv6Address):
         return address
@@ -135,7 +135,7 @@ class Tls:
     client_ca: Path | None = None
 
     def flags(self) -> list[str]:
-        """For tritonserver.
+        """Return the flags for tritonserver.
 
         Raises:
             LaunchError: a file cannot be read; Triton would stop without a reason.

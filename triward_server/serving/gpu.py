@@ -1,4 +1,4 @@
-"""Which GPUs this process can use, from the driver itself: torch's import takes seconds."""
+"""GPUs that this process can use, from the driver itself: torch's import takes seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Gpu:
     memory: int  # bytes
 
     def __str__(self) -> str:
-        """For messages."""
+        """Return the text for messages."""
         return f"cuda:{self.index} {self.name} ({self.memory / 2**30:.0f} GiB)"
 
 
@@ -66,7 +66,7 @@ def _reason(cuda: ctypes.CDLL, code: int) -> str:
 
 
 def check_gpus(needed: Mapping[str, tuple[int, ...]]) -> list[Gpu]:
-    """The GPUs that models will use.
+    """Return the GPUs that models will use.
 
     Args:
         needed: a model's name -> the numbers of its GPUs; none means all there are.

@@ -31,7 +31,7 @@ class Installation:
 
 
 def find_triton(cleanup: ExitStack) -> Installation:
-    """The `tritonserver` on PATH, or else the wheel's.
+    """Return the `tritonserver` on PATH, or else the wheel's.
 
     Args:
         cleanup: takes over the temporary folder that the wheel's needs.
@@ -81,7 +81,7 @@ def _from_wheel(package: Path, folder: Path) -> Installation:
 
 
 def _python_library() -> Path:
-    """The shared library of this interpreter, which the stub links against."""
+    """Return the shared library of this interpreter, which the stub links against."""
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     library = Path(sysconfig.get_config_var("LIBDIR") or "", name)
     if not library.is_file():

@@ -17,27 +17,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .. import __version__
 from ..errors import LaunchError
-from ..schema import ModelNames
+from ..schema import DRAINING, ModelNames
 from .canary import Canary
 from .repository import loads_all, models, pin, pinned
 
 MANIFEST = "manifest.json"
 
 _BLOCKS, _BLOCK = 64, 1 << 16
+_IMPORT = re.compile(r"^from (triward_server[\w.]*) import", re.MULTILINE)
 _ROLES = ("preprocess", "forward", "vision")
 
 
 class Verify(str, Enum):
-    """How a version's files are compared with its manifest."""
+    """Ways to compare a version's files with its manifest."""
 
     FULL = "full"
     SAMPLED = "sampled"
@@ -46,7 +50,7 @@ class Verify(str, Enum):
 
 @dataclass(frozen=True)
 class Checked:
-    """What a comparison that found nothing wrong took.
+    """Effort of a comparison that found nothing wrong.
 
     Attributes:
         how: `full` or `sampled`.
@@ -65,7 +69,7 @@ class Checked:
     old: bool
 
     def __str__(self) -> str:
-        """A line for an operator."""
+        """Return a line for an operator."""
         text = (
             f"{self.files} files verified ({self.how.value}): read {self.read:,} of "
             f"{self.size:,} bytes in {self.seconds:.2f} s"
@@ -76,7 +80,7 @@ class Checked:
 
 
 def describe(files: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
-    """The manifest's `files`: of `<role>/<path in the version's folder>` and the file itself."""
+    """Return the manifest's `files`, of pairs of `<role>/<path in the version>` and a file."""
     return {
         name: {
             "bytes": path.stat().st_size,
@@ -88,7 +92,7 @@ def describe(files: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
 
 
 def read_manifest(repository: Path, names: ModelNames, version: str) -> dict[str, Any]:
-    """A version's manifest.
+    """Return a version's manifest.
 
     Raises:
         LaunchError: there is none of ours, or it is damaged.
@@ -123,6 +127,7 @@ def check(repository: Path, names: ModelNames, version: str, how: Verify) -> Che
     for step in names.steps:
         if not (repository / step / version / "model.py").is_file():
             raise LaunchError(f"{step}/{version}/model.py: missing")
+    _check_imports(repository, names, version)
     count = size = read = 0
     for file, expected in _expected(repository, names, version, manifest):
         where = file.relative_to(repository)
@@ -137,8 +142,29 @@ def check(repository: Path, names: ModelNames, version: str, how: Verify) -> Che
     return Checked(how, count, size, read, time.monotonic() - begun, "files" not in manifest)
 
 
+def _check_imports(repository: Path, names: ModelNames, version: str) -> None:
+    """Raise `LaunchError` if adapters of another release import what this one does not have."""
+    places = [*((step, version) for step in (*names.steps, names.vision)), (DRAINING, "*")]
+    for model, number in places:
+        for file in sorted(repository.glob(f"{model}/{number}/model.py")):
+            missing = [name for name in _IMPORT.findall(file.read_text()) if not _is_there(name)]
+            if missing:
+                raise LaunchError(
+                    f"{file.relative_to(repository)}: written by another release: triward-server "
+                    f"{__version__} has no module {missing[0]}; export it again, into another "
+                    "folder"
+                )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is its package
+        return False
+
+
 def check_served(repository: Path, how: Verify, say: Callable[[str], None]) -> None:
-    """What a server does before it starts: know that what it will load is whole.
+    """Check, before a server starts, that everything it will load is whole.
 
     Args:
         repository: what will be served.
@@ -151,13 +177,17 @@ def check_served(repository: Path, how: Verify, say: Callable[[str], None]) -> N
     for names in models(repository):
         served = pinned(repository, names)
         broken: dict[str, LaunchError] = {}
-        if how is not Verify.OFF:
-            try:
+        checked = None
+        try:
+            if how is Verify.OFF:
+                _check_imports(repository, names, served)
+            else:
                 checked = check(repository, names, served, how)
-            except LaunchError as error:
-                raise LaunchError(
-                    f"{names.ensemble}: version {served}, which is served, is broken: {error}"
-                ) from None
+        except LaunchError as error:
+            raise LaunchError(
+                f"{names.ensemble}: version {served}, which is served, is broken: {error}"
+            ) from None
+        if checked:
             say(f"{names.ensemble}: version {served}: {checked}")
             broken = _broken(repository, names, served)
             for version, fault in broken.items():
@@ -233,7 +263,7 @@ def _compare(file: Path, expected: dict[str, Any], how: Verify) -> int:
 
 
 def _check_length(file: Path, size: int) -> None:
-    """Of a safetensors file, whose header says where its data end."""
+    """Check the length of a safetensors file by its header, which says where its data end."""
     if file.suffix != ".safetensors":
         return
     with file.open("rb") as stream:
@@ -248,7 +278,7 @@ def _check_length(file: Path, size: int) -> None:
 
 
 def _digest(file: Path, how: Verify) -> tuple[str, int]:
-    """A file's SHA-256, of everything or of the sampled blocks, and how many bytes that were."""
+    """Return a file's SHA-256, of all or of the sampled blocks, and how many bytes it read."""
     digest, read = hashlib.sha256(), 0
     size = file.stat().st_size
     with file.open("rb") as stream:

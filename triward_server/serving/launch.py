@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import signal
 import subprocess
@@ -22,11 +21,13 @@ from ..backend.metrics import WORKING
 from ..errors import LaunchError, Unhealthy
 from ..schema import ModelNames
 from .child import prepare
+from .ending import describe_exit, why_it_ended
 from .endpoints import ANY, CHUNKS_FIXED, Endpoints, Tls
 from .gpu import check_gpus
 from .installation import Installation, find_triton
 from .integrity import Verify, check_served
 from .log import LineWriter, LogPump
+from .progress import Progress
 from .repository import DRAINING_VERSION, draining, gpu_models, models
 from .signals import STOP_SIGNALS
 from .triton_http import ADMIN_HEADER, HttpError, TritonHttp, read_metrics
@@ -36,6 +37,7 @@ __all__ = ["STOP_SIGNALS", "Endpoints", "Tls", "TritonServer"]
 _SHARED_MEMORY = Path("/dev/shm")  # Triton's Python backend keeps its regions there
 _EXIT_TIMEOUT = 40.0  # Triton's own is 30 s
 _DRAINED_EXIT_TIMEOUT = 15.0  # nothing is lost any more, whatever Triton still waits for
+_STARTS = 3
 _CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 _PENDING = "nv_inference_pending_request_count"
 _QUIET_LOOKS = 20  # a tenth of a second apart: longer than a request is between two steps
@@ -47,10 +49,9 @@ _ADMIN_PROTOCOLS = "model-repository,model-config,shared-memory,trace,logging"
 
 
 class _Crash(LaunchError):
-    """Ended by a fault of its own while models were loading.
+    """Ended, or stands still, by a fault of its own while models were loading.
 
-    On a machine with far too much to do Triton 24.10 aborts at times (`lock_exception`); what is
-    wrong with a model fails the second time, too.
+    That happens on an overloaded machine (`progress.py`); what is wrong with a model comes again.
     """
 
 
@@ -62,7 +63,7 @@ class TritonServer:
     that thread ends, so that even a killed launcher leaves none behind.
 
     Args:
-        repository: what `export/build_repository.py` wrote.
+        repository: what `triward-server export` wrote.
         endpoints: where to listen.
         flags: further flags for tritonserver.
         log: where its output goes; standard error by default.
@@ -116,11 +117,13 @@ class TritonServer:
         if used := check_gpus(gpu_models(self.repository)):
             self._say(f"uses {', '.join(map(str, used))}")
         check_served(self.repository, self.verify, self._say)
-        try:
-            self._start()
-        except _Crash as crash:
-            self._say(f"{crash}; it is started once more")
-            self._start()
+        for _ in range(_STARTS - 1):
+            try:
+                self._start()
+                return self
+            except _Crash as crash:
+                self._say(f"{crash}; it is started again")
+        self._start()
         return self
 
     def _start(self) -> None:
@@ -184,7 +187,7 @@ class TritonServer:
             self._pump.join()
             if self._pump.signalled and code == 0:
                 break
-            raise LaunchError(f"tritonserver stopped by itself ({_describe_exit(code)})")
+            raise LaunchError(f"tritonserver stopped by itself ({describe_exit(code)})")
         self._wait_for_others_stop(self._process)
 
     def _wait_for_others_stop(self, process: subprocess.Popen[str]) -> NoReturn:
@@ -232,18 +235,15 @@ class TritonServer:
         deadline = time.monotonic() + self.drain_timeout
         with suppress(LaunchError):  # what the folder no longer says was read at the start
             self._read_stand_ins()
-        try:
-            for names in self._stand_ins:
-                self._refuse(names, deadline)
-            quiet = 0
-            while time.monotonic() < deadline:
-                quiet = 0 if self._works() else quiet + 1
-                if quiet == _QUIET_LOOKS or self._is_unloaded():
-                    return True
-                time.sleep(0.1)
-            self._say(f"requests are still in flight after {self.drain_timeout:g} s")
-        except HttpError as error:
-            self._say(f"cannot drain: {error}")
+        for names in self._stand_ins:
+            self._refuse(names, deadline)
+        quiet = 0
+        while time.monotonic() < deadline:
+            quiet = 0 if self._works() else quiet + 1
+            if quiet == _QUIET_LOOKS or self._is_unloaded():
+                return True
+            time.sleep(0.1)
+        self._say(f"requests are still in flight after {self.drain_timeout:g} s")
         return False
 
     def _read_stand_ins(self) -> None:
@@ -275,7 +275,11 @@ class TritonServer:
         public = {names.ensemble for names in self._stand_ins}
         if not all((self.repository / name).is_dir() for name in public):
             return False
-        return "UNLOADING" not in {m.state for m in self.http.index() if m.name in public}
+        try:
+            index = self.http.index()
+        except HttpError:  # too busy to say so
+            return False
+        return "UNLOADING" not in {model.state for model in index if model.name in public}
 
     def _kill(self) -> None:
         if self._process:
@@ -332,6 +336,7 @@ class TritonServer:
         self, process: subprocess.Popen[str], served: Sequence[ModelNames]
     ) -> None:
         deadline = time.monotonic() + self.startup_timeout
+        progress = Progress(process.pid)
         while time.monotonic() < deadline:
             code = process.poll()
             if code is not None:
@@ -339,6 +344,8 @@ class TritonServer:
                 raise kind(self._why_it_ended(code) + self._where_the_log_is())
             if all(self.http.is_ready(names.ensemble) for names in served):
                 return
+            if progress.stands_still():
+                raise _Crash("tritonserver stands still" + self._where_the_log_is())
             time.sleep(0.1)
         waited = f"not ready after {self.startup_timeout:.0f} s; the log says why"
         raise LaunchError(waited + self._where_the_log_is())
@@ -346,11 +353,7 @@ class TritonServer:
     def _why_it_ended(self, code: int) -> str:
         assert self._pump
         self._pump.join()
-        reason = _failure(self._pump.tail)
-        if code < 0 or reason is None:  # a crash is told besides what led to it
-            crash = f"tritonserver: {_describe_exit(code)}"
-            reason = f"{reason}; {crash}" if reason else crash
-        return reason
+        return why_it_ended(code, self._pump.tail)
 
     def _where_the_log_is(self) -> str:
         """Nothing for standard error: there it stands above."""
@@ -379,34 +382,6 @@ def _trace_flags(endpoint: str) -> list[str]:
         "--trace-config=mode=opentelemetry", f"--trace-config=opentelemetry,url={endpoint}",
         "--trace-config=level=TIMESTAMPS", "--trace-config=rate=1",
     ]  # fmt: skip
-
-
-_FAILURES = (
-    # A model's own exception, as the Python backend reports it.
-    re.compile(r"failed to load '(?P<model>[^']+)' version \d+: [\w ]+: (?P<reason>.+)"),
-    # The same, from its process: all there is when Triton itself crashes over it.
-    re.compile(r"Failed to initialize Python stub: (?P<reason>.+)"),
-    re.compile(r"^error: (?P<reason>.+)"),
-    re.compile(r"failed to start \w+ service: (?P<reason>.+)"),
-    # Every start without a GPU has one of these that means nothing.
-    re.compile(r"^E\d+ .*?\] (?P<reason>(?!\"CudaDriverHelper has not been initialized).+)"),
-)
-
-
-def _failure(log: Sequence[str]) -> str | None:
-    """The line of Triton's log that says why it ended, as one sentence."""
-    for pattern in _FAILURES:
-        for line in log:
-            match = pattern.search(line.strip())
-            if match:
-                groups = match.groupdict()
-                reason = groups["reason"].strip().strip('"')
-                return f"{groups['model']}: {reason}" if "model" in groups else reason
-    return None
-
-
-def _describe_exit(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class LineWriter:
         return f"{start}triward-server: {self.lost} lines of log could not be written\n"
 
     def _put(self, text: str) -> bool:
-        """Whether all of it was written."""
+        """Return True if all of it was written."""
         if self._descriptor is None:
             if self._out is None:
                 return False
@@ -72,7 +72,7 @@ class LineWriter:
 
 
 def _descriptor(target: IO[str] | None) -> int | None:
-    """Where to write without ever waiting; None for a stream in memory, as a notebook's."""
+    """Return where to write without ever waiting; None for a stream in memory, as a notebook's."""
     try:
         descriptor = target.fileno() if target else None
         if descriptor is not None and os.isatty(descriptor):

@@ -27,7 +27,7 @@ DRAINING_VERSION = 2**31 - 1  # no export's
 
 
 def models(repository: Path) -> list[ModelNames]:
-    """The models that are served, by name.
+    """Return the models that are served, by name.
 
     Raises:
         LaunchError: there is none.
@@ -42,19 +42,19 @@ def models(repository: Path) -> list[ModelNames]:
 
 
 def versions(repository: Path, names: ModelNames = REWARD) -> list[str]:
-    """A model's versions that are complete, oldest first."""
+    """Return a model's versions that are complete, oldest first."""
     folder = repository / names.ensemble
     there = [p.name for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
     return sorted(there, key=int)
 
 
 def pinned(repository: Path, names: ModelNames = REWARD) -> str:
-    """The version of a model that is served."""
+    """Return the version of a model that is served."""
     return str(_read(repository, names).ensemble_scheduling.step[0].model_version)
 
 
 def step_folders(repository: Path, names: ModelNames) -> list[str]:
-    """What stands behind a public name, in the order in which it is loaded."""
+    """Return the folders behind a public name, in the order in which they are loaded."""
     return [step for step in (names.vision, *names.steps) if (repository / step).is_dir()]
 
 
@@ -85,14 +85,14 @@ def pin(
 
 
 def loads_all(repository: Path, names: ModelNames) -> bool:
-    """Whether its steps load versions that nobody serves, as an earlier release wrote it."""
+    """Return True if its steps load versions that nobody serves, as an earlier release wrote it."""
     steps = step_folders(repository, names)
     configs = [_parse(repository / step / "config.pbtxt") for step in steps]
     return any(not config.version_policy.HasField("specific") for config in configs)
 
 
 def loading(repository: Path, step: str, versions: Iterable[str]) -> str:
-    """A step's configuration, as JSON, that loads these versions; the folder stays as it is.
+    """Return a step's configuration, as JSON, that loads these versions; the folder stays as it is.
 
     Triton 24.10 neither loads again nor interrupts what is loaded and stays in the list.
     """
@@ -104,9 +104,10 @@ def loading(repository: Path, step: str, versions: Iterable[str]) -> str:
 def candidate(
     repository: Path, names: ModelNames, version: str
 ) -> tuple[str, str, dict[str, bytes]]:
-    """A public model of another name that uses a version: its name, and what Triton takes for it.
+    """Describe a public model of another name that uses a version.
 
-    Nobody but `switch` knows it; it has no folder, so no watchdog sees it.
+    Returns its name, and what Triton takes for it. Nobody but `switch` knows it; it has no folder,
+    so no watchdog sees it.
     """
     config = _read(repository, names)
     config.name = names.candidate
@@ -115,7 +116,7 @@ def candidate(
 
 
 def draining(repository: Path, names: ModelNames = REWARD) -> tuple[str, dict[str, bytes]]:
-    """A configuration, as JSON, and files for Triton to load in place of a model's ensemble.
+    """Return a configuration, as JSON, and files for Triton to load in place of a model's ensemble.
 
     It has a version of its own, so that Triton shows what becomes of the one that was served.
     """
@@ -131,13 +132,13 @@ def draining(repository: Path, names: ModelNames = REWARD) -> tuple[str, dict[st
 
 
 def serves_on_gpu(repository: Path) -> bool:
-    """Whether every forward model is for a GPU."""
+    """Return True if every forward model is for a GPU."""
     configs = [_parse(repository / names.forward / "config.pbtxt") for names in models(repository)]
     return all(config.parameters["device"].string_value != "cpu" for config in configs)
 
 
 def gpu_models(repository: Path) -> dict[str, tuple[int, ...]]:
-    """The steps that need a GPU, each with the GPUs' numbers; none listed means all there are."""
+    """Return the steps that need a GPU, each with the GPUs' numbers; none listed: all of them."""
     needed = {}
     for names in models(repository):
         for step in names.steps:
@@ -177,11 +178,11 @@ class Canaries:
         return list(self._served)
 
     def served(self, names: ModelNames) -> Canary:
-        """That of the version that answered last, to ask with."""
+        """Return the canary of the version that answered last, to ask with."""
         return self._served[names]
 
     def of(self, names: ModelNames, version: str) -> Canary:
-        """That of the version that answered, to judge with.
+        """Return the canary of the version that answered, to judge with.
 
         Without scores if its file went before it could be read: then any finite ones will do.
         """

@@ -15,12 +15,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def farewell(number: int) -> str:
-    """The line that says why `serve` ends."""
+    """Return the line that says why `serve` ends."""
     return f"triward-server: told to stop by {signal.Signals(number).name}\n"
 
 
 def _end(number: int, frame: object) -> NoReturn:
-    """Nothing has been started. An exception could be lost in an import, an exit cannot."""
+    """Exit before anything has been started: an import could swallow an exception."""
     try:
         os.write(2, farewell(number).encode())
     finally:

@@ -67,7 +67,7 @@ class TritonHttp:
     def is_ready(
         self, model: str = schema.ENSEMBLE, timeout: float = 5.0, version: int | None = None
     ) -> bool:
-        """Whether a model, or this version of it, can be asked."""
+        """Return True if a model, or this version of it, can be asked."""
         which = model if version is None else f"{model}/versions/{version}"
         try:
             self._call(f"v2/models/{which}/ready", timeout)
@@ -124,7 +124,7 @@ class TritonHttp:
         ]
 
     def config(self, model: str, version: str, timeout: float = 5.0) -> Any:
-        """A loaded model's configuration; needs the key."""
+        """Return a loaded model's configuration; needs the key."""
         return self._json(f"v2/models/{model}/versions/{version}/config", timeout)
 
     def load(
@@ -185,7 +185,7 @@ class Series:
 
 
 def read_metrics(host: str, port: int, timeout: float) -> list[Series]:
-    """The metrics page; raises `HttpError` if there is none."""
+    """Return the metrics page; raises `HttpError` if there is none."""
     request = urllib.request.Request(f"http://{host}:{port}/metrics")
     return [
         Series(line["name"], dict(_LABEL.findall(line["labels"])), float(line["value"]))
@@ -194,7 +194,7 @@ def read_metrics(host: str, port: int, timeout: float) -> list[Series]:
 
 
 def fetch(request: urllib.request.Request, timeout: float) -> bytes:
-    """The answer's body; raises `HttpError` for anything but 200."""
+    """Return the answer's body; raises `HttpError` for anything but 200."""
     try:
         with _DIRECT.open(request, timeout=timeout) as response:
             body: bytes = response.read()

@@ -109,7 +109,7 @@ class Watchdog:
         self._names = {process.pid: _name(process) for process in self._processes()}
 
     def check(self) -> None:
-        """One round.
+        """Make one round.
 
         Raises:
             Unhealthy: why the server must be restarted.
@@ -194,7 +194,7 @@ def _name(process: psutil.Process) -> str:
 def check_once(
     triton: TritonHttp, repository: Path | None, timeout: float, deep: bool = False
 ) -> None:
-    """What `triward-server health` does.
+    """Check once: the command `triward-server health`.
 
     Args:
         triton: whom to ask; no key is needed.

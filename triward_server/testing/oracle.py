@@ -1,4 +1,4 @@
-"""For tests, the demo and benchmarks: the reference that every score is judged by.
+"""The oracle: the reference that tests, the demo and benchmarks judge every score by.
 
 `Oracle` is the model card's published code, with the changes that today's packages force on it
 (named below), trl's class among them. It needs the extra `reference`; nothing that serves imports
@@ -76,11 +76,11 @@ class Oracle:
         self.model.eval()
 
     def inputs(self, conversations: Sequence[Messages]) -> Any:
-        """The processor's padded batch for whole conversations, responses included."""
+        """Return the processor's padded batch for whole conversations, responses included."""
         return card_inputs(self.processor, conversations).to(self.device)
 
     def score_inputs(self, inputs: Any) -> list[float]:
-        """The value head at each row's last token."""
+        """Return the value head at each row's last token."""
         with torch.inference_mode():
             values = self.model(**inputs, return_dict=True, use_cache=False)[-1]
         last = inputs["attention_mask"].sum(dim=-1, keepdim=True) - 1
@@ -88,7 +88,7 @@ class Oracle:
         return scores
 
     def score(self, messages: Messages) -> float:
-        """The card's number for one conversation whose last message is the assistant's."""
+        """Return the card's number for one conversation whose last message is the assistant's."""
         return self.score_inputs(self.inputs([messages]))[0]
 
     def score_features(self, features: Features) -> list[float]:
@@ -152,11 +152,11 @@ class TextOracle:
         self.model = model.to(device).requires_grad_(False).eval()
 
     def inputs(self, conversations: Sequence[Messages]) -> Any:
-        """The tokenizer's padded batch for whole conversations, responses included."""
+        """Return the tokenizer's padded batch for whole conversations, responses included."""
         return text_inputs(self.tokenizer, conversations).to(self.device)
 
     def score_inputs(self, inputs: Any) -> list[float]:
-        """The head's number for each row."""
+        """Return the head's number for each row."""
         with torch.inference_mode():
             out = self.model(**inputs, use_cache=False)
         if not self.has_value_head:
@@ -166,17 +166,17 @@ class TextOracle:
         return list(out[2].gather(dim=-1, index=last)[:, 0].float().tolist())
 
     def score_ids(self, ids: Int32Array) -> float:
-        """The head's number for one conversation's token ids [L]."""
+        """Return the head's number for one conversation's token ids [L]."""
         row = torch.from_numpy(ids.astype(np.int64))[None].to(self.device)
         return self.score_inputs({"input_ids": row, "attention_mask": torch.ones_like(row)})[0]
 
     def score(self, messages: Messages) -> float:
-        """The number for one conversation whose last message is the assistant's."""
+        """Return the number for one conversation whose last message is the assistant's."""
         return self.score_inputs(self.inputs([messages]))[0]
 
 
 def read_video(ele: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float]:
-    """A reader for qwen-vl-utils, the like of its own for torchcodec: all frames, then a choice.
+    """Read a video for qwen-vl-utils as its own torchcodec reader does: all frames, then a choice.
 
     Args:
         ele: a part of the messages, its `video` a path.

@@ -25,11 +25,11 @@ import argparse
 import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable
+from typing import Any
 
 from triward.client import RewardClient
 from triward.conversation import Messages
@@ -54,7 +54,7 @@ _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
 
 
 def chatml(prompt: str) -> Messages:
-    """The messages of a prompt in ChatML that ends where the assistant's turn begins.
+    """Return the messages of a prompt in ChatML that ends where the assistant's turn begins.
 
     Raises:
         InvalidRequest: it is another format, or shows an image, which text does not hold.
@@ -75,7 +75,7 @@ def chatml(prompt: str) -> Messages:
 
 
 def plain(prompt: str) -> Messages:
-    """The prompt as one message of the user's."""
+    """Return the prompt as one message of the user's."""
     return [{"role": "user", "content": prompt}]
 
 
@@ -91,7 +91,7 @@ def rewards(
     rules: Mapping[str, Sequence[float | None]] | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What OpenRLHF's `reward_func(queries, prompts, labels)` returns.
+    """Return what OpenRLHF expects of `reward_func(queries, prompts, labels)`.
 
     Args:
         client: whom to ask.
@@ -133,13 +133,13 @@ def score(
     parse: Parse = chatml,
     ends: Sequence[str] = ENDS,
 ) -> list[float]:
-    """`rewards` as a list, without torch."""
+    """Return the rewards for a request's body."""
     labels = [None] * len(queries) if labels is None else labels
     if not len(queries) == len(prompts) == len(labels):
         counts = f"{len(queries)} queries, {len(prompts)} prompts and {len(labels)} labels"
         raise InvalidRequest(f"each query needs its prompt and label, got {counts}")
     conversations = []
-    for index, (query, prompt, label) in enumerate(zip(queries, prompts, labels)):
+    for index, (query, prompt, label) in enumerate(zip(queries, prompts, labels, strict=True)):
         try:
             response = {"role": "assistant", "content": _response(query, prompt, ends)}
             conversations.append([*_messages(prompt, label, parse), response])
@@ -202,7 +202,7 @@ class RewardServer(ThreadingHTTPServer):
         self._client, self._parse, self._ends, self._shape = client, parse, ends, shape
 
     def score(self, body: bytes) -> list[float]:
-        """The rewards for a request's body.
+        """Return the rewards for a request's body.
 
         Raises:
             TriwardError: there are none.

@@ -10,17 +10,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from time import monotonic, sleep
-from typing import Any, Union
+from typing import Any
 
 from triward.client import RewardClient
-from triward.conversation import Message, Messages
-from triward.errors import InvalidRequest, ServerUnavailable
+from triward.conversation import Message
+from triward.errors import InvalidRequest
+from triward.integrations.images import copied, holds_none, image_of, image_parts
+from triward.retries import until_answered
 
-Score = Union[float, list[float]]
-
-# Between two rounds, for clients that do not pause by themselves before they try again.
-_PAUSE = 1.0
+Score = float | list[float]
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,17 @@ class RowScorer:
         return [name for name in names if name is not None]
 
     @property
+    def identity(self) -> dict[str, str | None]:
+        """Settings that decide about scores. Servers, concurrency and patience do not."""
+        return {
+            "model": self.client.model,
+            "messages": self.messages,
+            "prompt": self.prompt,
+            "responses": self.responses,
+            "images": self.images,
+        }
+
+    @property
     def error(self) -> str:
         """Name of the column of errors."""
         return f"{self.score}_error"
@@ -92,14 +101,20 @@ class RowScorer:
             ServerUnavailable: for `patience` seconds there was no other answer.
             TriwardError: a server failed, or the client's timeout ran out.
         """
-        rows = zip(*(table[name] for name in self.columns))
-        asked = [self._read(dict(zip(self.columns, row))) for row in rows]
-        answers = iter(self._ask([each for row in asked for each in row.conversations]))
-        told = [row.tell(list(islice(answers, len(row.conversations)))) for row in asked]
+        rows = zip(*(table[name] for name in self.columns), strict=True)
+        asked = [self._read(dict(zip(self.columns, row, strict=True))) for row in rows]
+        answers = until_answered(
+            self.client,
+            (each for row in asked for each in row.conversations),
+            concurrency=self.concurrency,
+            patience=self.patience,
+        )
+        with closing(answers):
+            told = [row.tell(list(islice(answers, len(row.conversations)))) for row in asked]
         return [score for score, _ in told], [error for _, error in told]
 
     def conversations(self, row: Mapping[str, Any]) -> list[list[Message]]:
-        """What is asked for a row: a conversation for each response, with the row's images.
+        """Return a conversation for each of a row's responses, with the row's images.
 
         Raises:
             InvalidRequest: the row holds none.
@@ -123,40 +138,10 @@ class RowScorer:
         except InvalidRequest as error:
             return _Row([], error=str(error))
 
-    def _ask(self, conversations: list[Messages]) -> list[float | InvalidRequest]:
-        """An answer for each conversation, however often it takes.
-
-        A request that is UNAVAILABLE stays in flight until the client gives it up, so the pauses
-        between its attempts slow everything down here, too.
-        """
-        found: dict[int, float | InvalidRequest] = {}
-        pending = list(range(len(conversations)))
-        last_answer = monotonic()
-        while pending:
-            outcomes: Any = self.client.iter_scores(
-                (conversations[index] for index in pending),
-                concurrency=self.concurrency,
-                on_error="return",
-            )
-            with closing(outcomes):  # or requests would go on after an error
-                for index, outcome in zip(pending, outcomes):
-                    if isinstance(outcome, ServerUnavailable):
-                        if monotonic() - last_answer > self.patience:
-                            raise outcome
-                    elif isinstance(outcome, (float, InvalidRequest)):
-                        found[index] = outcome
-                        last_answer = monotonic()
-                    else:
-                        raise outcome
-            pending = [index for index in pending if index not in found]
-            if pending:
-                sleep(_PAUSE)
-        return [found[index] for index in range(len(conversations))]
-
 
 @dataclass
 class _Row:
-    """What a row asks for.
+    """Conversations of a row, and whether its score is a list.
 
     Attributes:
         conversations: none if there is an error.
@@ -169,20 +154,19 @@ class _Row:
     error: str = ""
 
     def tell(self, answers: list[float | InvalidRequest]) -> tuple[Score | None, str]:
-        """The row's score and error; one response without a score leaves the row without."""
+        """Return the row's score and error; one response without a score leaves the row without."""
         if self.error:
             return None, self.error
         scores = [answer for answer in answers if isinstance(answer, float)]
         for place, answer in enumerate(answers):
             if isinstance(answer, InvalidRequest):
-                # The cause does not name the place in the batch, which means nothing here.
-                reason = str(answer.__cause__ or answer)
+                reason = answer.reason  # its place in the batch means nothing here
                 return None, f"response {place}: {reason}" if self.several else reason
         return (scores if self.several else scores[0]), ""
 
 
 def _endings(value: object, column: str) -> tuple[list[list[Message]], bool]:
-    """The messages that end each of the row's conversations, and whether its score is a list."""
+    """Return the messages that end each of a row's conversations; True for a list of scores."""
     if not isinstance(value, (list, tuple)) or any(isinstance(each, Mapping) for each in value):
         return [_messages(value, "assistant", column)], False
     if not value:
@@ -204,63 +188,36 @@ def _messages(value: object, role: str, column: str) -> list[Message]:
 
 
 def _images(value: object) -> list[object]:
-    """A row's images as the client takes them: one, some, or None for none."""
+    """Return a row's images as the client takes them: one, some, or None for none."""
     if value is None:
         return []
-    return [_image(each) for each in value] if isinstance(value, (list, tuple)) else [_image(value)]
-
-
-def _image(value: object) -> object:
-    """What is in a struct of Hugging Face's; any other value as it is."""
-    if not isinstance(value, Mapping):
-        return value
-    held = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if held is None:
-        raise InvalidRequest("an image has neither bytes nor a path")
-    return held
+    return [image_of(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def _illustrate(messages: list[Message], images: list[object]) -> list[Message]:
-    """Copies of the messages, with the images in their places.
+    """Return copies of the messages, with the images in their places.
 
     Raises:
         InvalidRequest: there are more images than places, or fewer.
     """
-    copies = [{**message, "content": _copied(message.get("content"))} for message in messages]
-    contents = [copy["content"] for copy in copies if isinstance(copy["content"], list)]
-    parts = [part for content in contents for part in content if _is_image(part)]
+    copies = [{**message, "content": copied(message.get("content"))} for message in messages]
+    parts = [part for copy in copies for part in image_parts(copy["content"])]
     if images and not parts:
         return _led_by(images, copies)
-    places = [p for p in parts if p.get("image") is None and p.get("image_url") is None]
+    for part in parts:
+        if part.get("image") is not None:
+            part["image"] = image_of(part["image"])
+    places = [part for part in parts if holds_none(part)]
     if len(places) != len(images):
         given = f"the row has {len(images)} for them"
         raise InvalidRequest(f"{len(places)} image parts hold no image, {given}")
-    for part, image in zip(places, images):
+    for part, image in zip(places, images, strict=True):
         part["image"] = image
     return list(copies)
 
 
-def _copied(content: object) -> object:
-    """Content whose parts can be changed; what is wrong with it the client will say."""
-    if not isinstance(content, (list, tuple)):
-        return content
-    parts = [dict(part) if isinstance(part, Mapping) else part for part in content]
-    for part in parts:
-        if _is_image(part) and part.get("image") is not None:
-            part["image"] = _image(part["image"])
-    return parts
-
-
-def _is_image(part: object) -> bool:
-    return isinstance(part, dict) and (
-        part.get("type") in ("image", "image_url")
-        or part.get("image") is not None
-        or part.get("image_url") is not None
-    )
-
-
 def _led_by(images: list[object], messages: list[dict[str, Any]]) -> list[Message]:
-    """The messages; the first of the user's begins with the images."""
+    """Return the messages; the first of the user's begins with the images."""
     first = [{"type": "image", "image": image} for image in images]
     for place, message in enumerate(messages):
         content = message["content"]

@@ -16,16 +16,16 @@ by `reward_weights`, and normalises each group: see docs/rewards.md before doing
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Callable, Union
+from typing import Any
 
 from triward.aio import AsyncRewardClient
 from triward.client import RewardClient
 from triward.conversation import Messages
 from triward.rewards import Shape
 
-Text = Union[str, Messages]
+Text = str | Messages
 
 
 class TriwardReward:
@@ -47,7 +47,7 @@ class TriwardReward:
     def __call__(
         self, prompts: list[Text], completions: list[Text], **columns: object
     ) -> list[float]:
-        """The reward of each completion; the dataset's other columns are not used.
+        """Return the reward of each completion; the dataset's other columns are not used.
 
         Raises:
             TriwardError: a completion has no score; the message names it.
@@ -59,7 +59,7 @@ class TriwardReward:
 def async_triward_reward(
     client: AsyncRewardClient, shape: Shape | None = None
 ) -> Callable[..., Awaitable[list[float]]]:
-    """A coroutine reward function: TRL runs it beside the other coroutines of `reward_funcs`."""
+    """Return a coroutine reward function, which TRL runs beside the others of `reward_funcs`."""
     # TRL tells coroutine functions from others with inspect, which does not see through an object
     # with an async __call__, but through a partial.
     return partial(async_triward, client, shape)
@@ -73,14 +73,14 @@ async def async_triward(
     completions: list[Text],
     **columns: object,
 ) -> list[float]:
-    """What `async_triward_reward` is made of; see `TriwardReward.__call__`."""
+    """Score completions as `TriwardReward.__call__` does."""
     scores = await client.score_many(_conversations(prompts, completions))
     return shape(scores) if shape else scores
 
 
 def _conversations(prompts: Iterable[Text], completions: Iterable[Text]) -> Iterator[Messages]:
     shared: Any = None
-    for prompt, completion in zip(prompts, completions):
+    for prompt, completion in zip(prompts, completions, strict=True):
         # A dataset decodes a repeated row's image each time. The client takes images for the same,
         # and sends them once, when they are the same object, so equal ones become it here.
         if prompt != shared:

@@ -20,15 +20,16 @@ import asyncio
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, Callable
+from typing import Any
 
 from triward.aio import AsyncRewardClient
 from triward.channel import Url
 from triward.client import RewardClient
 from triward.conversation import Message, Messages
 from triward.errors import InvalidRequest
+from triward.integrations.images import copied, holds_none, image_of, image_parts
 from triward.rewards import Shape, mix, shape_of
 
 # In a prompt of verl's datasets it stands for the next of the row's images.
@@ -46,7 +47,7 @@ def compute_score(
     shape: Shape | Mapping[str, Any] | None = None,
     **verl: object,
 ) -> float:
-    """The reward of a rollout, as verl's custom reward function.
+    """Return the reward of a rollout, as verl's custom reward function.
 
     Args:
         data_source: not used.
@@ -116,7 +117,7 @@ class TriwardRewardManager:
         self._tokenizer = tokenizer
 
     async def run_single(self, data: Any) -> dict[str, Any]:
-        """The reward of a trajectory, which is its last sequence's, as in verl's own managers.
+        """Return the reward of a trajectory: that of its last sequence, as in verl's own managers.
 
         Args:
             data: a DataProto of the trajectory's sequences.
@@ -196,7 +197,7 @@ class TriwardBatchRewardManager:
         order = sorted(range(len(data)), key=lambda row: str(uids[row]))
         found = self._client.score_many(_rollout(data[row], self._tokenizer) for row in order)
         found = self._shape(found) if self._shape else found
-        return [score for _, score in sorted(zip(order, found))]
+        return [score for _, score in sorted(zip(order, found, strict=True))]
 
 
 @cache
@@ -220,7 +221,7 @@ def _shaped(score: float, settings: Shape | Mapping[str, Any] | None) -> float:
 
 
 async def _ruled(rule: Callable[..., Any], item: Any, response: str) -> Any:
-    """What a custom reward function says; verl's take a number, or a dict with it as `score`."""
+    """Return a custom reward function's number; verl's return it, or a dict with it as `score`."""
     fields = item.non_tensor_batch
     asked = {
         "data_source": fields["data_source"],
@@ -244,7 +245,7 @@ def _conversation(prompt: Iterable[Message], response: str) -> Messages:
 
 
 def _rollout(item: Any, tokenizer: Any) -> Messages:
-    """The conversation of a DataProtoItem."""
+    """Return the conversation of a DataProtoItem."""
     fields = item.non_tensor_batch
     if "raw_prompt" in fields:
         # Up to 0.6 the images stand beside the messages.
@@ -263,7 +264,7 @@ def _response(item: Any, tokenizer: Any) -> str:
 
 
 def _described(extra_info: Mapping[str, Any] | None) -> Messages:
-    """The prompt that a dataset repeats in `extra_info`."""
+    """Return the prompt that a dataset repeats in `extra_info`."""
     prompt = (extra_info or {}).get("prompt")
     if extra_info is None or prompt is None:
         raise InvalidRequest("extra_info: needs 'prompt', the messages before the response")
@@ -279,36 +280,26 @@ def _with_images(messages: Iterable[Message], images: Sequence[Any]) -> Messages
     """
     if not len(images):
         return list(messages)
-    places: list[dict[str, Any]] = []
-    filled = [{**message, "content": _parts(message["content"], places)} for message in messages]
+    filled = [{**message, "content": _parts(message["content"])} for message in messages]
+    places = [part for message in filled for part in image_parts(message["content"])]
     if len(places) != len(images):
         raise InvalidRequest(f"images: {len(images)} for {len(places)} places in the prompt")
-    for place, image in zip(places, images):
-        if place.get("image") is None:
-            place.update(_image_part(image))
+    for place, image in zip(places, images, strict=True):
+        if holds_none(place):
+            described = isinstance(image, Mapping) and "image" in image
+            place.update(image if described else {"image": image_of(image)})
     return filled
 
 
-def _parts(content: Any, places: list[dict[str, Any]]) -> list[Any]:
-    """Copies of a content's parts; those for images are also put into `places`."""
-    if isinstance(content, str):
-        pieces = [piece for piece in re.split(f"({_IMAGE})", content) if piece]
-        content = [
-            {"type": "image"} if piece == _IMAGE else {"type": "text", "text": piece}
-            for piece in pieces
-        ]
-    parts = [dict(part) for part in content]
-    places += [part for part in parts if part.get("type") == "image"]
-    return parts
-
-
-def _image_part(image: Any) -> Mapping[str, Any]:
-    if not isinstance(image, Mapping):
-        return {"image": image}
-    if "image" in image:
-        return image
-    # Tables of Hugging Face datasets hold an image so.
-    return {"image": image.get("bytes") or image.get("path")}
+def _parts(content: Any) -> Any:
+    """Return copies of a content's parts; `<image>` in a text becomes one."""
+    if not isinstance(content, str):
+        return copied(list(content))  # of a table it may be an array
+    pieces = [piece for piece in re.split(f"({_IMAGE})", content) if piece]
+    return [
+        {"type": "image"} if piece == _IMAGE else {"type": "text", "text": piece}
+        for piece in pieces
+    ]
 
 
 def _at_last_tokens(data: Any, scores: Sequence[float]) -> Any:

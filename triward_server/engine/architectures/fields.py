@@ -63,25 +63,25 @@ class Fields:
         self._nested: dict[str, Fields] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """A configuration's field; `AttributeError` if it has no such field."""
+        """Return a configuration's field; `AttributeError` if it has no such field."""
         if name.startswith("__"):
             raise AttributeError(name)
         name = getattr(self._shown, "attribute_map", {}).get(name, name)
         return self._note(name, getattr(self._shown, name))
 
     def __getitem__(self, name: str) -> Any:
-        """A mapping's value; `CheckpointError` if it is not there."""
+        """Return a mapping's value; `CheckpointError` if it is not there."""
         value = self.get(name, _MISSING)
         if value is _MISSING:
             raise CheckpointError(f"config.json: {self._path}{name} is missing")
         return value
 
     def __contains__(self, name: str) -> bool:
-        """Whether a mapping has a value of that name."""
+        """Return True if a mapping has a value of that name."""
         return name in self._shown
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A mapping's value, or the default."""
+        """Return a mapping's value, or the default."""
         return self._note(name, self._shown.get(name, default))
 
     @property

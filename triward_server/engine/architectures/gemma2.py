@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..decoder import Decoder
-from .interface import Architecture, Fields, only, plain
+from ..decoder import DecoderConfig
+from .interface import Architecture, Fields, common_decoder, only
 
 
-def _decoder(config: Fields) -> Decoder:
+def _decoder(config: Fields) -> DecoderConfig:
     only("attention_bias", [config.attention_bias], [False])
     both_ways = getattr(config, "use_bidirectional_attention", None)
     only("use_bidirectional_attention", [both_ways], [None, False])
@@ -20,7 +20,7 @@ def _decoder(config: Fields) -> Decoder:
     size = getattr(config, "sliding_window_size", config.sliding_window)
     only("sliding_window_size", [size], [config.sliding_window])
     return replace(
-        plain(config),
+        common_decoder(config),
         norm_offset=1.0,
         sandwich=True,
         embedding_scale=config.hidden_size**0.5,

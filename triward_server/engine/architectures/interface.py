@@ -1,4 +1,4 @@
-"""What an architecture has to say, and what most of them say alike.
+"""The interface of an architecture, and the configuration that most of them share.
 
 A configuration that asks for anything that is not computed here is refused by name: the score would
 be another one. That holds for fields that nothing here has heard of, too: see `fields.py`.
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..decoder import Decoder, Rope
-from ..vision import ACTIVATIONS, Tower
+from ..decoder import DecoderConfig, Rope
+from ..layers import ACTIVATIONS
+from ..vision import Tower
 from .fields import Fields, only
 
-__all__ = ["Architecture", "Fields", "only", "plain"]
+__all__ = ["Architecture", "Fields", "common_decoder", "only"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How checkpoints of one `model_type` are read.
+    """Readers of the configurations of one `model_type`.
 
     Both functions read the fields of transformers' configuration. What they leave unread is refused
     by name, unless it is known to change no score.
@@ -31,7 +32,7 @@ class Architecture:
         vision: what the vision tower computes; None: a text model.
     """
 
-    decoder: Callable[[Fields], Decoder]
+    decoder: Callable[[Fields], DecoderConfig]
     vision: Callable[[Fields], Tower] | None = None
 
 
@@ -39,8 +40,8 @@ class Architecture:
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def plain(config: Fields) -> Decoder:
-    """The decoder that transformers' text configurations describe in common.
+def common_decoder(config: Fields) -> DecoderConfig:
+    """Return the decoder that transformers' text configurations describe in common.
 
     Args:
         config: of a decoder-only language model.
@@ -49,7 +50,7 @@ def plain(config: Fields) -> Decoder:
         CheckpointError: it asks for what is not computed here.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Decoder(
+    return DecoderConfig(
         vocab_size=config.vocab_size,
         positions=config.max_position_embeddings,
         hidden=config.hidden_size,
@@ -72,7 +73,7 @@ def plain(config: Fields) -> Decoder:
 
 
 def _windows(config: Fields) -> tuple[int | None, ...]:
-    """Of each layer, where the configuration says so layer by layer.
+    """Return each layer's window, where the configuration says so layer by layer.
 
     Without `layer_types` each class makes its own of `sliding_window`. That is then left unread
     here: the architecture's file reads it, or a configuration that has one is refused.

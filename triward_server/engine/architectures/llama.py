@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ..decoder import Decoder
-from .interface import Architecture, Fields, only, plain
+from ..decoder import DecoderConfig
+from .interface import Architecture, Fields, common_decoder, only
 
 
-def _decoder(config: Fields) -> Decoder:
+def _decoder(config: Fields) -> DecoderConfig:
     only("attention_bias", [config.attention_bias], [False])
     only("mlp_bias", [config.mlp_bias], [False])
-    return plain(config)
+    return common_decoder(config)
 
 
 ARCHITECTURE = Architecture(_decoder)

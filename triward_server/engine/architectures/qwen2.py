@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..decoder import Decoder
-from .interface import Architecture, Fields, plain
+from ..decoder import DecoderConfig
+from .interface import Architecture, Fields, common_decoder
 
 
-def _decoder(config: Fields) -> Decoder:
-    return replace(plain(config), qkv_bias=True)
+def _decoder(config: Fields) -> DecoderConfig:
+    return replace(common_decoder(config), qkv_bias=True)
 
 
 ARCHITECTURE = Architecture(_decoder)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...schema import FRAMES_PER_GRID
-from ..decoder import Decoder
+from ..decoder import DecoderConfig
 from ..vision import CHANNELS, Tower
-from .interface import Architecture, Fields, only, plain
+from .interface import Architecture, Fields, common_decoder, only
 
 
-def _decoder(config: Fields) -> Decoder:
+def _decoder(config: Fields) -> DecoderConfig:
     text = config.text
     # A stretched M-RoPE, and windows counted in tokens that share positions: nobody ships them.
     only("rope type", [text.rope_parameters["rope_type"]], ["default"])
     only("layer_types", set(text.layer_types), ["full_attention"])
-    decoder = plain(text)
+    decoder = common_decoder(text)
     sections = tuple(text.rope_parameters["mrope_section"])
     only("number of mrope sections", [len(sections)], [3])
     only("sum of mrope_section", [sum(sections)], [decoder.head_dim // 2])

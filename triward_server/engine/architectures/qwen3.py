@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..decoder import Decoder
-from .interface import Architecture, Fields, only, plain
+from ..decoder import DecoderConfig
+from .interface import Architecture, Fields, common_decoder, only
 
 
-def _decoder(config: Fields) -> Decoder:
+def _decoder(config: Fields) -> DecoderConfig:
     only("attention_bias", [config.attention_bias], [False])
-    return replace(plain(config), qk_norm=True)
+    return replace(common_decoder(config), qk_norm=True)
 
 
 ARCHITECTURE = Architecture(_decoder)

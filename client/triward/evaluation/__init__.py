@@ -1,1 +1,0 @@
-"""How good a judge is: pairs of a benchmark's public files, scored by a server, as a report."""

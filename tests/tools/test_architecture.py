@@ -1,0 +1,53 @@
+"""The order of the tools' modules: each imports only what stands above it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.layers import below, imported, modules, vague
+
+PACKAGE = Path(__file__).parents[2] / "tools" / "triward_tools"
+
+LAYERS = {
+    "": "inputs jobs offline",
+    "selection": "limits best pairing rules columns verdicts source summary tasks preference sink "
+    "parts picture job files rows",
+    "evaluation": "results sections text images published tables formats asking ledger arithmetic "
+    "statistics facts comparison charts pictures report run",
+    "on a cluster": "ray",
+    "commands": "cli_selection cli_evaluation",
+}
+ROOMS = ("selection", "evaluation")
+ORDER = [
+    name if room not in ROOMS else f"{room}.{name}"
+    for room, names in LAYERS.items()
+    for name in names.split()
+]
+
+
+def test_every_module_has_its_place():
+    assert sorted(modules(PACKAGE)) == sorted([*ORDER, "", *ROOMS])
+
+
+def test_a_module_imports_only_modules_above_it():
+    assert below(PACKAGE, ORDER) == []
+
+
+@pytest.mark.parametrize(("room", "other"), [ROOMS, ROOMS[::-1]])
+def test_selection_and_evaluation_do_not_know_each_other(room, other):
+    files = [path for name, path in modules(PACKAGE).items() if name.startswith(room)]
+    assert len(files) > 10
+    wrong = f"triward_tools.{other}"
+    assert [p for p in files if any(name.startswith(wrong) for name in imported(p))] == []
+
+
+def test_the_server_is_not_imported():
+    roots = {name.split(".")[0] for p in modules(PACKAGE).values() for name in imported(p)}
+    assert "triward" in roots
+    assert "triward_server" not in roots
+
+
+def test_docstrings_name_the_thing():
+    assert vague(PACKAGE) == []

@@ -1,0 +1,1 @@
+"""Evaluation of a judge: pairs of a benchmark's public files, scored by a server, as a report."""

@@ -1,0 +1,73 @@
+"""Layers that language models and vision towers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding, computed in float32 and written in place.
+
+    Args:
+        heads: [T, H, D]; the two halves of D are paired.
+        cos: float32 [T, D / 2].
+        sin: likewise.
+    """
+    first, second = heads.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.addcmul(first * cos, second, sin, value=-1)
+    heads_first, heads_second = heads.chunk(2, dim=-1)
+    heads_second.copy_(torch.addcmul(second * cos, first, sin))
+    heads_first.copy_(turned)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv:1910.07467): float32 in, the weight's dtype out.
+
+    `offset` is added to the weight (Gemma's are stored around 0).
+
+    Its input is the residual stream, which both towers keep in float32 whatever their dtype: what
+    is added up over dozens of layers is where bf16 would lose most.
+    """
+
+    def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension."""
+        # Written out: without a compiler, torch's rms_norm reads and writes more on a CPU.
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        scale = (square / x.shape[-1] + self.eps).rsqrt()
+        # Added in float32: in bfloat16 most weights that are meant as 1 + w would be lost.
+        weight = self.weight.float() + self.offset if self.offset else self.weight
+        out: Tensor = (x * scale).mul_(weight).to(self.weight.dtype)
+        return out
+
+
+class GatedMLP(nn.Module):
+    """Gated linear unit (arXiv:2002.05202); gate and up projections are one matrix."""
+
+    def __init__(self, dim: int, inner: int, bias: bool, activation: str = "silu") -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.gate_up_proj = nn.Linear(dim, 2 * inner, bias=bias)
+        self.down_proj = nn.Linear(inner, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, dim] -> [T, dim]."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(self.activation(gate).mul_(up))
+        return out

@@ -1,0 +1,278 @@
+"""Checkpoint -> ready-to-serve Triton model repository: `triward-server export`.
+
+Checks every tensor first, so that nothing random is ever served, and compares a few scores with
+transformers' own. Scores one small request, which `triward-server health --deep` asks again. Writes
+to a temporary folder beside the output and renames it, so that there is never half a repository.
+The result holds everything but Python packages and can be moved or mounted elsewhere.
+
+`--version 2` on a repository that has version 1 puts the new one beside it; the served version
+stays as it is until `triward-server switch`.
+
+`--name` puts several models into one repository, each with versions, options and memory of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import typer
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+
+from .. import __version__, schema
+from ..backend.onnx_runner import VISION_FILE
+from ..backend.triton_io import CHECKPOINT_DIRECTORY
+from ..engine import checkpoint, weights
+from ..engine.scoring import Scorer
+from ..engine.vision import CHANNELS
+from ..errors import ConfigError, LaunchError, TriwardError
+from ..intake.preprocess import Preprocessor
+from ..schema import ModelNames
+from ..serving.canary import TOLERANCE, Canary
+from ..serving.integrity import MANIFEST, describe, read_manifest
+from ..serving.repository import models, pin, versions
+from . import verify
+from .configuration import configure, configure_vision
+from .draft import copy_source, folders, place, written_whole
+from .onnx import export_vision
+from .options import Options, Weights
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+# What the processor and the configuration are read from; weights come on top.
+PROCESSOR_FILES = (
+    "config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model",
+)  # fmt: skip
+PACKAGES = ("torch", "transformers", "tokenizers", "qwen-vl-utils", "pillow", "av", "numpy")
+
+
+def build(options: Options) -> None:
+    """Write a repository, or another model or version into it.
+
+    Raises:
+        TriwardError: the checkpoint or an option is wrong; nothing was written.
+    """
+    wanted = options.export
+    names, version = model_names(wanted.name), str(wanted.version)
+    _say_where(options.forward.device)
+    _check_output(wanted.output, names, version, wanted.force)
+    folder, commit = _resolve(wanted.checkpoint, wanted.revision)
+    checkpoint.verify(folder)
+    # Here the processor's files are tried, wherever they will run.
+    preprocessor = Preprocessor(folder, replace(options.preprocess, device="cpu"))
+    preprocessor.warm_up()
+    if wanted.verify:
+        _verify(folder, options)
+    canary = _canary(folder, preprocessor, options)
+    with written_whole(wanted.output, names, None if wanted.force else version) as draft:
+        copy_source(draft, names, version, options)
+        configure(draft, names, options)
+        graph = _write_vision(folder, draft, names, version, options)
+        pin(draft, version, names)
+        contents = [*_place_files(folder, draft, names, version, wanted.weights), *graph]
+        manifest = _manifest(commit, contents, options)
+        public = draft / names.ensemble / version
+        (public / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        canary.write(public)
+
+
+def _place_files(
+    folder: Path, draft: Path, names: ModelNames, version: str, how: Weights
+) -> list[tuple[str, Path]]:
+    """Put the checkpoint's files where the steps read them; their names in the manifest."""
+    tensors = weights.weight_files(folder)
+    files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
+    index = [p for p in [folder / weights.INDEX_FILE] if p.is_file()]
+    place(files, draft / names.preprocess / version / CHECKPOINT_DIRECTORY, Weights.COPY)
+    target = draft / names.forward / version / CHECKPOINT_DIRECTORY
+    place([*files, *index], target, Weights.COPY)
+    place(tensors, target, how)
+    read = {"preprocess": files, "forward": [*files, *index, *tensors]}
+    return [
+        (f"{role}/{CHECKPOINT_DIRECTORY}/{file.name}", file)
+        for role, placed in read.items()
+        for file in placed
+    ]
+
+
+def _write_vision(
+    folder: Path, draft: Path, names: ModelNames, version: str, options: Options
+) -> list[tuple[str, Path]]:
+    """Export the vision tower if it is to be served; the graph's files, by name in the manifest."""
+    if options.forward.vision != "onnx":
+        return []
+    target = draft / names.vision / version
+    tower, _ = checkpoint.load_vision(folder)
+    export_vision(tower, target)
+    patch = CHANNELS * tower.cut.frames * tower.cut.patch_size**2
+    configure_vision(draft, names, patch, tower.config.out_hidden_size, options)
+    return [(f"vision/{file.name}", file) for file in sorted(target.glob(f"{VISION_FILE}*"))]
+
+
+def model_names(name: str) -> ModelNames:
+    """Return the names of a model with this public one.
+
+    Raises:
+        ConfigError: it cannot be one, or could be mistaken for another model's step.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"--name {name!r}: 1 to 64 of A-Z a-z 0-9 _ . -, the first a letter or digit"
+        )
+    for suffix in schema.SUFFIXES:
+        if name.endswith(suffix):
+            raise ConfigError(f"--name {name!r}: names that end in {suffix} are taken by models")
+    return ModelNames(name)
+
+
+def _check_output(output: Path, names: ModelNames, version: str, force: bool) -> None:
+    if not output.exists():
+        return
+    ours = [each for each in models(output) if _is_ours(output, each)]
+    if not ours:
+        raise ConfigError(f"{output} is not a repository (no {MANIFEST} of ours) and is left alone")
+    taken = folders(names, output)
+    if taken and names not in ours:
+        raise ConfigError(
+            f"{output / taken[0]} is no model of ours (no {MANIFEST}); --name another, or delete "
+            "what a removed model has left"
+        )
+    if taken and not force and version in versions(output, names):
+        raise ConfigError(
+            f"{output} exists and has version {version} of {names.ensemble}; --version adds "
+            "another, --force replaces all of this model, --name adds a model"
+        )
+
+
+def _is_ours(repository: Path, names: ModelNames) -> bool:
+    """Return True if an export wrote a model."""
+    for version in versions(repository, names):
+        with suppress(LaunchError):  # somebody else's
+            read_manifest(repository, names, version)
+            return True
+    return False
+
+
+def _canary(folder: Path, preprocessor: Preprocessor, options: Options) -> Canary:
+    """Score a request, with an image if the model reads any, of two responses, if allowed."""
+    picture = BytesIO()
+    Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(picture, "PNG")
+    image = [{"type": "image"}] if preprocessor.reads_images else []
+    content = [*image, {"type": "text", "text": "Does it get brighter downwards?"}]
+    canary = Canary(
+        messages=json.dumps([{"role": "user", "content": content}]),
+        responses=("Yes, from black to white.", "No.")[: options.preprocess.max_responses],
+        media=(picture.getvalue(),) * len(image),
+        scores=None,
+        tolerance=TOLERANCE[options.forward.dtype],
+    )
+    features = preprocessor.features(
+        canary.messages.encode(), [text.encode() for text in canary.responses], canary.media
+    )
+    if preprocessor.knows_the_date:
+        typer.echo(
+            "the chat template writes the day's date, so scores change with it: deep health checks "
+            "see that the canary has a score, not which",
+            err=True,
+        )
+    if preprocessor.knows_the_date or not options.export.canary:
+        weights.check_finite(folder)  # as the scorer does when it loads
+        return canary
+    scorer = Scorer(folder, replace(options.forward, device=_device(options), compile=False))
+    [scored] = scorer.score([features])
+    if isinstance(scored, TriwardError):
+        raise scored
+    return replace(canary, scores=tuple(scored.scores.tolist()))
+
+
+def _verify(folder: Path, options: Options) -> None:
+    """Compare a few scores with transformers' own; raise `CheckpointError` if they differ."""
+    report = verify.verify(folder, torch.device(_device(options)), small=True)
+    verify.check(report)
+    typer.echo(
+        f"verified: {len(report.rows)} scores are transformers' own to {report.largest:.0e}, in "
+        f"{report.seconds:.1f} s; triward-server verify asks more, --no-verify none",
+        err=True,
+    )
+
+
+def _device(options: Options) -> str:
+    """Return the device that will serve if this machine has it, or else the CPU."""
+    return options.forward.device if torch.cuda.is_available() else "cpu"
+
+
+def _say_where(device: str) -> None:
+    """Say which GPU will serve, or that there is none here."""
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        typer.echo(
+            f"--device {device}: this machine has no CUDA GPU; the repository will serve only "
+            "where there is one. For this machine: --device cpu",
+            err=True,
+        )
+        return
+    there = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    if device != "cuda" and device not in there:
+        typer.echo(f"--device {device}: this machine has {', '.join(there)} only", err=True)
+        return
+    used = there if device == "cuda" else {device: there[device]}
+    typer.echo(
+        f"--device {device}: will serve on {', '.join(f'{k} ({v})' for k, v in used.items())}"
+        f"{', an instance on each' if len(used) > 1 else ''}",
+        err=True,
+    )
+
+
+def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """Return the local folder of a checkpoint, and its commit if it came from the hub."""
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ConfigError(f"--revision {revision}: {source} is a folder and has no revisions")
+        return Path(source).resolve(), None
+    try:
+        patterns = [*PROCESSOR_FILES, "*.safetensors", weights.INDEX_FILE]
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{source}: neither a folder nor available on the hub: {reason}"
+        ) from None
+    return folder, folder.name
+
+
+def _manifest(
+    commit: str | None, contents: Iterable[tuple[str, Path]], options: Options
+) -> dict[str, Any]:
+    files = describe(contents)
+    return {
+        "source": options.export.checkpoint,
+        "revision": commit,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "triward_server": __version__,
+        "python": sys.version.split()[0],
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "options": {
+            "preprocess": asdict(options.preprocess),
+            "forward": asdict(options.forward),
+            **asdict(options.triton),
+        },
+        "files": files,
+        # By name alone, for who compares checkpoints.
+        "sha256": {PurePosixPath(name).name: entry["sha256"] for name, entry in files.items()},
+    }

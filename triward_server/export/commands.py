@@ -1,0 +1,105 @@
+"""The commands that make checkpoints and repositories, of `triward-server` and of `export/*.py`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from ..errors import TriwardError
+from .options import OPSET, Size, TextModel, export_parameters, read_options
+
+Command = Callable[..., None]
+
+
+def export(**values: Any) -> None:
+    """Turn a checkpoint into a Triton model repository."""
+    from .build import build  # torch, which the other commands do not need
+
+    with _refusals("build_repository"):
+        build(read_options(values))
+    output = values["output"]
+    typer.echo(f"{output}: ready; serve it with: triward-server serve --repository {output}")
+
+
+export.__signature__ = inspect.Signature(export_parameters())  # type: ignore[attr-defined]
+
+
+def make_checkpoint(
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    size: Annotated[
+        Size, typer.Option(help="7b, for qwen2_5_vl, has the real dimensions: 16.6 GB.")
+    ],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="Where random numbers are drawn.")] = "cpu",
+    architecture: Annotated[
+        str,
+        typer.Option(help=f"qwen2_5_vl, or a text model: {', '.join(get_args(TextModel))}."),
+    ] = "qwen2_5_vl",
+) -> None:
+    """Write a checkpoint with random weights."""
+    from .random_checkpoint import make_checkpoint
+    from .random_text_checkpoint import KINDS, make_text_checkpoint
+
+    with _refusals("make_checkpoint", output):
+        if architecture == "qwen2_5_vl":
+            make_checkpoint(size, seed, output, device)
+        elif architecture in KINDS and size != "7b":
+            make_text_checkpoint(architecture, size, seed, output)
+        else:
+            raise typer.BadParameter(f"no {size} {architecture}")
+    typer.echo(f"{output}: {size} {architecture} checkpoint of seed {seed}")
+
+
+def export_onnx(
+    checkpoint: Annotated[Path, typer.Option(help="Its local folder.")],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    opset: Annotated[
+        int, typer.Option(min=18, help="Of ONNX's operators; an older runtime may need an older.")
+    ] = OPSET,
+) -> None:
+    """Write vision.onnx and value_head.onnx, in float32, with their weights beside them."""
+    from ..engine.checkpoint import load_vision
+    from .onnx import export_value_head, export_vision
+
+    with _refusals("export_onnx", output):
+        tower, head = load_vision(checkpoint)
+        output.mkdir(parents=True)
+        export_vision(tower, output, opset)
+        export_value_head(head, output, opset)
+    typer.echo(f"{output}: {', '.join(sorted(file.name for file in output.iterdir()))}")
+
+
+# By their names in `triward-server`.
+COMMANDS: dict[str, Command] = {
+    "export": export,
+    "make-checkpoint": make_checkpoint,
+    "export-onnx": export_onnx,
+}
+
+
+def application(command: Command) -> typer.Typer:
+    """Return a program of its own that has one command."""
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    return app
+
+
+@contextmanager
+def _refusals(command: str, output: Path | None = None) -> Iterator[None]:
+    """End with 1, and say why on stderr, where an error is the caller's or the disk's.
+
+    Args:
+        command: which says it.
+        output: a folder that must not exist yet.
+    """
+    try:
+        yield
+    except (TriwardError, OSError) as error:
+        exists = output and isinstance(error, FileExistsError)
+        typer.echo(f"{command}: {f'{output} exists' if exists else error}", err=True)
+        raise typer.Exit(1) from None

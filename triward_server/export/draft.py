@@ -1,0 +1,136 @@
+"""The repository's folders: written aside as a whole, then moved to where they are served from."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import typer
+
+from .. import schema
+from ..errors import ConfigError
+from ..schema import ModelNames
+from ..serving.repository import models
+from .configuration import comparable
+from .options import OnnxBackend, Options, Weights
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+SOURCE_VERSION = "1"  # of the adapters in `source`
+
+
+def source() -> Path:
+    """Return the adapters' folder: within an installed package, beside that of a checkout."""
+    packaged = _PACKAGE / "model_repository"
+    return packaged if packaged.is_dir() else _PACKAGE.parent / "model_repository"
+
+
+def copy_source(draft: Path, names: ModelNames, version: str, options: Options) -> None:
+    """Copy the adapters that the options need, under the model's names and version."""
+    shutil.copytree(source(), draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__*"))
+    if options.forward.vision != "onnx":
+        shutil.rmtree(draft / schema.VISION)
+    elif options.triton.vision_backend is OnnxBackend.ONNXRUNTIME:
+        (draft / schema.VISION / SOURCE_VERSION / "model.py").unlink()
+    for folder in folders(schema.REWARD, draft):
+        model = names.ensemble + folder.removeprefix(schema.ENSEMBLE)
+        (draft / folder).rename(draft / model)
+        (draft / model / SOURCE_VERSION).mkdir(exist_ok=True)  # a wheel has no empty folders
+        (draft / model / SOURCE_VERSION).rename(draft / model / version)
+    for adapter in draft.glob("*/*/model.py"):
+        # In the place of the folder that Python would make there. Triton takes a version whose
+        # folder changed for a new one, and loads it again whenever another one comes; its Python
+        # heeds no variable that says not to write.
+        (adapter.parent / "__pycache__").touch()
+
+
+def folders(names: ModelNames, repository: Path) -> list[str]:
+    """Return a model's folders there. The public one is the last: it makes the others complete."""
+    every = (names.vision, *names.steps, names.ensemble)
+    return [folder for folder in every if (repository / folder).exists()]
+
+
+@contextmanager
+def written_whole(output: Path, names: ModelNames, version: str | None) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `output` if the block succeeds and vanishes if not.
+
+    If `output` is there already, the model in it becomes part of that: beside the others, or with
+    None for a version in the place of the one that has its name. A model that is there gets the
+    version.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    draft.chmod(0o755)
+    try:
+        yield draft
+        if not output.exists():
+            draft.rename(output)
+        elif version and names in models(output):
+            _add_version(draft, output, names, version)
+        else:
+            _put_model(draft, output, names)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _add_version(draft: Path, output: Path, names: ModelNames, version: str) -> None:
+    """Move a version's folders to a model that is there."""
+    *steps, _ = folders(names, draft)
+    for model in steps:
+        # A model's configuration is all its versions': Triton would load them all again. Which one
+        # is loaded stays as it is.
+        file = f"{model}/config.pbtxt"
+        if not (output / file).is_file() or comparable(draft / file) != comparable(output / file):
+            raise ConfigError(
+                f"{file} would change with this version's options, for the running versions too; "
+                "use the same options, or another repository"
+            )
+    with ExitStack() as undo:
+        for model in folders(names, draft):
+            _move(draft / model / version, output / model / version, undo)
+        undo.pop_all()
+
+
+def _put_model(draft: Path, output: Path, names: ModelNames) -> None:
+    """Move a model's folders into a repository, in the place of those that have their names."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.old.", dir=output.parent) as aside,
+        ExitStack() as undo,
+    ):
+        for model in reversed(folders(names, output)):
+            _move(output / model, Path(aside, model), undo)
+        if not (output / schema.DRAINING).exists():
+            _move(draft / schema.DRAINING, output / schema.DRAINING, undo)
+        for model in folders(names, draft):
+            _move(draft / model, output / model, undo)
+        undo.pop_all()
+
+
+def _move(source: Path, target: Path, undo: ExitStack) -> None:
+    source.rename(target)
+    undo.callback(target.rename, source)
+
+
+def place(files: Iterable[Path], folder: Path, how: Weights) -> None:
+    """Link or copy files into a folder; what cannot be linked is copied."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if how is Weights.LINK and _hard_link(file.resolve(), folder / file.name):
+            continue
+        shutil.copyfile(file, folder / file.name)
+
+
+def _hard_link(source: Path, target: Path) -> bool:
+    """Make a link; return False where file systems do not allow it."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        typer.echo(f"{source.name}: copied, a link is not possible ({error.strerror})", err=True)
+        return False
+    return True
