@@ -26,6 +26,7 @@ from triward_server.serving.integrity import Verify
 from triward_server.serving.launch import TritonServer
 from triward_server.serving.repository import pin, pinned, versions
 from triward_server.serving.switch import switch_version
+from triward_server.serving.triton_http import Loaded, TritonHttp
 from triward_server.serving.watchdog import Watchdog
 
 Export = Callable[..., Exit]
@@ -141,6 +142,34 @@ def test_a_checkpoint_is_swapped_under_load(running: TritonServer, upgraded: Pat
 def _model_processes(server: TritonServer) -> list[int]:
     children = psutil.Process(server.pid).children(recursive=True)
     return [p.pid for p in children if p.name().startswith("triton_python_b")]
+
+
+def test_a_switch_ends_when_the_old_version_gets_no_more_requests(
+    running: TritonServer, upgraded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 24.10 says that the new one is loaded before it takes the old one away."""
+    looks, real = 3, TritonHttp.index
+
+    def index(http: TritonHttp, timeout: float = 5.0) -> list[Loaded]:
+        nonlocal looks
+        late = looks > 0 and pinned(upgraded) == "2"
+        looks -= late
+        return real(http, timeout) + [Loaded("reward", "1", "READY")] * late
+
+    monkeypatch.setattr(TritonHttp, "index", index)
+    switch_version(running.http, upgraded, "2", 300)
+    assert looks == 0
+    switch_version(running.http, upgraded, "1", 300)
+
+
+def test_tokens_go_to_the_version_that_is_served(running: TritonServer, upgraded: Path) -> None:
+    """Both are loaded after a change and back."""
+    with RewardClient(running.endpoints.grpc, timeout=60) as client:
+        before = client.score_tokens([1, 2], [[3, 4]])
+        switch_version(running.http, upgraded, "2", 300)
+        assert client.score_tokens([1, 2], [[3, 4]]) != pytest.approx(before, rel=1e-3)
+        switch_version(running.http, upgraded, "1", 300)
+        assert client.score_tokens([1, 2], [[3, 4]]) == pytest.approx(before, rel=1e-5)
 
 
 def test_a_version_with_other_weights_is_never_served(

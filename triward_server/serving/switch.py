@@ -130,6 +130,7 @@ def _change_over(
     try:
         pin(repository, version, names, beside=[before])
         triton.load(names.ensemble, timeout)
+        _wait_until_alone(triton, names.ensemble, version, timeout)
     except BaseException:
         pin(repository, before, names, beside=[version])
         triton.load(names.ensemble, timeout)
@@ -137,6 +138,21 @@ def _change_over(
         raise
     # Not loaded again: a restart loads what is served, the running server keeps both.
     pin(repository, version, names)
+
+
+def _wait_until_alone(triton: TritonHttp, model: str, version: str, timeout: float) -> None:
+    """Wait until no other version gets requests: Triton gives them to the highest that is ready.
+
+    It says that the new one is loaded before it takes the old one away.
+    """
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if {m.version for m in triton.index() if (m.name, m.state) == (model, "READY")} == {
+            version
+        }:
+            return
+        time.sleep(0.02)
+    raise LaunchError(f"{model}: not only version {version} is ready after {timeout:g} s")
 
 
 def _wait_until_loaded(triton: TritonHttp, model: str, version: str, timeout: float) -> None:
