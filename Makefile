@@ -5,13 +5,18 @@ READY := .venv/.ready
 # Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
 PERF ?=
 
-.PHONY: demo test interpreters soak lint audit bench perf clean
+.PHONY: demo test test-all interpreters soak lint audit bench perf clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# Ten minutes: every module, a real server, parity on every conversation and architecture.
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# And what is marked `slow`.
+test-all: $(READY)
+	$(BIN)/python -m pytest -m 'not soak'
 
 # The client's tests on every Python from 3.9 to 3.13 that is on this machine.
 interpreters:

@@ -33,6 +33,17 @@ EXPORT = ROOT / "export" / "build_repository.py"
 LOCAL = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
 
 
+# Whoever uses one of them is slow: Ray's own processes, and Chromium.
+SLOW_FIXTURES = {"ray", "driver", "browser"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """After the last test no process and no shared memory of ours may be there."""

@@ -114,6 +114,7 @@ def test_compiled_layers_never_compile_for_a_request(checkpoint: Path) -> None:
     assert graphs == []
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_deterministic_and_compiled(checkpoint: Path) -> None:
     """Both are on by flag on a GPU; bitwise stays bitwise."""
@@ -126,6 +127,7 @@ def test_deterministic_and_compiled(checkpoint: Path) -> None:
         np.testing.assert_array_equal(alone.scores, together.scores)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_served(
     build: Callable[..., Path], client: RewardClient, cases: dict[str, Any], tmp_path: Path

@@ -403,6 +403,7 @@ def test_demo_shows_both_columns(command: Callable[..., Command]) -> None:
     assert regions(demo.process.pid) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["3/4", "4/4"])
 def test_ctrl_c_during_the_demo(
     moment: str, command: Callable[..., Command], tmp_path: Path

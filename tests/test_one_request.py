@@ -252,6 +252,7 @@ def test_messages(target: TritonServer, alive: Callable[[str], None]) -> None:
             alive(name)
 
 
+@pytest.mark.slow
 def test_streams(target: TritonServer, alive: Callable[[str], None]) -> None:
     with grpc.insecure_channel(target.endpoints.grpc, loadgen.NO_LIMIT) as channel:
         ask: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
