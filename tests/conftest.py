@@ -9,9 +9,10 @@ import re
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a model hub
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
@@ -26,6 +27,7 @@ from tests.conversations import Messages, conversations
 from triward import RewardClient
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.serving.launch import Endpoints, TritonServer
+from triward_server.testing.echo import make_echo
 from triward_server.testing.oracle import Oracle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +118,14 @@ def repository(build: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def echo_repository(build: Callable[..., Path]) -> Path:
+    """For tests of what stands around the model: it starts in a second or two."""
+    repository = build("--dtype=float32", "--no-canary", "--no-verify")
+    make_echo(repository)
+    return repository
+
+
+@pytest.fixture(scope="session")
 def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     log = tmp_path_factory.mktemp("log") / "triton.log"
     with log.open("w") as file, TritonServer(repository, LOCAL, log=file) as running:
@@ -181,6 +191,16 @@ def serve(command: Callable[..., Command], repository: Path) -> Callable[..., Co
         )  # fmt: skip
 
     return run
+
+
+@contextmanager
+def brief(repository: Path, log: Path, **options: Any) -> Iterator[TritonServer]:
+    """A server that is killed at the end: a clean stop takes Triton seconds, and has its tests."""
+    with log.open("w") as file, TritonServer(repository, LOCAL, log=file, **options) as running:
+        try:
+            yield running
+        finally:
+            running._kill()
 
 
 def encode(image: Image.Image, format_: str = "PNG") -> bytes:

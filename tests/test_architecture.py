@@ -26,7 +26,7 @@ ROOMS = {
     "serving": "canary log repository integrity triton_http installation signals child endpoints "
     "gpu launch watchdog switch",
     "export": "reference verify onnx random_checkpoint random_text_checkpoint",
-    "testing": "oracle",
+    "testing": "oracle echo_models echo",
     "commands": "cli",
 }
 PACKAGE = ROOT / "triward_server"
