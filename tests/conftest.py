@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -126,6 +127,27 @@ def echo_repository(build: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def echo_server(
+    echo_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    with brief(echo_repository, tmp_path_factory.mktemp("log") / "triton.log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def echo(echo_server: TritonServer) -> Iterator[RewardClient]:
+    """Asks the echo, whose scores are the same wherever it runs."""
+    with RewardClient(echo_server.endpoints.grpc, timeout=60) as connected:
+        yield connected
+
+
+@pytest.fixture
+def faulty(echo_repository: Path, tmp_path: Path) -> Path:
+    """An echo for this test alone, in which `echo.fault` may do damage."""
+    return Path(shutil.copytree(echo_repository, tmp_path / "faulty"))
+
+
+@pytest.fixture(scope="session")
 def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     log = tmp_path_factory.mktemp("log") / "triton.log"
     with log.open("w") as file, TritonServer(repository, LOCAL, log=file) as running:
@@ -182,8 +204,10 @@ def command() -> Iterator[Callable[..., Command]]:
 
 
 @pytest.fixture
-def serve(command: Callable[..., Command], repository: Path) -> Callable[..., Command]:
-    def run(*flags: object, repository: Path = repository, **environment: str) -> Command:
+def serve(command: Callable[..., Command], echo_repository: Path) -> Callable[..., Command]:
+    """Runs `triward-server serve`, on the echo unless told otherwise."""
+
+    def run(*flags: object, repository: Path = echo_repository, **environment: str) -> Command:
         ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
         return command(
             BIN / "triward-server", "serve", "--repository", repository, "--host=127.0.0.1",
