@@ -29,10 +29,12 @@ def long_prompt(number: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": f"{number} " + "word " * 1500}]
 
 
-def keep_asking(url: str, until: Callable[[], bool]) -> list[float | TriwardError]:
+def keep_asking(
+    url: str, until: Callable[[], bool], model: str = "reward"
+) -> list[float | TriwardError]:
     """Scores and errors of one caller, until an end that it does not know."""
     answers: list[float | TriwardError] = []
-    with RewardClient(url, timeout=20, max_attempts=1) as client:
+    with RewardClient(url, timeout=20, max_attempts=1, model=model) as client:
         while not until():
             try:
                 answers.append(client.score(ASK))

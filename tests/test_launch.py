@@ -433,11 +433,11 @@ def test_a_request_that_triton_never_lets_go_delays_no_stop(
         looks += 1
         return [Loaded("reward", "1", "UNLOADING")]
 
-    with (tmp_path / "log").open("w") as log:
+    with (tmp_path / "triton.log").open("w") as log:
         with TritonServer(echo_repository, LOCAL, log=log, drain_timeout=600):
             monkeypatch.setattr(TritonHttp, "index", unloading)
         assert 0 < looks < 100, "it waits for a model that has nothing to do"
-    assert "still in flight" not in (tmp_path / "log").read_text()
+    assert "still in flight" not in (tmp_path / "triton.log").read_text()
 
 
 def test_a_crash_while_models_load_is_tried_once_more(
@@ -470,9 +470,9 @@ def test_a_crash_that_comes_again_is_told(
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with (
-        (tmp_path / "log").open("w") as log,
+        (tmp_path / "triton.log").open("w") as log,
         pytest.raises(LaunchError, match="tritonserver: signal SIGABRT"),
         TritonServer(echo_repository, LOCAL, log=log),
     ):
         pass
-    assert (tmp_path / "log").read_text().count("it is started once more") == 1
+    assert (tmp_path / "triton.log").read_text().count("it is started once more") == 1

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.asking import ASK, wait_until
-from tests.conftest import Exit, brief
+from tests.asking import ASK, keep_asking, wait_until
+from tests.conftest import Exit, Served, add_model, brief
 from triward import RewardClient, ServerUnavailable
 from triward_server.cli import app
 from triward_server.errors import LaunchError
@@ -26,6 +27,7 @@ from triward_server.serving.repository import pin, pinned, versions
 from triward_server.serving.switch import switch_version
 from triward_server.serving.watchdog import Watchdog
 from triward_server.testing.echo import make_echo
+from triward_server.testing.oracle import Oracle, fp32_budget
 
 Export = Callable[..., Exit]
 
@@ -196,15 +198,51 @@ def test_a_version_that_cannot_be_loaded(running: TritonServer, upgraded: Path) 
             switch_version(running.http, upgraded, "3", 120)
         assert loaded(running, "reward_forward") == {"1"}
         (upgraded / "reward_forward/3/echo.json").unlink()
-        with pytest.raises(LaunchError, match=r"reward_forward version 3 cannot be loaded"):
+        with pytest.raises(LaunchError, match=r"'reward_forward': version 3 is at .*echo\.json"):
             switch_version(running.http, upgraded, "3", 120, verify=Verify.OFF)
         assert pinned(upgraded) == "1"
-        wait_until(lambda: loaded(running, "reward_forward") == {"1"})
+        for model in models[1:]:
+            wait_until(lambda model=model: loaded(running, model) == {"1"})
         with RewardClient(running.endpoints.grpc, timeout=60, max_attempts=1) as client:
             client.score(ASK)
     finally:
         for model in models:
             shutil.rmtree(upgraded / model / "3")
+
+
+def test_a_real_checkpoint_is_swapped_under_load(
+    served: Callable[..., Served], rack: Path, checkpoint: Path, export: Export, tmp_path: Path
+) -> None:
+    """Two callers meanwhile: each answer is one checkpoint's. Weights that are NaN never come."""
+    make_checkpoint("tiny", 7, tmp_path / "other")
+    model = served("swapped")
+    add_model(export, rack, tmp_path / "other", model.names, "--version=2")
+    old, new = (Oracle(folder).score(ASK) for folder in (checkpoint, tmp_path / "other"))
+    assert abs(new - old) > 1e-2, "two checkpoints, two opinions"
+    done, url = threading.Event(), model.server.endpoints.grpc
+    with ThreadPoolExecutor(2) as pool:
+        asking = [
+            pool.submit(keep_asking, url, done.is_set, model.names.ensemble) for _ in range(2)
+        ]
+        try:
+            assert switch_version(model.server.http, rack, "2", 300, model.names) == "1"
+            assert abs(model.client.score(ASK) - new) <= fp32_budget(new)
+        finally:
+            done.set()
+        answers = [answer for caller in asking for answer in caller.result()]
+    assert {min((old, new), key=lambda score: abs(score - a)) for a in answers} == {old, new}
+    for answer in answers:
+        assert min(abs(answer - old), abs(answer - new)) <= fp32_budget(max(old, new))
+    for folder in (model.names.ensemble, *model.names.steps):
+        shutil.copytree(rack / folder / "2", rack / folder / "3")
+    weights = rack / model.names.forward / "3/checkpoint/value_head.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    tensors["v_head.summary.weight"][0, :5] = float("nan")
+    save_file(tensors, weights)
+    with pytest.raises(LaunchError, match=r"v_head.summary.weight': 5 of 128 weights are NaN"):
+        switch_version(model.server.http, rack, "3", 120, model.names, verify=Verify.OFF)
+    assert abs(model.client.score(ASK) - new) <= fp32_budget(new)
 
 
 def loaded(server: TritonServer, model: str) -> set[str]:
