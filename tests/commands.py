@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,16 @@ class Command:
         for line in self.process.stdout:
             self._lines.put(line)
         self._lines.put(None)
+
+    def __str__(self) -> str:
+        return f"what process {self.process.pid} wrote: {self.process.args[0]} …"
+
+    def so_far(self) -> str:
+        """All that it has written, read or not."""
+        with suppress(queue.Empty):
+            while (line := self._lines.get_nowait()) is not None:
+                self.output += line
+        return self.output
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """Read until a line matches."""

@@ -6,12 +6,15 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a model hub
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
@@ -25,7 +28,10 @@ from tests.commands import BIN, Command
 from tests.conversations import Messages, conversations
 from triward import RewardClient
 from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.schema import DRAINING, ModelNames
 from triward_server.serving.launch import Endpoints, TritonServer
+from triward_server.serving.repository import step_folders
+from triward_server.testing.echo import make_echo
 from triward_server.testing.oracle import Oracle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,9 +39,53 @@ EXPORT = ROOT / "export" / "build_repository.py"
 LOCAL = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
 
 
+# Whoever uses one of them is slow: Ray's own processes, and Chromium.
+SLOW_FIXTURES = {"ray", "driver", "browser"}
+
+
+TAIL = 60  # lines of each log that a failing test shows
+FOLDER = pytest.StashKey[Path]()  # the session's temporary one
+COMMANDS = pytest.StashKey[list[Command]]()  # a test's
+BEGUN = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}:
+            item.add_marker("slow")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[BEGUN] = time.time()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Show what servers said while a test failed, and where all of it is."""
+    report = yield
+    if report.failed:
+        folder = item.config.stash.get(FOLDER, Path(os.devnull))
+        for log in sorted(folder.rglob("*.log")):
+            if log.stat().st_mtime >= item.stash[BEGUN]:
+                report.sections.append(
+                    (f"the end of {log}", _tail(log.read_text("utf-8", "replace")))
+                )
+        for command in item.stash.get(COMMANDS, []):
+            report.sections.append((f"the end of {command}", _tail(command.so_far())))
+    return report
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.splitlines()[-TAIL:])
+
+
 @pytest.fixture(scope="session", autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """After the last test no process and no shared memory of ours may be there."""
+    pytestconfig.stash[FOLDER] = tmp_path_factory.getbasetemp()
     yield
     children = psutil.Process().children(recursive=True)
     assert [c for c in children if "triton" in c.name()] == []
@@ -105,10 +155,118 @@ def repository(build: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    log = tmp_path_factory.mktemp("log") / "triton.log"
-    with log.open("w") as file, TritonServer(repository, LOCAL, log=file) as running:
+def echo_repository(build: Callable[..., Path]) -> Path:
+    """For tests of what stands around the model: it starts in a second or two."""
+    repository = build("--dtype=float32", "--no-canary", "--no-verify")
+    make_echo(repository)
+    return repository
+
+
+@pytest.fixture(scope="session")
+def echo_server(
+    echo_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    with brief(echo_repository, tmp_path_factory.mktemp("log") / "triton.log") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def echo(echo_server: TritonServer) -> Iterator[RewardClient]:
+    """Asks the echo, whose scores are the same wherever it runs."""
+    with RewardClient(echo_server.endpoints.grpc, timeout=60) as connected:
+        yield connected
+
+
+@pytest.fixture
+def faulty(echo_repository: Path, tmp_path: Path) -> Path:
+    """An echo for this test alone, in which `echo.fault` may do damage."""
+    return Path(shutil.copytree(echo_repository, tmp_path / "faulty"))
+
+
+@pytest.fixture(scope="session")
+def rack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session's server looks here, too: `served` adds models and takes them away."""
+    return tmp_path_factory.mktemp("rack") / "models"
+
+
+@pytest.fixture(scope="session")
+def server(
+    repository: Path, rack: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    log = tmp_path_factory.mktemp("log") / "triton.log"
+    rack.mkdir()
+    flags = [f"--model-repository={rack}"]
+    with log.open("w") as file, TritonServer(repository, LOCAL, flags, log=file) as running:
+        yield running
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model beside `reward` in the session's server.
+
+    Attributes:
+        names: of the model and its steps.
+        repository: where it lies, next to others'.
+        server: which serves it.
+        client: asks it.
+    """
+
+    names: ModelNames
+    repository: Path
+    server: TritonServer
+    client: RewardClient
+
+
+@pytest.fixture(scope="module")
+def served(
+    server: TritonServer, rack: Path, checkpoint: Path, export: Callable[..., Exit]
+) -> Iterator[Callable[..., Served]]:
+    """Exports the checkpoint under a name and loads it; it goes with the module.
+
+    To load a model takes less than half of a start, in which four processes import torch.
+    """
+    with ExitStack() as stack:
+
+        def run(
+            name: str,
+            *flags: str,
+            source: Path = checkpoint,
+            change: Callable[[Path], None] = lambda folder: None,
+        ) -> Served:
+            names = ModelNames(name)
+            add_model(export, rack, source, names, *flags)
+            stack.callback(_take_away, server, rack, names)
+            change(rack)
+            if names.vision in step_folders(rack, names):  # no step of the ensemble's
+                server.http.load(names.vision, 300)
+            server.http.load(name, 300)  # and with it its steps, at the same time
+            client = RewardClient(server.endpoints.grpc, model=name, timeout=120)
+            return Served(names, rack, server, stack.enter_context(client))
+
+        yield run
+
+
+def add_model(
+    export: Callable[..., Exit], rack: Path, checkpoint: Path, names: ModelNames, *flags: str
+) -> None:
+    """Export a model, or a version, into a repository that a running server looks at."""
+    if not any(rack.iterdir()):
+        rack.rmdir()  # an export writes into repositories or makes them
+    result = export(
+        "--checkpoint", checkpoint, "--output", rack, "--name", names.ensemble, "--device=cpu",
+        "--dtype=float32", "--preprocess-instances=1", "--threads=1", *flags,
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    # The session's own repository has it, and Triton wants no name twice.
+    shutil.rmtree(rack / DRAINING, ignore_errors=True)
+
+
+def _take_away(server: TritonServer, rack: Path, names: ModelNames) -> None:
+    folders = [names.ensemble, *reversed(step_folders(rack, names))]
+    for model in folders:
+        server.http.unload(model)
+    for model in folders:
+        shutil.rmtree(rack / model)
 
 
 @pytest.fixture(scope="session")
@@ -149,11 +307,13 @@ def metric(server: TritonServer) -> Callable[[str, str], float]:
 
 
 @pytest.fixture
-def command() -> Iterator[Callable[..., Command]]:
+def command(request: pytest.FixtureRequest) -> Iterator[Callable[..., Command]]:
+    commands = request.node.stash[COMMANDS] = []
     with ExitStack() as stack:
 
         def run(*arguments: object, **environment: str) -> Command:
             started = Command(*arguments, **environment)
+            commands.append(started)
             stack.callback(started.kill)
             return started
 
@@ -161,8 +321,10 @@ def command() -> Iterator[Callable[..., Command]]:
 
 
 @pytest.fixture
-def serve(command: Callable[..., Command], repository: Path) -> Callable[..., Command]:
-    def run(*flags: object, repository: Path = repository, **environment: str) -> Command:
+def serve(command: Callable[..., Command], echo_repository: Path) -> Callable[..., Command]:
+    """Runs `triward-server serve`, on the echo unless told otherwise."""
+
+    def run(*flags: object, repository: Path = echo_repository, **environment: str) -> Command:
         ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
         return command(
             BIN / "triward-server", "serve", "--repository", repository, "--host=127.0.0.1",
@@ -170,6 +332,16 @@ def serve(command: Callable[..., Command], repository: Path) -> Callable[..., Co
         )  # fmt: skip
 
     return run
+
+
+@contextmanager
+def brief(repository: Path, log: Path, **options: Any) -> Iterator[TritonServer]:
+    """A server that is killed at the end: a clean stop takes Triton seconds, and has its tests."""
+    with log.open("w") as file, TritonServer(repository, LOCAL, log=file, **options) as running:
+        try:
+            yield running
+        finally:
+            running._kill()
 
 
 def encode(image: Image.Image, format_: str = "PNG") -> bytes:

@@ -28,7 +28,7 @@ ROOMS = {
     "gpu progress ending launch watchdog switch",
     "export": "options reference verify onnx configuration draft build random_checkpoint "
     "random_text_checkpoint commands",
-    "testing": "oracle",
+    "testing": "oracle echo_models echo",
     "commands": "cli",
 }
 PACKAGE = ROOT / "triward_server"

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import LOCAL
+from tests.conftest import Served
 from triward import RewardClient
 from triward_server.config import ForwardConfig
 from triward_server.engine.attention import Layout
 from triward_server.engine.scoring import Scorer
 from triward_server.schema import Features, Scores
-from triward_server.serving.launch import TritonServer
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
@@ -114,6 +113,7 @@ def test_compiled_layers_never_compile_for_a_request(checkpoint: Path) -> None:
     assert graphs == []
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_deterministic_and_compiled(checkpoint: Path) -> None:
     """Both are on by flag on a GPU; bitwise stays bitwise."""
@@ -126,20 +126,15 @@ def test_deterministic_and_compiled(checkpoint: Path) -> None:
         np.testing.assert_array_equal(alone.scores, together.scores)
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_served(
-    build: Callable[..., Path], client: RewardClient, cases: dict[str, Any], tmp_path: Path
-) -> None:
+def test_served(served: Callable[..., Served], client: RewardClient, cases: dict[str, Any]) -> None:
     """Compiled inside Triton's stub process, before the model is ready."""
     some = list(cases.values())[::6]
-    with (
-        (tmp_path / "triton.log").open("w") as log,
-        TritonServer(build("--dtype=float32", "--compile"), LOCAL, log=log) as server,
-        RewardClient(server.endpoints.grpc, timeout=120) as compiled,
-    ):
-        np.testing.assert_allclose(
-            compiled.score_many(some), client.score_many(some), rtol=1e-4, atol=1e-4
-        )
+    compiled = served("compiled", "--compile").client
+    np.testing.assert_allclose(
+        compiled.score_many(some), client.score_many(some), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])

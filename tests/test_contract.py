@@ -93,12 +93,14 @@ def code_of_version(folder: Path, version: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def newer(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def newer(
+    echo_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
     """A server of version 2, with a repository of its time and a model that has other tensors."""
     folder = tmp_path_factory.mktemp("newer")
     code = code_of_version(folder / "code", 2)
     models = folder / "models"
-    shutil.copytree(repository, models, copy_function=shutil.copy)
+    shutil.copytree(echo_repository, models, copy_function=shutil.copy)
 
     def raise_version(config: model_config_pb2.ModelConfig) -> None:
         config.parameters["contract_version"].string_value = "2"
@@ -147,11 +149,10 @@ def test_a_newer_client_learns_both_versions(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "CONTRACT_VERSION", 2)
-    with (
-        RewardClient(server.endpoints.grpc, timeout=120) as client,
-        pytest.raises(ServerError, match=r"speaks version 2 .* version 1; upgrade the server"),
-    ):
-        client.score(CONVERSATION)
+    with RewardClient(server.endpoints.grpc, timeout=120) as client:
+        for call in (lambda: client.score(CONVERSATION), lambda: client.score_tokens([1], [[2]])):
+            with pytest.raises(ServerError, match=r"version 2 .* version 1; upgrade the server"):
+                call()
 
 
 def test_tensors_that_triton_refuses(newer: TritonServer) -> None:
@@ -185,7 +186,7 @@ def test_tritons_words(words: str) -> None:
 
 
 def test_a_repository_of_another_version_is_not_served(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    echo_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = code_of_version(tmp_path / "code", 3)
     monkeypatch.setenv("PYTHONPATH", str(code))
@@ -193,6 +194,6 @@ def test_a_repository_of_another_version_is_not_served(
     with (
         (tmp_path / "triton.log").open("w") as log,
         pytest.raises(LaunchError, match=r"for version 1 of .* speaks version 3; export it again"),
-        TritonServer(repository, LOCAL, log=log),
+        TritonServer(echo_repository, LOCAL, log=log),
     ):
         pass

@@ -156,6 +156,7 @@ class TestDockerfile:
         assert differ == {"numpy", "tritonclient", "protobuf", "grpcio", "setuptools"}
         assert image["numpy"].startswith("2.")
 
+    @pytest.mark.slow
     def test_its_install_steps_install(
         self, tmp_path: Path, request: pytest.FixtureRequest
     ) -> None:

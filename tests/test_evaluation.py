@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.benchmarkdata import BENCHMARKS, Data, write
 from tests.commands import BIN, Command
-from tests.conftest import LOCAL
+from tests.conftest import Served
 from triward import RewardClient
-from triward_server.serving.launch import TritonServer
 
 Run = Callable[..., Command]
 
@@ -27,36 +26,27 @@ PAIRS = 24
 
 
 @pytest.fixture(scope="module")
-def server(
-    build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TritonServer]:
+def model(served: Callable[..., Served]) -> Served:
     """One whose scores do not depend on company, which a run that goes on has another of."""
-    log = tmp_path_factory.mktemp("log") / "triton.log"
-    repository = build("--dtype=float32", "--deterministic")
-    with log.open("w") as file, TritonServer(repository, LOCAL, log=file) as running:
-        yield running
+    return served("exact", "--deterministic")
 
 
 @pytest.fixture(scope="module")
-def client(server: TritonServer) -> Iterator[RewardClient]:
-    with RewardClient(server.endpoints.grpc, timeout=120) as connected:
-        yield connected
+def client(model: Served) -> RewardClient:
+    return model.client
 
 
 @pytest.fixture
-def evaluate(command: Callable[..., Command], server: TritonServer) -> Run:
+def evaluate(command: Callable[..., Command], model: Served) -> Run:
     """Starts the real command."""
 
     def run(
-        benchmark: str,
-        data: Path,
-        output: Path,
-        *options: object,
-        url: str = server.endpoints.grpc,
-    ) -> Command:
+        benchmark: str, data: Path, output: Path, *options: object,
+        url: str = model.server.endpoints.grpc, name: str = model.names.ensemble,
+    ) -> Command:  # fmt: skip
         return command(
             BIN / "triward", "eval", benchmark, "--data", data, "--output", output,
-            "--url", url, "--timeout=120", "--no-progress", *options,
+            "--url", url, "--model", name, "--timeout=120", "--no-progress", *options,
         )  # fmt: skip
 
     return run
@@ -148,6 +138,6 @@ def test_a_finished_run_needs_no_server(evaluate: Run, tmp_path: Path) -> None:
     again = evaluate("rewardbench", data.path, tmp_path / "out", url="127.0.0.1:1")
     assert again.wait() == 0, again.output
     assert (tmp_path / "out" / "report.json").read_bytes() == before
-    other = evaluate("rewardbench", data.path, tmp_path / "out", "--model", "other")
+    other = evaluate("rewardbench", data.path, tmp_path / "out", name="other")
     assert other.wait() == 2
-    assert "was begun with model = 'reward', now it is 'other'" in other.output
+    assert "was begun with model = 'exact', now it is 'other'" in other.output

@@ -23,8 +23,8 @@ from tests.conftest import LOCAL
 from tests.fuzzer import ASK, DEADLINE, FLAGS, Caller, Fuzzer, Tally, conversations_of
 from triward_server.serving.launch import TritonServer
 
-REQUESTS = 10_000
-WARM_UP = 2_000
+MANY, FEW = 10_000, 1_000
+WARM_UP = 0.2  # of all requests
 CALLERS = 16
 GROWTH = 1.10  # of each process's memory, from the end of the warm-up to the last request
 LEFT_BEHIND = 4096  # bytes a request, on average of them all
@@ -52,7 +52,10 @@ def caller(target: TritonServer) -> Iterator[Caller]:
         yield Caller(channel)
 
 
-def test_ten_thousand_requests(target: TritonServer, caller: Caller, fuzzer: Fuzzer) -> None:
+@pytest.mark.parametrize("requests", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_thousands_of_requests(
+    requests: int, target: TritonServer, caller: Caller, fuzzer: Fuzzer
+) -> None:
     good = fuzzer.good()
     expected = [caller.scores(request) for request in good]
     before = {p.pid for p in psutil.Process(target.pid).children(recursive=True)}
@@ -78,9 +81,10 @@ def test_ten_thousand_requests(target: TritonServer, caller: Caller, fuzzer: Fuz
     with ThreadPoolExecutor(CALLERS) as pool:
         for _ in pool.map(partial(_scored, caller, fuzzer.large()), range(4 * CALLERS)):
             pass
-        warm = send_all(range(WARM_UP))
-        done = send_all(range(WARM_UP, REQUESTS))
-    print(f"{REQUESTS} requests in {time.monotonic() - begun:.0f} s")
+        settled = int(WARM_UP * requests)
+        warm = send_all(range(settled))
+        done = send_all(range(settled, requests))
+    print(f"{requests} requests in {time.monotonic() - begun:.0f} s")
     for kind, statuses in sorted(tally.statuses.items()):
         print(f"{kind:16}", dict(statuses))
     for name, value in done.flat().items():
@@ -91,13 +95,18 @@ def test_ten_thousand_requests(target: TritonServer, caller: Caller, fuzzer: Fuz
     for request, scores in zip(good, expected, strict=True):
         np.testing.assert_allclose(caller.scores(request), scores, rtol=1e-5)
     assert target.http.is_ready()
+    if requests == MANY:  # before, the heaps have not settled
+        _does_not_grow(warm, done, requests - settled)
+    assert done.shm_regions == warm.shm_regions
+    _reaches_deep(tally)
+
+
+def _does_not_grow(warm: footprint.Footprint, done: footprint.Footprint, requests: int) -> None:
     for name, value in warm.flat().items():
         if name.endswith(("rss", "shm.bytes")):
             assert done.flat()[name] <= GROWTH * value, name
     leaked = done.flat()["total.rss"] - warm.flat()["total.rss"]
-    assert leaked <= LEFT_BEHIND * (REQUESTS - WARM_UP), "a little of each request is kept"
-    assert done.shm_regions == warm.shm_regions
-    _reaches_deep(tally)
+    assert leaked <= LEFT_BEHIND * requests, "a little of each request is kept"
 
 
 def _scored(caller: Caller, request: Any, _: int) -> None:

@@ -46,7 +46,7 @@ def run(behind: str, folder: Path) -> Iterator[str]:
     file = folder / "nginx.conf"
     file.write_text(text)
     command = [nginx, "-p", folder, "-c", file, "-e", "stderr", "-g", "daemon off;"]
-    with subprocess.Popen(command, stderr=(folder / "log").open("w")) as process:
+    with subprocess.Popen(command, stderr=(folder / "nginx.log").open("w")) as process:
         try:
             with grpc.insecure_channel(url) as channel:
                 grpc.channel_ready_future(channel).result(60)

@@ -30,6 +30,8 @@ from triward.rewards import RunningMoments, Shape
 from triward_server.serving.launch import TritonServer
 from triward_server.testing.oracle import fp32_budget
 
+pytestmark = pytest.mark.slow
+
 STEPS, PROMPTS, GENERATIONS = 3, 2, 4  # prompts of each step, completions of each prompt
 QUESTIONS = [f"What is {n} + {n}? Take your time, and answer in one word." for n in range(8)]
 Metric = Callable[[str, str], float]

@@ -11,13 +11,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import tritonclient.grpc as triton
 
+from tests.asking import ASK, accepted, keep_asking, long_prompt, ready, wait_until
 from tests.commands import BIN, Command, assert_gone, regions
 from triward import RewardClient, ServerError, ServerUnavailable, TriwardError
 from triward_server.backend.metrics import WORKING
@@ -29,20 +29,15 @@ from triward_server.serving.launch import TritonServer
 from triward_server.serving.repository import Canaries
 from triward_server.serving.triton_http import HttpError, Loaded, Series, TritonHttp
 from triward_server.serving.watchdog import Watchdog
+from triward_server.testing.echo import fault
 
 NOTICED_WITHIN = 15.0  # seconds
-ASK: list[dict[str, Any]] = [
-    {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
-]  # fmt: skip
-
 UTILS = "triton_python_" + "backend_utils"  # which only adapters may import
 
-# In front of the real adapter: what a GPU or a deadlock would do, when a file says so.
+# In front of the real adapter: weights that become NaN when a file says so.
 FAULTY = f"""
-import threading
 from pathlib import Path
 
-import torch
 import {UTILS} as pb_utils
 
 from triward_server.backend.triton_io import ForwardBackend
@@ -53,25 +48,12 @@ FOLDER = Path(__file__).parent
 class TritonPythonModel:
     def initialize(self, args):
         self._backend = ForwardBackend(args, pb_utils)
-        self._model = self._backend._scorer._model
 
     def execute(self, requests):
-        if (FOLDER / "hang").exists():
-            self._model.forward = lambda *arguments: threading.Event().wait()
-        if (FOLDER / "lost").exists():
-            def forward(*arguments):
-                raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
-            self._model.forward = forward
         if (FOLDER / "nan").exists():
-            self._model.v_head.summary.bias.data.fill_(float("nan"))
-        if (FOLDER / "drift").exists():
-            self._model.v_head.summary.bias.data.add_(0.5)
+            self._backend._scorer._model.v_head.summary.bias.data.fill_(float("nan"))
         return self._backend.execute(requests)
 """
-
-
-def ready(running: Command) -> str:
-    return running.wait_for(r"ready\s+grpc\s+(127.0.0.1:\d+)")[1]
 
 
 def ended(running: Command, since: float) -> str:
@@ -81,36 +63,32 @@ def ended(running: Command, since: float) -> str:
     return running.output.splitlines()[-1].removeprefix("triward-server: ")
 
 
-def keep_asking(url: str, until: Callable[[], bool]) -> list[float | TriwardError]:
-    """Scores and errors of one caller, until an end that it does not know."""
-    answers: list[float | TriwardError] = []
-    with RewardClient(url, timeout=20, max_attempts=1) as client:
-        while not until():
-            try:
-                answers.append(client.score(ASK))
-            except TriwardError as error:
-                answers.append(error)
-    return answers
-
-
 @pytest.mark.parametrize(
-    ("number", "name"),
+    ("number", "name", "real"),
     [
-        (signal.SIGKILL, "reward_forward"),
-        (signal.SIGKILL, "reward_preprocess"),
-        (signal.SIGSTOP, "reward_forward"),
-        (signal.SIGSTOP, "tritonserver"),
+        (signal.SIGKILL, "reward_forward", True),
+        (signal.SIGKILL, "reward_preprocess", False),
+        (signal.SIGSTOP, "reward_forward", False),
+        (signal.SIGSTOP, "tritonserver", False),
     ],
 )
 def test_a_process_dies_or_stops_under_load(
-    number: signal.Signals, name: str, serve: Callable[..., Command], client: RewardClient
+    number: signal.Signals,
+    name: str,
+    real: bool,
+    serve: Callable[..., Command],
+    request: pytest.FixtureRequest,
 ) -> None:
-    expected = client.score(ASK)
-    running = serve()
+    expected = request.getfixturevalue("client" if real else "echo").score(ASK)
+    repository = request.getfixturevalue("repository" if real else "faulty")
+    running = serve(repository=repository)
     url = ready(running)
+    if not real:  # or callers are so many that Triton 24.10 aborts over the process it lost
+        fault(repository, "delay", "0.05")
     family = running.family()
     [victim, *_] = [p for p in family if name in (p.name(), Path(p.cmdline()[1]).parts[-3:][0])]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool, ExitStack() as end:
+        end.callback(running.kill)  # should the test fail, callers would wait for it
         callers = [
             pool.submit(keep_asking, url, lambda: running.process.poll() is not None)
             for _ in range(4)
@@ -131,35 +109,48 @@ def test_a_process_dies_or_stops_under_load(
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("damage", "value", "words"),
     [
-        ("hang", "reward_forward_0_0 has got nothing done for"),
-        ("lost", "CUDA error: uncorrectable ECC error"),
-        ("nan", "the model's score is nan"),
-        ("drift", "the canary scores"),
+        ("hang", "", "reward_forward_0_0 has got nothing done for"),
+        ("error", "CUDA error: uncorrectable ECC error", "CUDA error: uncorrectable ECC error"),
+        ("nan", "", "the model's score is nan"),
+        ("drift", "0.5", "the canary scores"),
     ],
 )
 def test_a_model_that_no_longer_scores(
-    fault: str, words: str, serve: Callable[..., Command], repository: Path, tmp_path: Path
+    damage: str, value: str, words: str, serve: Callable[..., Command], faulty: Path
 ) -> None:
-    faulty = Path(shutil.copytree(repository, tmp_path / "faulty"))
-    (faulty / "reward_forward/1/model.py").write_text(FAULTY)
     running = serve("--hang-timeout=3", repository=faulty)
     ready(running)
     family = running.family()
-    (faulty / "reward_forward/1" / fault).touch()
+    fault(faulty, damage, value)
     assert words in ended(running, time.monotonic())
     assert_gone(family)
 
 
-def test_tritonserver_killed_in_mid_batch(serve: Callable[..., Command]) -> None:
-    running = serve()
+@pytest.mark.slow
+def test_a_real_model_whose_weights_become_nan(
+    serve: Callable[..., Command], repository: Path, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(repository, tmp_path / "damaged"))
+    (damaged / "reward_forward/1/model.py").write_text(FAULTY)
+    running = serve(repository=damaged)
+    ready(running)
+    family = running.family()
+    (damaged / "reward_forward/1/nan").touch()
+    assert "the model's score is nan" in ended(running, time.monotonic())
+    assert_gone(family)
+
+
+def test_tritonserver_killed_in_mid_batch(serve: Callable[..., Command], faulty: Path) -> None:
+    running = serve(repository=faulty)
     url = ready(running)
     family = running.family()
-    long = [{"role": "user", "content": "word " * 3000}]
+    fault(faulty, "delay", "5")
     with RewardClient(url, timeout=60, max_attempts=1) as client, ThreadPoolExecutor(4) as pool:
-        calls = [pool.submit(client.score_responses, long, ["a"] * 64) for _ in range(4)]
-        _wait_until(lambda: any(_cpu(p) > 0.2 for p in family if "python_b" in p.name()))
+        calls = [pool.submit(client.score_responses, ASK[:1], ["a"] * 64) for _ in range(4)]
+        with triton.InferenceServerClient(url) as raw:
+            wait_until(lambda: accepted(raw) >= len(calls))
         next(p for p in family if p.name() == "tritonserver").kill()
         for call in calls:
             assert isinstance(call.exception(timeout=60), ServerUnavailable)
@@ -167,23 +158,12 @@ def test_tritonserver_killed_in_mid_batch(serve: Callable[..., Command]) -> None
     assert_gone(family)
 
 
-def _cpu(process: psutil.Process) -> float:
-    return float(process.cpu_percent(interval=0.05)) / 100
-
-
-def _wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
-def test_shared_memory_runs_out(repository: Path, tmp_path: Path) -> None:
+def test_shared_memory_runs_out(echo_repository: Path, tmp_path: Path) -> None:
     """In a namespace whose /dev/shm is as small as a container's default: 64 MB."""
     script = tmp_path / "run.sh"
     script.write_text(
         "mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "
-        f"{BIN}/triward-server serve --repository {repository} --host=127.0.0.1 "
+        f"{BIN}/triward-server serve --repository {echo_repository} --host=127.0.0.1 "
         "--grpc-port=0 --http-port=0 --metrics-port=0\n"
     )
     namespace = ["unshare", "-rm", "sh"]
@@ -209,25 +189,22 @@ def test_shared_memory_runs_out(repository: Path, tmp_path: Path) -> None:
         running.kill()
 
 
-def long_prompt(number: int) -> list[dict[str, Any]]:
-    """About a second of work that no other prompt shares."""
-    return [{"role": "user", "content": f"{number} " + "word " * 1500}]
-
-
-def test_told_to_stop_under_load(serve: Callable[..., Command], client: RewardClient) -> None:
+def test_told_to_stop_under_load(
+    serve: Callable[..., Command], client: RewardClient, repository: Path
+) -> None:
     """What is in flight finishes with its score; what comes later is refused, typed."""
-    prompts = [long_prompt(number) for number in range(12)]
+    prompts = [long_prompt(number) for number in range(6)]
     expected = [client.score_responses(prompt, ["yes", "no"]) for prompt in prompts]
-    running = serve("--drain-timeout=100")
+    running = serve("--drain-timeout=100", repository=repository)
     url = ready(running)
     family = running.family()
-    with RewardClient(url, timeout=100, max_attempts=1) as asking, ThreadPoolExecutor(12) as pool:
+    with RewardClient(url, timeout=100, max_attempts=1) as asking, ThreadPoolExecutor(6) as pool:
         asking.score(ASK)
         flight = [pool.submit(asking.score_responses, prompt, ["yes", "no"]) for prompt in prompts]
         with triton.InferenceServerClient(url) as raw:
-            _wait_until(lambda: _accepted(raw) > len(prompts))
+            wait_until(lambda: accepted(raw) > len(prompts))
             running.process.send_signal(signal.SIGTERM)
-            _wait_until(lambda: not raw.is_model_ready("reward", "1"))
+            wait_until(lambda: not raw.is_model_ready("reward", "1"))
         refused = keep_asking(url, lambda: running.process.poll() is not None)
         scores = [call.result(timeout=60) for call in flight]
     assert running.wait() == 0
@@ -240,18 +217,14 @@ def test_told_to_stop_under_load(serve: Callable[..., Command], client: RewardCl
     assert_gone(family)
 
 
-def _accepted(raw: Any) -> int:
-    statistics = raw.get_inference_statistics("reward_preprocess").model_stats[0]
-    return int(statistics.inference_stats.success.count)
-
-
-def test_draining_has_an_end(serve: Callable[..., Command]) -> None:
-    running = serve("--drain-timeout=0.5")
+def test_draining_has_an_end(serve: Callable[..., Command], faulty: Path) -> None:
+    running = serve("--drain-timeout=0.5", repository=faulty)
     url = ready(running)
+    fault(faulty, "delay", "0.3")
     with RewardClient(url, timeout=100, max_attempts=1) as client, ThreadPoolExecutor(12) as pool:
-        calls = [pool.submit(client.score_responses, long_prompt(n), ["a"]) for n in range(12)]
+        calls = [pool.submit(client.score_responses, ASK[:1], [f"{n}"]) for n in range(12)]
         with triton.InferenceServerClient(url) as raw:
-            _wait_until(lambda: _accepted(raw) >= 6)
+            wait_until(lambda: accepted(raw) >= 6)
         running.process.send_signal(signal.SIGTERM)
         assert running.wait() == 0
         failures = [call.exception(timeout=60) for call in calls]

@@ -25,8 +25,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.asking import ASK
 from tests.commands import BIN, Command, assert_gone, regions
-from tests.conftest import LOCAL, ROOT
+from tests.conftest import LOCAL, ROOT, brief
 from triward import RewardClient, ServerUnavailable
 from triward_server import __version__
 from triward_server.cli import app
@@ -36,10 +37,6 @@ from triward_server.serving import gpu, installation, launch
 from triward_server.serving.installation import find_triton
 from triward_server.serving.launch import Endpoints, TritonServer
 from triward_server.serving.triton_http import HttpError, Loaded, TritonHttp
-
-ASK: list[dict[str, Any]] = [
-    {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
-]  # fmt: skip
 
 
 def free(port: str) -> bool:
@@ -310,11 +307,10 @@ def test_its_version() -> None:
     assert result.stdout == f"triward-server {__version__}, wire contract {CONTRACT_VERSION}\n"
 
 
-def test_a_wrong_parameter(serve: Callable[..., Command], repository: Path, tmp_path: Path) -> None:
-    broken = Path(shutil.copytree(repository, tmp_path / "broken"))
-    config = broken / "reward_preprocess" / "config.pbtxt"
+def test_a_wrong_parameter(serve: Callable[..., Command], faulty: Path) -> None:
+    config = faulty / "reward_preprocess" / "config.pbtxt"
     config.write_text(config.read_text().replace('"256"', '"many"'))
-    failed = serve(repository=broken)
+    failed = serve(repository=faulty)
     assert failed.wait() == 1
     assert "parameter 'max_responses' = 'many'" in failed.output.splitlines()[-1]
 
@@ -346,10 +342,10 @@ def test_tritonserver_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_server_that_exits_at_once(
-    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, echo_repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     test_tritonserver_on_path_comes_first(tmp_path, monkeypatch)
-    with pytest.raises(LaunchError, match="exit code 7"), TritonServer(repository, LOCAL):
+    with pytest.raises(LaunchError, match="exit code 7"), TritonServer(echo_repository, LOCAL):
         pass
 
 
@@ -406,6 +402,7 @@ def test_demo_shows_both_columns(command: Callable[..., Command]) -> None:
     assert regions(demo.process.pid) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["3/4", "4/4"])
 def test_ctrl_c_during_the_demo(
     moment: str, command: Callable[..., Command], tmp_path: Path
@@ -429,7 +426,7 @@ def test_the_chart_is_what_its_script_draws() -> None:
 
 
 def test_a_request_that_triton_never_lets_go_delays_no_stop(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    echo_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton 24.10 keeps some cancelled requests, so its model is unloading for ever."""
     looks = 0
@@ -439,15 +436,15 @@ def test_a_request_that_triton_never_lets_go_delays_no_stop(
         looks += 1
         return [Loaded("reward", "1", "UNLOADING")]
 
-    with (tmp_path / "log").open("w") as log:
-        with TritonServer(repository, LOCAL, log=log, drain_timeout=600):
+    with (tmp_path / "triton.log").open("w") as log:
+        with TritonServer(echo_repository, LOCAL, log=log, drain_timeout=600):
             monkeypatch.setattr(TritonHttp, "index", unloading)
         assert 0 < looks < 100, "it waits for a model that has nothing to do"
-    assert "still in flight" not in (tmp_path / "log").read_text()
+    assert "still in flight" not in (tmp_path / "triton.log").read_text()
 
 
 def test_an_index_that_does_not_answer_does_not_end_the_draining(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    echo_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
 
@@ -457,16 +454,16 @@ def test_an_index_that_does_not_answer_does_not_end_the_draining(
         raise HttpError(0, "no answer within 5 s")
 
     with (
-        (tmp_path / "log").open("w") as log,
-        TritonServer(repository, LOCAL, log=log, drain_timeout=600),
+        (tmp_path / "triton.log").open("w") as log,
+        TritonServer(echo_repository, LOCAL, log=log, drain_timeout=600),
     ):
         monkeypatch.setattr(TritonHttp, "index", silent)
     assert looks > 1, "it gave up"
-    assert "cannot drain" not in (tmp_path / "log").read_text()
+    assert "cannot drain" not in (tmp_path / "triton.log").read_text()
 
 
 def test_a_crash_while_models_load_is_tried_once_more(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    echo_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried, script = tmp_path / "tried", tmp_path / "tritonserver"
 
@@ -480,32 +477,32 @@ def test_a_crash_while_models_load_is_tried_once_more(
         return replace(real, executable=str(script))
 
     monkeypatch.setattr(launch, "find_triton", crashing)
-    with (tmp_path / "log").open("w") as log, TritonServer(repository, LOCAL, log=log) as server:
+    with brief(echo_repository, tmp_path / "triton.log") as server:
         assert server.http.is_ready()
-    said = (tmp_path / "log").read_text()
+    said = (tmp_path / "triton.log").read_text()
     assert said.count("it is started again") == 1
     assert "tritonserver: signal SIGABRT" in said
 
 
 def test_a_crash_that_comes_again_is_told(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    echo_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "tritonserver"
     script.write_text("#!/bin/sh\nkill -ABRT $$\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with (
-        (tmp_path / "log").open("w") as log,
+        (tmp_path / "triton.log").open("w") as log,
         pytest.raises(LaunchError, match="tritonserver: signal SIGABRT"),
-        TritonServer(repository, LOCAL, log=log),
+        TritonServer(echo_repository, LOCAL, log=log),
     ):
         pass
-    assert (tmp_path / "log").read_text().count("it is started again") == 2
+    assert (tmp_path / "triton.log").read_text().count("it is started again") == 2
 
 
 def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Path) -> None:
     """Triton 24.10 gives a model's process up that is silent for a second, and waits for ever."""
-    done = threading.Event()
+    done, others = threading.Event(), {*psutil.Process().children(recursive=True)}
 
     def is_loading(process: psutil.Process) -> bool:
         maps = Path(f"/proc/{process.pid}/maps").read_text()
@@ -513,7 +510,7 @@ def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Pa
 
     def freeze_one() -> None:
         while not done.wait(0.02):
-            for process in psutil.Process().children(recursive=True):
+            for process in {*psutil.Process().children(recursive=True)} - others:
                 with suppress(psutil.Error, OSError):
                     if is_loading(process):
                         process.suspend()
@@ -521,7 +518,7 @@ def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Pa
                         process.resume()
                         return
 
-    with (tmp_path / "log").open("w") as log, ThreadPoolExecutor(1) as pool:
+    with (tmp_path / "triton.log").open("w") as log, ThreadPoolExecutor(1) as pool:
         freezing = pool.submit(freeze_one)
         try:
             with TritonServer(repository, LOCAL, log=log) as server:
@@ -529,6 +526,6 @@ def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Pa
         finally:
             done.set()
         freezing.result()
-    said = (tmp_path / "log").read_text()
+    said = (tmp_path / "triton.log").read_text()
     assert "stands still" in said or "lock_exception" in said, said
     assert "it is started again" in said

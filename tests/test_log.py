@@ -112,10 +112,10 @@ def test_a_reader_that_is_gone() -> None:
             writer.write(LINE)
 
 
-def score_and_stop(serving: subprocess.Popen[str], url: str, client: RewardClient) -> None:
+def score_and_stop(serving: subprocess.Popen[str], url: str, echo: RewardClient) -> None:
     """Everything still works, and the end is clean."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}]
-    expected = client.score(messages)
+    expected = echo.score(messages)
     with RewardClient(url, timeout=60, max_attempts=1) as asking:
         for _ in range(ROUNDS):
             assert asking.score(messages) == pytest.approx(expected, abs=1e-4)
@@ -131,39 +131,40 @@ def command(repository: Path, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_full_disk(repository: Path, client: RewardClient) -> None:
+def test_a_full_disk(echo_repository: Path, echo: RewardClient) -> None:
     with (
         Path("/dev/full").open("w") as full,
         subprocess.Popen(
-            command(repository), stdout=subprocess.PIPE, stderr=full, text=True
+            command(echo_repository), stdout=subprocess.PIPE, stderr=full, text=True
         ) as serving,
     ):
         assert serving.stdout
         ready = re.search(r"ready\s+grpc\s+(\S+)", serving.stdout.readline())
         assert ready
-        score_and_stop(serving, ready[1], client)
+        score_and_stop(serving, ready[1], echo)
 
 
-def test_nobody_reads_any_of_it(repository: Path, client: RewardClient) -> None:
+def test_nobody_reads_any_of_it(echo_repository: Path, echo: RewardClient) -> None:
     """Standard output and error are one pipe, as under many supervisors, and its reader dies."""
     ports = LOCAL.with_ports()
     flags = [f"--{name}-port={getattr(ports, f'{name}_port')}"
              for name in ("grpc", "http", "metrics")]  # fmt: skip
     with pipe() as (reader, out):
-        serving = subprocess.Popen(command(repository, *flags), stdout=out, stderr=out, text=True)
+        started = command(echo_repository, *flags)
+        serving = subprocess.Popen(started, stdout=out, stderr=out, text=True)
         out.close()
         reader.read(100)
         reader.close()
         http = TritonHttp("127.0.0.1", ports.http_port)
         while not http.is_ready():
             assert serving.poll() is None
-        score_and_stop(serving, ports.grpc, client)
+        score_and_stop(serving, ports.grpc, echo)
 
 
-def test_the_log_of_a_failed_start_is_named(repository: Path, tmp_path: Path) -> None:
+def test_the_log_of_a_failed_start_is_named(echo_repository: Path, tmp_path: Path) -> None:
     file = tmp_path / "triton.log"
     with file.open("w") as log:
-        server = TritonServer(repository, LOCAL, log=log, flags=["--no-such-flag=1"])
+        server = TritonServer(echo_repository, LOCAL, log=log, flags=["--no-such-flag=1"])
         with pytest.raises(Exception, match=rf"\(log: {re.escape(str(file))}\)$"), server:
             pass
     assert "--no-such-flag" in file.read_text()

@@ -17,7 +17,7 @@ from qwen_vl_utils import process_vision_info
 from transformers import AutoImageProcessor
 
 from benchmarks.workloads import photo
-from tests.conftest import LOCAL, encode
+from tests.conftest import Served, encode
 from tests.conversations import image_files, picture
 from triward import RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
@@ -30,7 +30,6 @@ from triward_server.intake.media import ImageLoader
 from triward_server.intake.preprocess import Preprocessor
 from triward_server.intake.resizing import TorchResizer, is_steep, limited
 from triward_server.schema import Grid
-from triward_server.serving.launch import TritonServer
 from triward_server.testing.oracle import Oracle, fp32_budget
 
 SIZES = [(28, 28), (31, 997), (1999, 2001), (56, 55), (13, 7)]
@@ -257,14 +256,17 @@ class TestTorch:
                 np.testing.assert_array_equal(a, b)
 
     def test_served_scores_drift_a_little(
-        self, build: Callable[..., Path], client: RewardClient, tmp_path: Path
+        self, served: Callable[..., Served], client: RewardClient
     ) -> None:
         """On images that are really resized: another score, but hardly."""
-        repository = build("--dtype=float32")
-        path = repository / "reward_preprocess" / "config.pbtxt"
-        text = path.read_text()
-        assert '"pillow"' in text
-        path.write_text(text.replace('"pillow"', '"torch"'))
+
+        def with_torch(repository: Path) -> None:
+            path = repository / "resized_preprocess" / "config.pbtxt"
+            text = path.read_text()
+            assert '"pillow"' in text
+            path.write_text(text.replace('"pillow"', '"torch"'))
+
+        other = served("resized", change=with_torch).client
         sources = [picture(w, h, w) for w, h in [(100, 90), (333, 222), (50, 470), (640, 480)] * 3]
         conversations = [
             [
@@ -274,12 +276,7 @@ class TestTorch:
             for n, source in enumerate(sources)
         ]
         exact = np.array(client.score_many(conversations))
-        with (
-            (tmp_path / "triton.log").open("w") as log,
-            TritonServer(repository, LOCAL, log=log) as server,
-            RewardClient(server.endpoints.grpc, timeout=120) as other,
-        ):
-            drift = np.abs(np.array(other.score_many(conversations)) - exact)
+        drift = np.abs(np.array(other.score_many(conversations)) - exact)
         assert 0 < drift.max() < 0.05
         assert np.std(exact) > 0.5
 

@@ -61,9 +61,11 @@ def peak(checkpoint: Path, budget: int) -> int:
     return int(json.loads(output))
 
 
+@pytest.mark.slow
 def test_peak_stays_within_the_budget(small: Path) -> None:
     assert peak(small, BUDGET) <= BUDGET
 
 
+@pytest.mark.slow
 def test_control_without_a_budget_the_peak_is_higher(small: Path) -> None:
     assert peak(small, 2**40) > BUDGET

@@ -15,7 +15,7 @@ from urllib.request import Request
 import pytest
 import torch
 
-from tests.conftest import LOCAL, ROOT, encode
+from tests.conftest import ROOT, brief, encode
 from tests.conversations import picture
 from tests.promql import metric_names
 from tests.test_scoring import request
@@ -242,13 +242,10 @@ def collector() -> Iterator[tuple[str, list[bytes]]]:
 
 
 def test_traces_reach_a_collector(
-    repository: Path, collector: tuple[str, list[bytes]], tmp_path: Path
+    echo_repository: Path, collector: tuple[str, list[bytes]], tmp_path: Path
 ) -> None:
     url, bodies = collector
-    with (
-        (tmp_path / "log").open("w") as log,
-        TritonServer(repository, LOCAL, log=log, trace_endpoint=url) as server,
-    ):
+    with brief(echo_repository, tmp_path / "triton.log", trace_endpoint=url) as server:
         with RewardClient(server.endpoints.grpc, timeout=60) as client:
             client.score([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         end = time.monotonic() + 30

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from tritonclient.grpc import service_pb2
 
+from tests.asking import conversation
 from tests.commands import BIN, Command, assert_gone
 from tests.conftest import LOCAL
 from triward import RewardClient
@@ -30,13 +31,6 @@ from triward_server.serving.triton_http import TritonHttp
 LIMIT = 2 * 2**30  # of which it takes two thirds before anybody asks, mostly threads' stacks
 CHUNKS = 600_000  # 3.6 MB; Triton 24.10 survives 200,000
 WARNING = "triward-server: warning: whoever reaches HTTP"
-
-
-def conversation(number: int) -> list[dict[str, str]]:
-    return [
-        {"role": "user", "content": f"question {number}"},
-        {"role": "assistant", "content": "An answer."},
-    ]
 
 
 def connects(host: str, port: int) -> bool:
@@ -81,7 +75,7 @@ def send_compressed(url: str, data: bytes) -> grpc.StatusCode:
 
 
 def test_http_is_for_this_machine_and_the_rest_for_whom_it_was_asked(
-    serve: Callable[..., Command], repository: Path
+    serve: Callable[..., Command], echo_repository: Path
 ) -> None:
     running = serve("--host=0.0.0.0")
     grpc_port = int(running.wait_for(r"ready\s+grpc\s+0\.0\.0\.0:(\d+)$")[1])
@@ -104,7 +98,7 @@ def test_http_is_for_this_machine_and_the_rest_for_whom_it_was_asked(
     assert not connects("::1", grpc_port)
     with RewardClient(f"{elsewhere}:{grpc_port}") as client:
         score = client.score(conversation(0))
-        health = [BIN / "triward-server", "health", "--deep", "--repository", repository]
+        health = [BIN / "triward-server", "health", "--deep", "--repository", echo_repository]
         assert Command(*health, f"--http-port={http_port}").wait() == 0
         assert client.score(conversation(0)) == score
     assert WARNING not in running.output
@@ -128,9 +122,9 @@ def test_http_for_others_is_warned_of_and_for_cause(serve: Callable[..., Command
     assert "tritonserver stopped by itself (signal SIGSEGV)" in running.output
 
 
-def test_http_cannot_be_both_encrypted_and_elsewhere(repository: Path, tmp_path: Path) -> None:
+def test_http_cannot_be_both_encrypted_and_elsewhere(echo_repository: Path, tmp_path: Path) -> None:
     tls = Tls(tmp_path / "certificate", tmp_path / "key")
-    server = TritonServer(repository, replace(LOCAL, http_host="0.0.0.0"), tls=tls)
+    server = TritonServer(echo_repository, replace(LOCAL, http_host="0.0.0.0"), tls=tls)
     with pytest.raises(LaunchError, match=r"with TLS it cannot listen on 0\.0\.0\.0"), server:
         pass
 
@@ -189,11 +183,11 @@ def restarted(
 
 
 def test_a_bomb_costs_a_restart_and_no_score(
-    client: RewardClient, repository: Path, tmp_path: Path
+    echo: RewardClient, echo_repository: Path, tmp_path: Path
 ) -> None:
     """gRPC unpacks a message before anything of ours could refuse it."""
     asked = [conversation(n) for n in range(6)]
-    expected = client.score_many(asked)
+    expected = echo.score_many(asked)
     endpoints = replace(LOCAL, grpc_port=LOCAL.with_ports().grpc_port)
     deaths: list[str] = []
     rounds: list[list[float]] = []
@@ -216,7 +210,7 @@ def test_a_bomb_costs_a_restart_and_no_score(
     with (tmp_path / "triton.log").open("w") as log, ThreadPoolExecutor(1) as pool:
 
         def start() -> TritonServer:
-            return TritonServer(repository, endpoints, log=log, max_memory=LIMIT)
+            return TritonServer(echo_repository, endpoints, log=log, max_memory=LIMIT)
 
         with restarted(start, deaths) as now:
             check_limits(now().pid)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 from tests.test_deployment import pins
 
@@ -27,6 +29,7 @@ sys.exit(pytest.main(sys.argv[1:], plugins=[WithoutTriton()]))
 """
 
 
+@pytest.mark.slow
 def test_the_model_codes_tests_pass_under_numpy_2(tmp_path: Path) -> None:
     assert NUMPY.startswith("2.")
     pip = [sys.executable, "-m", "pip", "install", "-qqq", "--no-deps", "--target", tmp_path]

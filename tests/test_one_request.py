@@ -23,7 +23,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests import loadgen
-from tests.conftest import LOCAL
+from tests.conftest import brief
 from triward_server.serving.launch import TritonServer
 
 MB = 1_000_000
@@ -193,13 +193,22 @@ def packed(size: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def target(
-    build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+def ports(
+    echo_repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
-    repository = build("--dtype=float32")
-    log = tmp_path_factory.mktemp("log") / "triton.log"
-    with log.open("w") as file, TritonServer(repository, LOCAL, log=file) as running:
+    """A server whose ports are attacked, below anything that a model could see."""
+    with brief(echo_repository, tmp_path_factory.mktemp("log") / "triton.log") as running:
         yield running
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> TritonServer:
+    """Who is attacked: the real model, unless a test says otherwise."""
+    running: TritonServer = request.getfixturevalue(getattr(request, "param", "server"))
+    return running
+
+
+at_ports = pytest.mark.parametrize("target", ["ports"], indirect=True)
 
 
 @pytest.fixture
@@ -233,6 +242,7 @@ def send(port: int, data: bytes) -> None:
             pass  # it has hung up, or waits for more: both are an answer
 
 
+@at_ports
 @pytest.mark.parametrize("port", ["grpc", "metrics"])
 def test_bytes(port: str, target: TritonServer, alive: Callable[[str], None]) -> None:
     number = getattr(target.endpoints, f"{port}_port")
@@ -252,6 +262,7 @@ def test_messages(target: TritonServer, alive: Callable[[str], None]) -> None:
             alive(name)
 
 
+@pytest.mark.slow
 def test_streams(target: TritonServer, alive: Callable[[str], None]) -> None:
     with grpc.insecure_channel(target.endpoints.grpc, loadgen.NO_LIMIT) as channel:
         ask: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
@@ -268,6 +279,7 @@ def _typed(name: str, call: Callable[[], Any]) -> None:
         assert error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED, name
 
 
+@at_ports
 @pytest.mark.parametrize("size", [10 * MB, 200 * MB])
 def test_compressed(size: int, target: TritonServer, alive: Callable[[str], None]) -> None:
     data = packed(size)

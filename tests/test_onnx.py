@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from google.protobuf import text_format
 from onnx.reference import ReferenceEvaluator
 from tritonclient.grpc import model_config_pb2
 
-from tests.conftest import LOCAL
+from tests.conftest import Served
 from tests.conversations import Messages
 from triward import RewardClient, ServerError
 from triward_server import schema
@@ -31,7 +31,6 @@ from triward_server.engine.vision import VisionTower
 from triward_server.errors import CheckpointError, ConfigError, ForwardError
 from triward_server.export.onnx import OPSET, export_value_head, export_vision
 from triward_server.schema import Array, Features, Grid, Scores, TensorSpec, UInt8Array
-from triward_server.serving.launch import TritonServer
 from triward_server.serving.triton_http import read_metrics
 from triward_server.testing.oracle import Oracle, fp32_budget
 
@@ -307,16 +306,13 @@ def test_a_version_cannot_bring_a_vision_step(
 
 
 @pytest.fixture(scope="module")
-def served(with_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    log = tmp_path_factory.mktemp("log-onnx") / "triton.log"
-    with log.open("w") as file, TritonServer(with_python, LOCAL, log=file) as running:
-        yield running
+def model(served: Callable[..., Served]) -> Served:
+    return served("graph", "--vision=onnx", "--vision-backend=python")
 
 
 @pytest.fixture(scope="module")
-def client(served: TritonServer) -> Iterator[RewardClient]:
-    with RewardClient(served.endpoints.grpc, timeout=120) as connected:
-        yield connected
+def client(model: Served) -> RewardClient:
+    return model.client
 
 
 def test_served_scores_equal_the_oracle(
@@ -336,13 +332,13 @@ def test_served_scores_equal_the_oracle(
 
 
 def test_kept_embeddings_are_not_computed_again(
-    served: TritonServer, client: RewardClient, cases: dict[str, Messages]
+    model: Served, client: RewardClient, cases: dict[str, Messages]
 ) -> None:
     def executions() -> float:
-        series = read_metrics("127.0.0.1", served.endpoints.metrics_port, 10)
+        series = read_metrics("127.0.0.1", model.server.endpoints.metrics_port, 10)
         return sum(
             one.value for one in series
-            if one.name == "nv_inference_count" and one.labels["model"] == schema.VISION
+            if one.name == "nv_inference_count" and one.labels["model"] == model.names.vision
         )  # fmt: skip
 
     client.score(cases["images/2"])
@@ -354,19 +350,19 @@ def test_kept_embeddings_are_not_computed_again(
 
 
 def test_without_its_vision_step_images_fail_and_text_is_scored(
-    served: TritonServer,
+    model: Served,
     client: RewardClient,
     cases: dict[str, Messages],
     reference: dict[str, float],
 ) -> None:
-    served.http.unload(schema.VISION)
+    model.server.http.unload(model.names.vision)
     try:
-        with pytest.raises(ServerError, match="vision step reward_vision, version 1: "):
+        with pytest.raises(ServerError, match="vision step graph_vision, version 1: "):
             client.score(cases["size/28x2000"])
         expected = reference["text/plain"]
         assert abs(client.score(cases["text/plain"]) - expected) <= fp32_budget(expected)
     finally:
-        served.http.load(schema.VISION, 60)
+        model.server.http.load(model.names.vision, 60)
     expected = reference["size/28x2000"]
     assert abs(client.score(cases["size/28x2000"]) - expected) <= fp32_budget(expected)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,25 +13,28 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc as triton
 
+from tests.asking import ASK, accepted, conversation, ready, wait_until
 from tests.commands import Command, assert_gone
 from tests.conftest import Exit
-from tests.test_health import ASK, FAULTY, long_prompt, ready
 from triward import RewardClient, ServerUnavailable
+from triward_server.schema import ModelNames
+from triward_server.testing.echo import fault, make_echo
 
 MODELS = ("reward", "reward_preprocess", "reward_forward")
 
 
 @pytest.fixture
 def damaged(
-    repository: Path, checkpoint: Path, export: Callable[..., Exit], tmp_path: Path
+    echo_repository: Path, checkpoint: Path, export: Callable[..., Exit], tmp_path: Path
 ) -> Path:
     """Two models; version 1 of each is served, and beside them stands what cannot be."""
-    folder = Path(shutil.copytree(repository, tmp_path / "models"))
+    folder = Path(shutil.copytree(echo_repository, tmp_path / "models"))
     result = export(
         "--checkpoint", checkpoint, "--output", folder, "--name=judge", "--device=cpu",
-        "--dtype=float32", "--preprocess-instances=1", "--threads=1",
+        "--dtype=float32", "--preprocess-instances=1", "--threads=1", "--no-canary", "--no-verify",
     )  # fmt: skip
     assert result.code == 0, result.stderr
+    make_echo(folder, ModelNames("judge"))
     for model in (*MODELS, "judge", "judge_preprocess", "judge_forward"):
         shutil.copytree(folder / model / "1", folder / model / "3")
     os.truncate(folder / "reward_forward/3/checkpoint/model-00001-of-00004.safetensors", 9999)
@@ -43,11 +45,11 @@ def damaged(
 
 
 def test_what_nobody_serves_may_be_broken_and_the_folder_may_go(
-    damaged: Path, serve: Callable[..., Command], client: RewardClient
+    damaged: Path, serve: Callable[..., Command], echo: RewardClient
 ) -> None:
     """It starts, names what is broken, loads what is served; and finishes without its folder."""
-    prompts = [long_prompt(number) for number in range(6)]
-    expected = [client.score_responses(prompt, ["yes", "no"]) for prompt in prompts]
+    prompts = [conversation(number)[:1] for number in range(6)]
+    expected = [echo.score_responses(prompt, ["yes", "no"]) for prompt in prompts]
     running = serve("--drain-timeout=100", repository=damaged)
     url = ready(running)
     assert "judge: version 3 is broken, and not served: judge_preprocess/3/" in running.output
@@ -65,15 +67,16 @@ def test_what_nobody_serves_may_be_broken_and_the_folder_may_go(
         ThreadPoolExecutor(6) as pool,
     ):
         for model, count in zip(("reward", "judge"), asked, strict=True):
-            until(lambda model=model, count=count: canaries(metrics, model) >= count + 3)
-        assert asking.score(ASK) == pytest.approx(client.score(ASK), rel=1e-5)
-        assert judge.score(ASK) == pytest.approx(client.score(ASK), rel=1e-5)
+            wait_until(lambda model=model, count=count: canaries(metrics, model) >= count + 3)
+        assert asking.score(ASK) == pytest.approx(echo.score(ASK), rel=1e-5)
+        assert judge.score(ASK) == pytest.approx(echo.score(ASK), rel=1e-5)
+        fault(damaged, "delay", "0.5")
         with triton.InferenceServerClient(url) as raw:
             before = accepted(raw)
             flight = [pool.submit(asking.score_responses, each, ["yes", "no"]) for each in prompts]
-            until(lambda: accepted(raw) >= before + len(prompts))
+            wait_until(lambda: accepted(raw) >= before + len(prompts))
             running.process.send_signal(signal.SIGTERM)
-            until(lambda: not raw.is_model_ready("reward", "1"))
+            wait_until(lambda: not raw.is_model_ready("reward", "1"))
         with pytest.raises(ServerUnavailable, match="shutting down"):
             asking.score(ASK)
         scores = [call.result(timeout=100) for call in flight]
@@ -85,20 +88,16 @@ def test_what_nobody_serves_may_be_broken_and_the_folder_may_go(
 
 
 def test_a_wrong_score_is_noticed_without_the_folder(
-    serve: Callable[..., Command], repository: Path, tmp_path: Path
+    serve: Callable[..., Command], faulty: Path
 ) -> None:
-    faulty = Path(shutil.copytree(repository, tmp_path / "faulty"))
-    (faulty / "reward_forward/1/model.py").write_text(
-        FAULTY.replace("Path(__file__).parent", f"Path({str(tmp_path)!r})")
-    )
     running = serve(repository=faulty)
     ready(running)
     metrics = running.wait_for(r"metrics\s+(http://\S+)")[1]
     family = running.family()
     shutil.rmtree(faulty)
     count = canaries(metrics, "reward")
-    until(lambda: canaries(metrics, "reward") >= count + 2)
-    (tmp_path / "drift").touch()
+    wait_until(lambda: canaries(metrics, "reward") >= count + 2)
+    fault(faulty, "drift", "0.5")
     assert running.wait() == 1
     assert "the canary scores" in running.output.splitlines()[-1]
     assert_gone(family)
@@ -110,16 +109,3 @@ def canaries(metrics: str, model: str) -> int:
         lines = response.read().decode().splitlines()
     name = f'nv_inference_request_success{{model="{model}",'
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
-
-
-def accepted(raw: triton.InferenceServerClient) -> int:
-    """Requests that were preprocessed."""
-    [statistics] = raw.get_inference_statistics("reward_preprocess").model_stats
-    return int(statistics.inference_stats.success.count)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)

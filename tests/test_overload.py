@@ -29,6 +29,8 @@ from tests import loadgen
 from tests.conftest import LOCAL, encode
 from triward_server.serving.launch import TritonServer
 
+pytestmark = pytest.mark.slow
+
 FORWARD, PREPROCESS = "reward_forward", "reward_preprocess"
 QUEUE = 16  # requests that may wait for each model
 QUEUE_SECONDS = 2.0  # that each may wait there

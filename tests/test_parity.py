@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import LOCAL
+from tests.conftest import Served
 from tests.conversations import Messages
 from triward import RewardClient
 from triward_server.config import ForwardConfig
 from triward_server.engine import attention, backbone, packing
 from triward_server.engine.scoring import Scorer
 from triward_server.schema import Features
-from triward_server.serving.launch import TritonServer
 from triward_server.testing.oracle import Oracle, fp32_budget
 
 THREADS = 32
@@ -107,21 +106,8 @@ def test_responses_of_one_request_score_as_alone(
     assert client.rank(prompt, responses)[0] == int(np.argmax(together))
 
 
-@pytest.fixture(scope="module")
-def client16(
-    build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RewardClient]:
-    log = tmp_path_factory.mktemp("log16") / "triton.log"
-    with (
-        log.open("w") as file,
-        TritonServer(build("--dtype=bfloat16"), LOCAL, log=file) as server,
-        RewardClient(server.endpoints.grpc, timeout=120) as client,
-    ):
-        yield client
-
-
 def test_served_bf16_scores_are_within_the_oracles_own_spread(
-    client16: RewardClient,
+    served: Callable[..., Served],
     checkpoint: Path,
     cases: dict[str, Messages],
     reference: dict[str, float],
@@ -130,7 +116,8 @@ def test_served_bf16_scores_are_within_the_oracles_own_spread(
     card = Oracle(checkpoint, dtype=torch.bfloat16)
     exact = np.array(list(reference.values()))
     spread = np.abs(np.array([card.score(m) for m in cases.values()]) - exact)
-    ours = np.abs(np.array(client16.score_many(cases.values())) - exact)
+    client = served("bf16", "--dtype=bfloat16").client
+    ours = np.abs(np.array(client.score_many(cases.values())) - exact)
     print(
         f"bf16 to fp32, max and rms: card {spread.max():.4f} {_rms(spread):.4f}, "
         f"served {ours.max():.4f} {_rms(ours):.4f}"

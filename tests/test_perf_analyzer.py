@@ -146,6 +146,7 @@ def recompute(export: Path) -> dict[str, Any] | None:
     }
 
 
+@pytest.mark.slow
 def test_results_are_what_the_export_says(
     server: TritonServer, exports: list[Path], tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_results_are_what_the_export_says(
     assert {"cpu", "commit", "packages", "load_average"} <= results["machine"].keys()
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_failure(server: TritonServer, exports: list[Path], tmp_path: Path) -> None:
     good = requests("text", count=6)
     bad = RewardRequest(b"{", (b"yes",), ())
@@ -211,6 +213,7 @@ def test_a_failure_is_a_failure(server: TritonServer, exports: list[Path], tmp_p
     assert row.count("<td>–</td>") == 8 and "Invalid JSON" in row
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "inputs.json").write_text(encode(requests("text", count=2)))
     load = Load("closed", 1, 3)

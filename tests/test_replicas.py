@@ -1,4 +1,4 @@
-"""Two real servers behind one client: one is killed under load and comes back."""
+"""Two servers behind one client: one is killed under load and comes back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from urllib.error import URLError
 
 import pytest
 
+from tests.asking import conversation, wait_until
 from tests.conftest import LOCAL
 from triward import RewardClient, ServerUnavailable, TriwardError
 from triward_server.errors import LaunchError
@@ -22,13 +22,6 @@ from triward_server.serving.launch import TritonServer
 
 CALLERS = 6
 TIMEOUT = 60.0
-
-
-def conversation(number: int) -> list[dict[str, str]]:
-    return [
-        {"role": "user", "content": f"question {number}"},
-        {"role": "assistant", "content": "An answer."},
-    ]
 
 
 def served(server: TritonServer) -> float:
@@ -43,34 +36,27 @@ def served(server: TritonServer) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, what
-        time.sleep(0.05)
-
-
 def test_a_server_that_is_killed_under_load_and_returns(
-    server: TritonServer, client: RewardClient, repository: Path, tmp_path: Path
+    echo_server: TritonServer, echo: RewardClient, echo_repository: Path, tmp_path: Path
 ) -> None:
-    expected = client.score_many([conversation(n) for n in range(CALLERS)])
+    expected = echo.score_many([conversation(n) for n in range(CALLERS)])
     stop, wrong = threading.Event(), list[str]()
     answered = [0] * CALLERS
 
     def start(log_name: str, port: int = 0) -> TritonServer:
         log = (tmp_path / log_name).open("w")
-        return TritonServer(repository, replace(LOCAL, grpc_port=port), log=log)
+        return TritonServer(echo_repository, replace(LOCAL, grpc_port=port), log=log)
 
     with start("first.log") as mortal:
         port = mortal.endpoints.grpc_port
-        asking = RewardClient([server.endpoints.grpc, mortal.endpoints.grpc], timeout=TIMEOUT)
+        asking = RewardClient([echo_server.endpoints.grpc, mortal.endpoints.grpc], timeout=TIMEOUT)
 
         def ask(number: int) -> None:
             while not stop.is_set():
                 begun = time.monotonic()
                 try:
                     score = asking.score(conversation(number))
-                    if abs(score - expected[number]) > 1e-4:
+                    if abs(score - expected[number]) > 1e-6:
                         wrong.append(f"{score} instead of {expected[number]}")
                     answered[number] += 1
                 except TriwardError as error:  # typed, but a survivor was there to ask
@@ -81,17 +67,19 @@ def test_a_server_that_is_killed_under_load_and_returns(
         with asking, ThreadPoolExecutor(CALLERS) as pool:
             callers = [pool.submit(ask, number) for number in range(CALLERS)]
             try:
-                before = served(server)
-                wait_for(lambda: served(mortal) > 20, "the second server gets no work")
-                assert served(server) > before
+                before = served(echo_server)
+                wait_until(lambda: served(mortal) > 20, "the second server gets no work")
+                assert served(echo_server) > before
                 os.killpg(mortal.pid, signal.SIGKILL)
                 with pytest.raises(LaunchError, match="SIGKILL"):
                     mortal.wait(lambda: None, 1.0)
-                done = served(server)
-                wait_for(lambda: served(server) > done + 30, "the survivor does not take over")
+                done = served(echo_server)
+                wait_until(
+                    lambda: served(echo_server) > done + 30, "the survivor does not take over"
+                )
                 mortal.stop()
                 with start("again.log", port) as returned:
-                    wait_for(lambda: served(returned) > 20, "it gets no work when it is back")
+                    wait_until(lambda: served(returned) > 20, "it gets no work when it is back")
                     stop.set()
                     for caller in callers:
                         caller.result(TIMEOUT)

@@ -16,7 +16,7 @@ import tritonclient.grpc as triton
 import trustme
 
 from tests.commands import BIN, Command
-from tests.conftest import LOCAL
+from tests.conftest import LOCAL, brief
 from triward import RewardClient
 from triward_server.errors import LaunchError
 from triward_server.serving.launch import Tls, TritonServer
@@ -133,11 +133,11 @@ def pki(make_pki: Callable[[], Pki]) -> Pki:
 
 @pytest.fixture(scope="module")
 def mutual(
-    repository: Path, pki: Pki, tmp_path_factory: pytest.TempPathFactory
+    echo_repository: Path, pki: Pki, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
     log = tmp_path_factory.mktemp("log") / "triton.log"
     tls = Tls(pki.server, pki.server_key, client_ca=pki.ca)
-    with log.open("w") as file, TritonServer(repository, LOCAL, log=file, tls=tls) as running:
+    with brief(echo_repository, log, tls=tls) as running:
         yield running
 
 

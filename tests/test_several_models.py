@@ -7,22 +7,20 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import tritonclient.grpc as triton
 
+from tests.asking import ASK, accepted, keep_asking, ready, wait_until
 from tests.commands import Command, assert_gone
-from tests.conftest import LOCAL, Exit
+from tests.conftest import Exit, Served, brief
 from tests.conversations import Messages
 from tests.loadgen import counter
-from tests.test_health import keep_asking, long_prompt
 from triward import RewardClient, ServerError, ServerUnavailable
 from triward_server.backend.metrics import WORKING
 from triward_server.errors import LaunchError, Unhealthy
@@ -35,14 +33,18 @@ from triward_server.serving.repository import models, pinned, serves_on_gpu, ver
 from triward_server.serving.switch import switch_version
 from triward_server.serving.triton_http import HttpError, Series, TritonHttp
 from triward_server.serving.watchdog import Watchdog, _name, check_once
+from triward_server.testing.echo import fault, make_echo
 from triward_server.testing.oracle import Oracle, fp32_budget
 
 Export = Callable[..., Exit]
-FLAGS = ("--device=cpu", "--dtype=float32", "--preprocess-instances=1", "--threads=1")
+FLAGS = (
+    "--device=cpu",
+    "--dtype=float32",
+    "--preprocess-instances=1",
+    "--threads=1",
+    "--no-verify",
+)
 JUDGE = ModelNames("judge-2.5")
-ASK: list[dict[str, Any]] = [
-    {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
-]  # fmt: skip
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -74,9 +76,17 @@ def both(
 
 
 @pytest.fixture(scope="module")
-def running(both: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    log = tmp_path_factory.mktemp("log") / "triton.log"
-    with log.open("w") as file, TritonServer(both, LOCAL, log=file) as server:
+def echoes(both: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, as echoes."""
+    copy = Path(shutil.copytree(both, tmp_path_factory.mktemp("echoes") / "models"))
+    for names in (REWARD, JUDGE):
+        make_echo(copy, names)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def running(echoes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    with brief(echoes, tmp_path_factory.mktemp("log") / "triton.log") as server:
         yield server
 
 
@@ -181,20 +191,20 @@ class TestExport:
 
 
 def test_each_scores_as_its_own_checkpoint(
-    running: TritonServer, cases: dict[str, Messages], oracle: Oracle, others: dict[int, Path]
-) -> None:
+    served: Callable[..., Served], client: RewardClient, cases: dict[str, Messages],
+    oracle: Oracle, others: dict[int, Path],
+) -> None:  # fmt: skip
     """Both at the same time, from threads, with images among them; never the other's score."""
     chosen = list(cases.values())[::5]
     assert any("image" in json.dumps(messages, default=repr) for messages in chosen)
     oracles = {REWARD: oracle, JUDGE: Oracle(others[11])}
     expected = {n: [each.score(m) for m in chosen] for n, each in oracles.items()}
+    judge = served(JUDGE.ensemble, source=others[11]).client
     start = threading.Barrier(2)
 
     def ask(names: ModelNames) -> list[float]:
-        url = running.endpoints.grpc
-        with RewardClient(url, timeout=120, model=names.ensemble) as client:
-            start.wait(30)
-            return client.score_many(chosen, concurrency=8)
+        start.wait(30)
+        return {REWARD: client, JUDGE: judge}[names].score_many(chosen, concurrency=8)
 
     with ThreadPoolExecutor(2) as pool:
         scores = dict(zip(expected, pool.map(ask, expected), strict=True))
@@ -230,10 +240,12 @@ def metric_of(running: TritonServer) -> Callable[[str, str], float]:
 
 
 class TestHealth:
-    def test_every_canary_is_asked(self, running: TritonServer, both: Path, tmp_path: Path) -> None:
-        check_once(running.http, both, 20, deep=True)
+    def test_every_canary_is_asked(
+        self, running: TritonServer, echoes: Path, tmp_path: Path
+    ) -> None:
+        check_once(running.http, echoes, 20, deep=True)
         for names in (REWARD, JUDGE):
-            wrong = Path(shutil.copytree(both, tmp_path / names.ensemble))
+            wrong = Path(shutil.copytree(echoes, tmp_path / names.ensemble))
             canary = Canary.of(wrong, "1", names)
             assert canary.scores
             scores = tuple(score + 1 for score in canary.scores)
@@ -246,10 +258,10 @@ class TestHealth:
                 dog.check()
 
     def test_a_model_that_is_not_there(
-        self, running: TritonServer, both: Path, tmp_path: Path
+        self, running: TritonServer, echoes: Path, tmp_path: Path
     ) -> None:
         """It came to the folder after the start, or its operator has unloaded it."""
-        more = Path(shutil.copytree(both, tmp_path / "more"))
+        more = Path(shutil.copytree(echoes, tmp_path / "more"))
         for folder in (JUDGE.ensemble, *JUDGE.steps):
             (more / folder).rename(more / folder.replace("judge-2.5", "third"))
         with pytest.raises(LaunchError, match=r"^third at 127\.0\.0\.1:\d+ is not ready"):
@@ -259,7 +271,7 @@ class TestHealth:
 
     @pytest.mark.parametrize("busy", [REWARD, JUDGE])
     def test_a_model_that_does_nothing_is_not_hidden_by_a_busy_one(
-        self, busy: ModelNames, both: Path, monkeypatch: pytest.MonkeyPatch
+        self, busy: ModelNames, echoes: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No canary gets through; one model works all the time, the other never."""
         now = [100.0]
@@ -275,7 +287,7 @@ class TestHealth:
         monkeypatch.setattr(watchdog, "read_metrics", page)
         monkeypatch.setattr(watchdog, "ask_canary", ask)
         monkeypatch.setattr(Watchdog, "_check_processes", lambda self: None)
-        dog = Watchdog(TritonHttp("h", 1), 2, both, os.getpid(), hang_timeout=10)
+        dog = Watchdog(TritonHttp("h", 1), 2, echoes, os.getpid(), hang_timeout=10)
         dog.check()
         now[0] += 12
         [idle] = {REWARD, JUDGE} - {busy}
@@ -284,9 +296,9 @@ class TestHealth:
 
     @pytest.mark.parametrize("name", [JUDGE.forward, REWARD.preprocess])
     def test_a_dead_process_of_any_model(
-        self, name: str, both: Path, serve: Callable[..., Command]
+        self, name: str, echoes: Path, serve: Callable[..., Command]
     ) -> None:
-        server = serve(repository=both)
+        server = serve(repository=echoes)
         server.wait_for(r"ready\s+grpc")
         family = server.family()
         [victim] = [p for p in family if Path(p.cmdline()[1]).parts[-3:][0] == name]
@@ -298,7 +310,7 @@ class TestHealth:
 
 
 def test_one_is_switched_while_the_other_serves(
-    running: TritonServer, both: Path, others: dict[int, Path], export: Export
+    running: TritonServer, echoes: Path, others: dict[int, Path], export: Export
 ) -> None:
     """Another version of one: the other's processes stay, and none of its requests fails."""
     with RewardClient(running.endpoints.grpc, timeout=60, model=REWARD.ensemble) as client:
@@ -309,52 +321,58 @@ def test_one_is_switched_while_the_other_serves(
         asking = [pool.submit(keep_asking, running.endpoints.grpc, done.is_set) for _ in range(2)]
         try:
             result = export(
-                "--checkpoint", others[12], "--output", both, "--name=judge-2.5", "--version=2",
+                "--checkpoint", others[12], "--output", echoes, "--name=judge-2.5", "--version=2",
                 *FLAGS,
             )  # fmt: skip
             assert result.code == 0, result.stderr
-            assert (versions(both, JUDGE), pinned(both, JUDGE)) == (["1", "2"], "1")
-            assert switch_version(running.http, both, "2", 300, JUDGE) == "1"
+            make_echo(echoes, JUDGE, "2")
+            assert (versions(echoes, JUDGE), pinned(echoes, JUDGE)) == (["1", "2"], "1")
+            assert switch_version(running.http, echoes, "2", 300, JUDGE) == "1"
         finally:
             done.set()
         answers = [answer for caller in asking for answer in caller.result()]
     assert len(answers) > 10 and answers == pytest.approx([before] * len(answers), rel=1e-5)
     assert _processes(running, REWARD) == kept
-    assert (versions(both), pinned(both)) == (["1"], "1")
-    expected = Oracle(others[12]).score(ASK)
-    with RewardClient(running.endpoints.grpc, timeout=60, model=JUDGE.ensemble) as client:
-        assert abs(client.score(ASK) - expected) <= fp32_budget(expected)
-    check_once(running.http, both, 20, deep=True)
+    assert (versions(echoes), pinned(echoes)) == (["1"], "1")
+    assert _answers_as(running, echoes, JUDGE) == "2"
+    check_once(running.http, echoes, 20, deep=True)
     with pytest.raises(LaunchError, match=r"has no model 'other', only judge-2\.5, reward$"):
-        switch_version(running.http, both, "1", 20, ModelNames("other"))
+        switch_version(running.http, echoes, "1", 20, ModelNames("other"))
+
+
+def _answers_as(server: TritonServer, repository: Path, names: ModelNames) -> str:
+    """The version that answers, which must be what its canary says."""
+    canary = Canary.of(repository, pinned(repository, names), names)
+    version, scores = server.http.infer(canary, 20, names.ensemble)
+    assert canary.scores and canary.problem(scores) is None
+    return version
 
 
 def test_a_model_is_added_and_removed_while_others_serve(
-    running: TritonServer, both: Path, others: dict[int, Path], export: Export
+    running: TritonServer, echoes: Path, others: dict[int, Path], export: Export
 ) -> None:
-    result = export("--checkpoint", others[12], "--output", both, "--name=third", *FLAGS)
+    result = export("--checkpoint", others[12], "--output", echoes, "--name=third", *FLAGS)
     assert result.code == 0, result.stderr
     third = ModelNames("third")
+    make_echo(echoes, third)
     running.http.load("third", 300)  # and with it its steps
-    check_once(running.http, both, 20, deep=True)
-    expected = Oracle(others[12]).score(ASK)
-    with RewardClient(running.endpoints.grpc, timeout=60, model="third") as client:
-        assert abs(client.score(ASK) - expected) <= fp32_budget(expected)
+    check_once(running.http, echoes, 20, deep=True)
+    assert _answers_as(running, echoes, third) == "1"
     for folder in (third.ensemble, *third.steps):
         running.http.unload(folder)
-        shutil.rmtree(both / folder)
-    assert third not in models(both)
-    check_once(running.http, both, 20, deep=True)
-    end = time.monotonic() + 60
-    while _processes(running, third):
-        assert time.monotonic() < end, "its processes are still there"
-        time.sleep(0.05)
+        shutil.rmtree(echoes / folder)
+    assert third not in models(echoes)
+    check_once(running.http, echoes, 20, deep=True)
+    wait_until(lambda: not _processes(running, third), "its processes are still there")
 
 
-def test_told_to_stop_every_model_finishes(both: Path, serve: Callable[..., Command]) -> None:
+def test_told_to_stop_every_model_finishes(
+    echoes: Path, serve: Callable[..., Command], tmp_path: Path
+) -> None:
     """In flight at both models: all finish; what comes later is refused by both."""
-    server = serve("--drain-timeout=100", repository=both)
-    url = server.wait_for(r"ready\s+grpc\s+(127.0.0.1:\d+)")[1]
+    slow = Path(shutil.copytree(echoes, tmp_path / "slow"))
+    server = serve("--drain-timeout=100", repository=slow)
+    url = ready(server)
     family = server.family()
     names = (REWARD, JUDGE)
     with (
@@ -362,16 +380,17 @@ def test_told_to_stop_every_model_finishes(both: Path, serve: Callable[..., Comm
         RewardClient(url, timeout=100, max_attempts=1, model=JUDGE.ensemble) as two,
         ThreadPoolExecutor(8) as pool,
     ):
-        expected = [client.score_responses(long_prompt(0), ["a"]) for client in (one, two)]
+        expected = [client.score_responses(ASK[:1], ["0"]) for client in (one, two)]
+        fault(slow, "delay", "0.5")
         flight = [
-            pool.submit(client.score_responses, long_prompt(number), ["a"])
+            pool.submit(client.score_responses, ASK[:1], [f"{number}"])
             for number in range(4) for client in (one, two)
         ]  # fmt: skip
         with triton.InferenceServerClient(url) as raw:
-            _until(lambda: all(_accepted(raw, n.preprocess) >= 5 for n in names))
+            wait_until(lambda: all(accepted(raw, n.preprocess) >= 5 for n in names))
             server.process.send_signal(signal.SIGTERM)
-            _until(lambda: not any(raw.is_model_ready(n.ensemble, v) for n, v in
-                                   ((REWARD, "1"), (JUDGE, pinned(both, JUDGE)))))  # fmt: skip
+            wait_until(lambda: not any(raw.is_model_ready(n.ensemble, v) for n, v in
+                                       ((REWARD, "1"), (JUDGE, pinned(slow, JUDGE)))))  # fmt: skip
         for client in (one, two):
             with pytest.raises(ServerUnavailable, match="shutting down"):
                 client.score(ASK)
@@ -379,20 +398,6 @@ def test_told_to_stop_every_model_finishes(both: Path, serve: Callable[..., Comm
     assert server.wait() == 0
     assert scores[:2] == [pytest.approx(each, rel=1e-5) for each in expected]
     assert_gone(family)
-
-
-def _accepted(raw: Any, model: str) -> int:
-    [statistics] = [
-        each for each in raw.get_inference_statistics(model).model_stats if each.inference_count
-    ]
-    return int(statistics.inference_stats.success.count)
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 def _processes(server: TritonServer, names: ModelNames) -> set[int]:

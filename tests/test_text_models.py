@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import LOCAL, Exit, encode
+from tests.conftest import Exit, Served, encode
 from tests.conversations import PROSE, RESPONSES, Messages, image, picture, says, user
 from triward import InvalidRequest, RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
@@ -30,7 +29,6 @@ from triward_server.errors import InvalidRequest as Refused
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
 from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
-from triward_server.serving.launch import TritonServer
 from triward_server.serving.watchdog import check_once
 from triward_server.testing.oracle import TextOracle, fp32_budget
 
@@ -72,22 +70,10 @@ def preprocessor(checkpoint: Path) -> Preprocessor:
 
 
 @pytest.fixture(scope="module")
-def served(
-    checkpoint: Path,
-    export: Callable[..., Exit],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RewardClient]:
-    folder = tmp_path_factory.mktemp("served")
-    result = export(
-        "--checkpoint", checkpoint, "--output", folder / "models", "--device=cpu",
-        "--dtype=float32", "--preprocess-instances=1", "--threads=1",
-    )  # fmt: skip
-    assert result.code == 0, result.stderr
-    with ExitStack() as stack:
-        log = stack.enter_context((folder / "triton.log").open("w"))
-        server = stack.enter_context(TritonServer(folder / "models", LOCAL, log=log))
-        check_once(server.http, folder / "models", 60, deep=True)  # its canary has no image
-        yield stack.enter_context(RewardClient(server.endpoints.grpc, timeout=120))
+def client(architecture: str, served: Callable[..., Served]) -> RewardClient:
+    model = served(architecture)
+    check_once(model.server.http, model.repository, 60, deep=True)  # its canary has no image
+    return model.client
 
 
 def asks(text: str) -> dict[str, Any]:
@@ -123,40 +109,40 @@ def conversations(architecture: str) -> dict[str, Messages]:
 
 
 def test_served_scores_equal_transformers_in_fp32(
-    architecture: str, served: RewardClient, oracle: TextOracle
+    architecture: str, client: RewardClient, oracle: TextOracle
 ) -> None:
     cases = conversations(architecture)
     assert len(cases) >= 20
     expected = {name: oracle.score(messages) for name, messages in cases.items()}
-    alone = {name: served.score(messages) for name, messages in cases.items()}
+    alone = {name: client.score(messages) for name, messages in cases.items()}
     with ThreadPoolExecutor(16) as pool:
-        together = dict(zip(cases, pool.map(served.score, cases.values()), strict=True))
+        together = dict(zip(cases, pool.map(client.score, cases.values()), strict=True))
     for name, score in expected.items():
         assert abs(alone[name] - score) <= fp32_budget(score), name
         assert together[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), name
     assert np.std(list(expected.values())) > 0.5, "scores that do not differ would prove nothing"
 
 
-def test_a_group_scores_as_its_members_alone(served: RewardClient, oracle: TextOracle) -> None:
+def test_a_group_scores_as_its_members_alone(client: RewardClient, oracle: TextOracle) -> None:
     prompt = [asks(PROSE * 20)]  # longer than a window
     responses = list(RESPONSES.values())
-    scores = served.score_responses(prompt, responses)
+    scores = client.score_responses(prompt, responses)
     for response, score in zip(responses, scores, strict=True):
         expected = oracle.score([*prompt, says(response)])
         assert abs(score - expected) <= fp32_budget(expected)
 
 
-def test_media_is_refused(served: RewardClient) -> None:
+def test_media_is_refused(client: RewardClient) -> None:
     """A text model must not score as if the image were not there."""
     conversation = [user(image(encode(picture(40, 40, 0))), "What?"), says("Red.")]
     with pytest.raises(InvalidRequest, match=r"messages\[0\].content\[0\].*reads text only"):
-        served.score(conversation)
-    assert np.isfinite(served.score([user("What?"), says("Red.")]))
+        client.score(conversation)
+    assert np.isfinite(client.score([user("What?"), says("Red.")]))
 
 
-def test_parts_are_one_text(served: RewardClient) -> None:
+def test_parts_are_one_text(client: RewardClient) -> None:
     parts, whole = user("One. ", "Two.", "\nThree"), asks("One. Two.\nThree")
-    assert served.score([parts, says("3")]) == pytest.approx(served.score([whole, says("3")]))
+    assert client.score([parts, says("3")]) == pytest.approx(client.score([whole, says("3")]))
 
 
 def test_ids_equal_the_tokenizers(

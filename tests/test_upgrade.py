@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.conftest import LOCAL, Exit
+from tests.asking import ASK, keep_asking, wait_until
+from tests.conftest import Exit, Served, add_model, brief
 from triward import RewardClient, ServerUnavailable
 from triward_server.cli import app
 from triward_server.errors import LaunchError
@@ -28,26 +27,27 @@ from triward_server.serving.repository import pin, pinned, versions
 from triward_server.serving.switch import switch_version
 from triward_server.serving.triton_http import Loaded, TritonHttp
 from triward_server.serving.watchdog import Watchdog
+from triward_server.testing.echo import make_echo
+from triward_server.testing.oracle import Oracle, fp32_budget
 
 Export = Callable[..., Exit]
-ASK: list[dict[str, Any]] = [
-    {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def upgraded(
     build: Callable[..., Path], export: Export, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A repository that serves version 1 and has another checkpoint as version 2."""
-    output = build("--dtype=float32")
+    """An echo that serves version 1 and has another checkpoint as version 2."""
+    output = build("--dtype=float32", "--no-canary", "--no-verify")
     other = tmp_path_factory.mktemp("other") / "checkpoint"
     make_checkpoint("tiny", 7, other)
     result = export(
         "--checkpoint", other, "--output", output, "--device=cpu", "--dtype=float32",
-        "--preprocess-instances=2", "--threads=1", "--version=2",
+        "--preprocess-instances=2", "--threads=1", "--version=2", "--no-canary", "--no-verify",
     )  # fmt: skip
     assert result.code == 0, result.stderr
+    for version in ("1", "2"):
+        make_echo(output, version=version)
     return output
 
 
@@ -58,7 +58,7 @@ def running(upgraded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     for model in ("reward", "reward_preprocess", "reward_forward"):
         (aside / model).mkdir(parents=True)
         (upgraded / model / "2").rename(aside / model / "2")
-    with log.open("w") as file, TritonServer(upgraded, LOCAL, log=file) as server:
+    with brief(upgraded, log) as server:
         for model in ("reward", "reward_preprocess", "reward_forward"):  # as an export does
             (aside / model / "2").rename(upgraded / model / "2")
         yield server
@@ -111,8 +111,8 @@ def test_a_checkpoint_is_swapped_under_load(running: TritonServer, upgraded: Pat
     dog = Watchdog(
         running.http, running.endpoints.metrics_port, upgraded, running.pid, hang_timeout=60
     )
-    with ThreadPoolExecutor(6) as pool:
-        callers = [pool.submit(ask) for _ in range(6)]
+    with ThreadPoolExecutor(2) as pool:
+        callers = [pool.submit(ask) for _ in range(2)]
         try:
             for version in ("2", "1", "2", "1"):
                 dog.check()
@@ -191,8 +191,8 @@ def test_a_version_with_other_weights_is_never_served(
             while not done.is_set():
                 answers.append(asking.score(ASK))  # raises, and fails the test, if it fails
 
-    with ThreadPoolExecutor(4) as pool:
-        callers = [pool.submit(ask) for _ in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        callers = [pool.submit(ask) for _ in range(2)]
         try:
             with pytest.raises(LaunchError, match=r"reward: .*canary .* version 1 is served"):
                 switch_version(running.http, upgraded, "2", 120)
@@ -209,30 +209,29 @@ def test_a_version_with_other_weights_is_never_served(
     assert {path: path.read_bytes() for path in upgraded.glob("*/config.pbtxt")} == before
     assert pinned(upgraded) == "1"
     for model in ("reward_preprocess", "reward_forward"):
-        _until(lambda model=model: loaded(running, model) == {"1"})
+        wait_until(lambda model=model: loaded(running, model) == {"1"})
     assert not running.http.is_ready("reward_candidate")
     version, scores = running.http.infer(Canary.of(upgraded, "1"), 20)
     assert version == "1" and Canary.of(upgraded, "1").problem(scores) is None
 
 
 def test_a_version_that_cannot_be_loaded(running: TritonServer, upgraded: Path) -> None:
-    """It is broken, or its weights are no numbers, which no sample has to show."""
+    """A file of it is missing; or, unverified, its model refuses its configuration."""
     models = ("reward", "reward_preprocess", "reward_forward")
     for model in models:
         shutil.copytree(upgraded / model / "2", upgraded / model / "3")
     weights = upgraded / "reward_forward/3/checkpoint/value_head.safetensors"
-    tensors = load_file(weights)
     weights.unlink()
     try:
         with pytest.raises(LaunchError, match=r"3 is broken and was not loaded: .*head.*: missing"):
             switch_version(running.http, upgraded, "3", 120)
         assert loaded(running, "reward_forward") == {"1"}
-        tensors["v_head.summary.weight"][0, :5] = float("nan")
-        save_file(tensors, weights)
-        with pytest.raises(LaunchError, match=r"v_head.summary.weight': 5 of 128 weights are NaN"):
+        (upgraded / "reward_forward/3/echo.json").unlink()
+        with pytest.raises(LaunchError, match=r"'reward_forward': version 3 is at .*echo\.json"):
             switch_version(running.http, upgraded, "3", 120, verify=Verify.OFF)
         assert pinned(upgraded) == "1"
-        _until(lambda: loaded(running, "reward_forward") == {"1"})
+        for model in models[1:]:
+            wait_until(lambda model=model: loaded(running, model) == {"1"})
         with RewardClient(running.endpoints.grpc, timeout=60, max_attempts=1) as client:
             client.score(ASK)
     finally:
@@ -240,16 +239,44 @@ def test_a_version_that_cannot_be_loaded(running: TritonServer, upgraded: Path) 
             shutil.rmtree(upgraded / model / "3")
 
 
+def test_a_real_checkpoint_is_swapped_under_load(
+    served: Callable[..., Served], rack: Path, checkpoint: Path, export: Export, tmp_path: Path
+) -> None:
+    """Two callers meanwhile: each answer is one checkpoint's. Weights that are NaN never come."""
+    make_checkpoint("tiny", 7, tmp_path / "other")
+    model = served("swapped")
+    add_model(export, rack, tmp_path / "other", model.names, "--version=2")
+    old, new = (Oracle(folder).score(ASK) for folder in (checkpoint, tmp_path / "other"))
+    assert abs(new - old) > 1e-2, "two checkpoints, two opinions"
+    done, url = threading.Event(), model.server.endpoints.grpc
+    with ThreadPoolExecutor(2) as pool:
+        asking = [
+            pool.submit(keep_asking, url, done.is_set, model.names.ensemble) for _ in range(2)
+        ]
+        try:
+            assert switch_version(model.server.http, rack, "2", 300, model.names) == "1"
+            assert abs(model.client.score(ASK) - new) <= fp32_budget(new)
+        finally:
+            done.set()
+        answers = [answer for caller in asking for answer in caller.result()]
+    assert {min((old, new), key=lambda score: abs(score - a)) for a in answers} == {old, new}
+    for answer in answers:
+        assert min(abs(answer - old), abs(answer - new)) <= fp32_budget(max(old, new))
+    for folder in (model.names.ensemble, *model.names.steps):
+        shutil.copytree(rack / folder / "2", rack / folder / "3")
+    weights = rack / model.names.forward / "3/checkpoint/value_head.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    tensors["v_head.summary.weight"][0, :5] = float("nan")
+    save_file(tensors, weights)
+    with pytest.raises(LaunchError, match=r"v_head.summary.weight': 5 of 128 weights are NaN"):
+        switch_version(model.server.http, rack, "3", 120, model.names, verify=Verify.OFF)
+    assert abs(model.client.score(ASK) - new) <= fp32_budget(new)
+
+
 def loaded(server: TritonServer, model: str) -> set[str]:
     """Versions of a model that are there, or on their way."""
     return {m.version for m in server.http.index() if m.name == model and m.state != "UNAVAILABLE"}
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 class TestCommands:
@@ -284,7 +311,7 @@ class TestCommands:
         for model in ("reward_preprocess", "reward_forward"):
             assert loaded(running, model) == {"1", "2"}, "it was served a moment ago"
             assert run("load", model)[0] == 0
-            _until(lambda model=model: loaded(running, model) == {"1"})
+            wait_until(lambda model=model: loaded(running, model) == {"1"})
             (upgraded / model / "2").rename(upgraded.parent / f"{model}-2")
             assert run("load", model)[0] == 0
         assert "reward_forward" in run("models")[1]
