@@ -37,9 +37,7 @@ def until_answered(
 ) -> Generator[Answered, None, None]:
     """Yield an answer for each conversation, in order, however often it takes.
 
-    What finds no server is asked for again, before more conversations are taken. A request that is
-    UNAVAILABLE stays in flight until the client gives it up, so the pauses between its attempts
-    slow everything down here, too.
+    What finds no server is asked for again, before more conversations are taken.
 
     Args:
         client: whom to ask.
@@ -58,12 +56,11 @@ def until_answered(
     away, met, last_answer = False, False, monotonic()
 
     def taken() -> Iterator[_Asked]:
-        while not away:
-            try:
-                asked.append(_Asked(next(source)))
-            except StopIteration:
-                return
+        for conversation in source:
+            asked.append(_Asked(conversation))
             yield asked[-1]
+            if away:
+                return
 
     while True:
         again = [each for each in asked if each.answer is None]
@@ -76,13 +73,12 @@ def until_answered(
                 if isinstance(outcome, (float, InvalidRequest)):
                     due[index].answer = outcome
                     met, last_answer = True, monotonic()
-                elif isinstance(outcome, ServerUnavailable):
-                    away = True
-                    wrong = impatient_at_first and not met and not client.is_ready()
-                    if wrong or monotonic() - last_answer > patience:
-                        raise relocated(outcome) from outcome
                 else:
-                    raise relocated(outcome) from outcome
+                    away = isinstance(outcome, ServerUnavailable)
+                    late = monotonic() - last_answer > patience
+                    wrong = away and impatient_at_first and not (met or client.is_ready())
+                    if not away or late or wrong:
+                        raise relocated(outcome) from outcome
                 while asked and (answer := asked[0].answer) is not None:
                     asked.popleft()
                     yield answer

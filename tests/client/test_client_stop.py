@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from triward.errors import ServerError
+import pytest
+
+from triward.errors import ServerError, ServerUnavailable
 from triward.grouping import grouped
-from triward.many import Schedule
+from triward.many import Schedule, ask_group
 
 
 def conversations(count):
@@ -77,3 +79,20 @@ def test_a_schedule_keeps_order_and_looks_ahead_no_further_than_twice_the_concur
     assert next(steps) is started[1]
     assert (next(steps), len(started)) == (None, 6)
     assert [each for each in steps if each] == started[2:]
+
+
+def test_a_group_that_ends_early_has_one_outcome_for_each_conversation():
+    """The wrong one is found, then the server goes away: what is left fails for that."""
+    [group] = grouped([[{"role": "user", "content": "q"}, {"role": "assistant", "content": a}]
+                       for a in "abcd"])  # fmt: skip
+    asking = ask_group(group, "return")
+    assert next(asking) is group
+    answers = [ServerError("one is wrong"), [1.0], ServerError("wrong"), ServerUnavailable("away")]
+    asked = [asking.send(answer).first for answer in answers[:-1]]
+    with pytest.raises(StopIteration) as ended:
+        asking.send(answers[-1])
+    assert asked == [0, 1, 2]
+    assert ended.value.value[0] == 1.0
+    assert [str(each) for each in ended.value.value[1:]] == [
+        "conversations[1]: wrong", "conversations[2]: away", "conversations[3]: away",
+    ]  # fmt: skip
