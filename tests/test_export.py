@@ -18,9 +18,10 @@ from google.protobuf import text_format
 from safetensors.torch import load_file, save_file
 from tritonclient.grpc import model_config_pb2
 
+from tests.commands import Command
 from tests.conftest import EXPORT, ROOT, Exit
+from triward import RewardClient
 from triward_server.engine.checkpoint import verify
-from triward_server.serving.integrity import Verify, check_served
 
 Export = Callable[..., Exit]
 
@@ -275,7 +276,9 @@ def test_wrong_options_are_named(
     assert result.code == 1 and words in result.stderr
 
 
-def test_the_wheel_alone_exports(tmp_path: Path) -> None:
+def test_the_wheel_alone_exports_and_serves(
+    command: Callable[..., Command], tmp_path: Path
+) -> None:
     """Outside the checkout, with nothing of it on the path."""
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
@@ -291,19 +294,30 @@ def test_the_wheel_alone_exports(tmp_path: Path) -> None:
         check=True,
     )  # fmt: skip
     shutil.rmtree(source)
-    environment = os.environ | {"PYTHONPATH": str(packages)}
+    path = {"PYTHONPATH": str(packages)}
+    code = "import triward_server; print(triward_server.__file__)"
+    where = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | path, text=True
+    )
+    assert where.startswith(str(packages))
+    checkpoint, repository = tmp_path / "checkpoint", tmp_path / "models"
 
-    def triward_server(*arguments: str) -> str:
-        code = "import triward_server.cli as c; print(c.__file__); c.app()"
-        return subprocess.check_output(
-            [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment, text=True
-        )
+    def triward_server(*arguments: object) -> Command:
+        return command(sys.executable, packages / "bin" / "triward-server", *arguments, **path)
 
-    made = triward_server("make-checkpoint", "--size=tiny", "--seed=3", "--output=checkpoint")
-    assert made.startswith(str(packages))
+    made = triward_server("make-checkpoint", "--size=tiny", "--seed=3", "--output", checkpoint)
+    assert made.wait() == 0, made.output
     flags = ("--device=cpu", "--dtype=float32", "--threads=1", "--preprocess-instances=1")
-    triward_server("export", "--checkpoint=checkpoint", "--output=models", *flags)
-    check_served(tmp_path / "models", Verify.FULL, lambda line: None)
+    exported = triward_server("export", "--checkpoint", checkpoint, "--output", repository, *flags)
+    assert exported.wait() == 0, exported.output
+    ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
+    serving = triward_server("serve", "--repository", repository, "--host=127.0.0.1", *ports)
+    address = serving.wait_for(r"ready  grpc +(\S+)")[1]
+    with RewardClient(address, timeout=60) as client:
+        [score] = client.score_responses([{"role": "user", "content": "?"}], ["Yes."])
+    assert score != 0
+    serving.process.terminate()
+    assert serving.wait() == 0, serving.output
     there = {str(p.relative_to(ROOT)) for p in (ROOT / "model_repository").glob("*/1/model.py")}
     packed = packages / "triward_server"
     assert there == {str(p.relative_to(packed)) for p in packed.glob("model_repository/*/1/*.py")}

@@ -98,7 +98,7 @@ def test_tensors_of_torch_are_taken_and_bad_ones_named(transport):
     ids, image = torch.tensor([3, 1, 2]), torch.zeros(28, 28, 3, dtype=torch.uint8)
     with RewardClient(_transport=transport) as client:
         assert client.score_tokens(ids, torch.stack([ids, ids]), media=[image]) == [1.0, 2.0]
-        names = [tensor.name() for tensor in transport.calls[0]["inputs"]]
+        names = [tensor.name() for tensor in transport.calls[-1]["inputs"]]
         assert names == [spec.name for spec in protocol.FORWARD_INPUTS]
         trained = torch.ones(28, 28, 3, requires_grad=True)
         with pytest.raises(InvalidRequest, match=r"^media\[0\]: is no array: Can't call numpy"):

@@ -64,7 +64,7 @@ def _split_media(
     shapes: list[tuple[int, ...]] = []
     used = 0
     for index, row in enumerate(grids.tolist()):
-        # Where too few placeholders stand, `packing.check` says so.
+        # Where too few placeholders stand, `geometry.check` says so.
         video = kinds[used] == geometry.video_token_id if used < len(kinds) else row[0] != 1
         shapes.append(_shape(index, Grid(*row), bool(video), geometry))
         try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -16,20 +16,22 @@ from .options import OPSET, Size, TextModel, export_parameters, read_options
 Command = Callable[..., None]
 
 
-def export(**values: Any) -> None:
+def export(context: typer.Context, **values: Any) -> None:
     """Turn a checkpoint into a Triton model repository."""
     from .build import build  # torch, which the other commands do not need
 
-    with _refusals("build_repository"):
+    with _refusals(context):
         build(read_options(values))
     output = values["output"]
     typer.echo(f"{output}: ready; serve it with: triward-server serve --repository {output}")
 
 
-export.__signature__ = inspect.Signature(export_parameters())  # type: ignore[attr-defined]
+_CONTEXT = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+export.__signature__ = Signature([_CONTEXT, *export_parameters()])  # type: ignore[attr-defined]
 
 
 def make_checkpoint(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder to create.")],
     size: Annotated[
         Size, typer.Option(help="7b, for qwen2_5_vl, has the real dimensions: 16.6 GB.")
@@ -45,7 +47,7 @@ def make_checkpoint(
     from .random_checkpoint import make_checkpoint
     from .random_text_checkpoint import KINDS, make_text_checkpoint
 
-    with _refusals("make_checkpoint", output):
+    with _refusals(context, output):
         if architecture == "qwen2_5_vl":
             make_checkpoint(size, seed, output, device)
         elif architecture in KINDS and size != "7b":
@@ -56,6 +58,7 @@ def make_checkpoint(
 
 
 def export_onnx(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Option(help="Its local folder.")],
     output: Annotated[Path, typer.Option(help="Folder to create.")],
     opset: Annotated[
@@ -66,7 +69,7 @@ def export_onnx(
     from ..engine.checkpoint import load_vision
     from .onnx import export_value_head, export_vision
 
-    with _refusals("export_onnx", output):
+    with _refusals(context, output):
         tower, head = load_vision(checkpoint)
         output.mkdir(parents=True)
         export_vision(tower, output, opset)
@@ -90,16 +93,17 @@ def application(command: Command) -> typer.Typer:
 
 
 @contextmanager
-def _refusals(command: str, output: Path | None = None) -> Iterator[None]:
+def _refusals(context: typer.Context, output: Path | None = None) -> Iterator[None]:
     """End with 1, and say why on stderr, where an error is the caller's or the disk's.
 
     Args:
-        command: which says it.
+        context: of the command, whose name is said.
         output: a folder that must not exist yet.
     """
     try:
         yield
     except (TriwardError, OSError) as error:
         exists = output and isinstance(error, FileExistsError)
-        typer.echo(f"{command}: {f'{output} exists' if exists else error}", err=True)
+        name = context.command_path.removesuffix(".py")
+        typer.echo(f"{name}: {f'{output} exists' if exists else error}", err=True)
         raise typer.Exit(1) from None
