@@ -34,6 +34,7 @@ from triward_server.cli import app
 from triward_server.errors import LaunchError
 from triward_server.schema import CONTRACT_VERSION
 from triward_server.serving import gpu, installation, launch
+from triward_server.serving.ending import why_it_ended
 from triward_server.serving.installation import find_triton
 from triward_server.serving.launch import Endpoints, TritonServer
 from triward_server.serving.triton_http import HttpError, Loaded, TritonHttp
@@ -107,7 +108,7 @@ def test_signals_are_taken_before_anything_slow_is_imported() -> None:
     assert output == "\n"
     lines = (ROOT / "triward_server" / "cli.py").read_text().splitlines()
     first = [line for line in lines if re.match("(from|import) ", line)][1]  # after __future__
-    assert first.startswith("from .signals import")
+    assert first.startswith("from .serving.signals import")
 
 
 def test_a_signal_for_tritonserver_itself_is_explained(serve: Callable[..., Command]) -> None:
@@ -224,7 +225,7 @@ LAST = "error: creating server: Internal - failed to load all models"
 )
 def test_what_a_log_tells_of_a_start_that_ends_early(log: list[str], reason: str | None) -> None:
     """As when Triton crashes while it gives up its other models."""
-    assert launch._failure(log) == reason
+    assert why_it_ended(1, log) == (reason or "tritonserver: exit code 1")
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="this machine has a GPU")
