@@ -104,7 +104,7 @@ def test_signals_are_taken_before_anything_slow_is_imported() -> None:
     assert output == "\n"
     lines = (ROOT / "triward_server" / "cli.py").read_text().splitlines()
     first = [line for line in lines if re.match("(from|import) ", line)][1]  # after __future__
-    assert first.startswith("from .signals import")
+    assert first.startswith("from .serving.signals import")
 
 
 def test_a_signal_for_tritonserver_itself_is_explained(serve: Callable[..., Command]) -> None:
