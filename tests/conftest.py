@@ -237,9 +237,9 @@ def served(
             add_model(export, rack, source, names, *flags)
             stack.callback(_take_away, server, rack, names)
             change(rack)
-            if names.vision in step_folders(rack, names):  # no step of the ensemble's
-                server.http.load(names.vision, 300)
-            server.http.load(name, 300)  # and with it its steps, at the same time
+            # One after the other: Triton 24.10 may abort when several load on busy cores.
+            for model in (*step_folders(rack, names), name):
+                server.http.load(model, 300)
             client = RewardClient(server.endpoints.grpc, model=name, timeout=120)
             return Served(names, rack, server, stack.enter_context(client))
 

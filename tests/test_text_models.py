@@ -50,28 +50,28 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(architecture: str, text_checkpoints: dict[str, Path]) -> Path:
+def folder(architecture: str, text_checkpoints: dict[str, Path]) -> Path:
     return text_checkpoints[architecture]
 
 
 @pytest.fixture(scope="module")
-def oracle(checkpoint: Path) -> TextOracle:
-    return TextOracle(checkpoint)
+def oracle(folder: Path) -> TextOracle:
+    return TextOracle(folder)
 
 
 @pytest.fixture(scope="module")
-def scorer(checkpoint: Path) -> Scorer:
-    return Scorer(checkpoint, CPU)
+def scorer(folder: Path) -> Scorer:
+    return Scorer(folder, CPU)
 
 
 @pytest.fixture(scope="module")
-def preprocessor(checkpoint: Path) -> Preprocessor:
-    return Preprocessor(checkpoint, PreprocessConfig())
+def preprocessor(folder: Path) -> Preprocessor:
+    return Preprocessor(folder, PreprocessConfig())
 
 
 @pytest.fixture(scope="module")
-def client(architecture: str, served: Callable[..., Served]) -> RewardClient:
-    model = served(architecture)
+def client(architecture: str, folder: Path, served: Callable[..., Served]) -> RewardClient:
+    model = served(architecture, source=folder)
     check_once(model.server.http, model.repository, 60, deep=True)  # its canary has no image
     return model.client
 
@@ -226,8 +226,8 @@ def test_random_trees_equal_transformers(batch: Any, scorer: Scorer, oracle: Tex
             assert abs(score - expected) <= fp32_budget(expected)
 
 
-def test_deterministic_is_bitwise(checkpoint: Path) -> None:
-    exact = Scorer(checkpoint, replace(CPU, deterministic=True))
+def test_deterministic_is_bitwise(folder: Path) -> None:
+    exact = Scorer(folder, replace(CPU, deterministic=True))
     rng = np.random.default_rng(0)
     prompt = rng.integers(20, 700, 3 * WINDOW).astype(np.int32)
     # Equal lengths, as rollouts have that a limit cuts, are what an engine computes together.
@@ -242,11 +242,11 @@ def test_deterministic_is_bitwise(checkpoint: Path) -> None:
 
 
 def test_bf16_is_within_transformers_own_spread(
-    architecture: str, checkpoint: Path, oracle: TextOracle, preprocessor: Preprocessor
+    architecture: str, folder: Path, oracle: TextOracle, preprocessor: Preprocessor
 ) -> None:
     """Judged by how far transformers' bf16 is from its fp32, over the same conversations."""
-    scorer = Scorer(checkpoint, replace(CPU, dtype="bfloat16"))
-    card = TextOracle(checkpoint, dtype=torch.bfloat16)
+    scorer = Scorer(folder, replace(CPU, dtype="bfloat16"))
+    card = TextOracle(folder, dtype=torch.bfloat16)
     spread, ours = [], []
     for messages in conversations(architecture).values():
         if len(messages[-1]["content"]) > 2000:
@@ -495,10 +495,10 @@ def test_capped_products_stay_within_their_memory(monkeypatch: pytest.MonkeyPatc
     assert max(np.prod(shape) for shape in shapes) * 16 <= attention.CAPPED_BYTES
 
 
-def test_every_tensor_is_accounted_for(checkpoint: Path, tmp_path: Path) -> None:
+def test_every_tensor_is_accounted_for(folder: Path, tmp_path: Path) -> None:
     """A head that is missing would be random in transformers; one tensor too many is another
     model's."""
-    other = changed(checkpoint, tmp_path)
+    other = changed(folder, tmp_path)
     head = "value_head.safetensors" if (other / "value_head.safetensors").exists() else ""
     file = other / (head or "model.safetensors")
     name = "v_head.summary.weight" if head else "score.weight"
@@ -511,10 +511,10 @@ def test_every_tensor_is_accounted_for(checkpoint: Path, tmp_path: Path) -> None
         verify(other)
 
 
-def test_compiled_layers_score_the_same(checkpoint: Path, long_features: Features) -> None:
+def test_compiled_layers_score_the_same(folder: Path, long_features: Features) -> None:
     """Norms of heads, and layers that normalise their results, are row-wise too."""
     torch.compiler.reset()
-    plain, compiled = Scorer(checkpoint, CPU), Scorer(checkpoint, replace(CPU, compile=True))
+    plain, compiled = Scorer(folder, CPU), Scorer(folder, replace(CPU, compile=True))
     graphs: list[Any] = []
 
     def count(graph: Any, _: Any) -> Any:
