@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.schema import DRAINING, ModelNames
 from triward_server.serving.launch import Endpoints, TritonServer
 from triward_server.serving.repository import step_folders
+from triward_server.serving.triton_http import HttpError
 from triward_server.testing.echo import make_echo
 from triward_server.testing.oracle import Oracle
 
@@ -237,9 +238,7 @@ def served(
             add_model(export, rack, source, names, *flags)
             stack.callback(_take_away, server, rack, names)
             change(rack)
-            # One after the other: Triton 24.10 may abort when several load on busy cores.
-            for model in (*step_folders(rack, names), name):
-                server.http.load(model, 300)
+            _load(server, [*step_folders(rack, names), name])
             client = RewardClient(server.endpoints.grpc, model=name, timeout=120)
             return Served(names, rack, server, stack.enter_context(client))
 
@@ -259,6 +258,23 @@ def add_model(
     assert result.code == 0, result.stderr
     # The session's own repository has it, and Triton wants no name twice.
     shutil.rmtree(rack / DRAINING, ignore_errors=True)
+
+
+def _load(server: TritonServer, models: Sequence[str]) -> None:
+    """Load models one after the other; start the server again if Triton ends or hangs over it.
+
+    As `TritonServer` does while it starts, for the same fault of Triton 24.10 on busy cores
+    (`serving/progress.py`). A new one loads whatever lies in its repositories.
+    """
+    for model in models:
+        try:
+            server.http.load(model, 180)
+        except HttpError as error:
+            if error.status:  # it answered: the model is at fault
+                raise
+            server.stop()
+            server.__enter__()
+            return
 
 
 def _take_away(server: TritonServer, rack: Path, names: ModelNames) -> None:
