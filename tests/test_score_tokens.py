@@ -235,10 +235,12 @@ def test_the_documented_example(
         assert abs(got - expected) <= fp32_budget(expected)
 
 
-def test_told_to_stop(serve: Callable[..., Command], client: RewardClient) -> None:
+def test_told_to_stop(
+    serve: Callable[..., Command], client: RewardClient, repository: Path
+) -> None:
     """Direct calls that are in flight end with their score or as unavailable, never otherwise."""
     prompts = [np.random.default_rng(n).integers(20, 250, 1500) for n in range(6)]
-    running = serve("--drain-timeout=100")
+    running = serve("--drain-timeout=100", repository=repository)
     url = running.wait_for(r"ready\s+grpc\s+(127.0.0.1:\d+)")[1]
 
     def ask(prompt: np.ndarray) -> float | TriwardError:
