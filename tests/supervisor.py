@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -91,7 +92,8 @@ class Supervised:
     def kill(self, name: str) -> None:
         """Kill a process, and wait until `serve` has ended over it and the next one scores."""
         lives = len(self.exits)
-        self.member(name).kill()
+        with suppress(psutil.Error, StopIteration):  # it has just ended by itself
+            self.member(name).kill()
         self.ready.clear()  # else callers would spend their requests on a server that is gone
         end = time.monotonic() + 120
         while len(self.exits) == lives:

@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from tritonclient.grpc import service_pb2
 
@@ -270,5 +271,5 @@ def _sample(server: Supervised, done: int) -> list[tuple[int, int, float]]:
     try:
         pid = server.member("tritonserver").pid
         return [(pid, done, footprint.take(pid).flat()["total.rss"])]
-    except (StopIteration, LookupError, OSError):
+    except (StopIteration, LookupError, OSError, psutil.Error):
         return []  # it goes down at this moment
