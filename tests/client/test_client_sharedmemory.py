@@ -1,4 +1,4 @@
-"""Regions of shared memory, without a server; tests/test_shared_memory.py has one."""
+"""Regions of shared memory, without a server; tests/served/test_shared_memory.py has one."""
 
 from __future__ import annotations
 

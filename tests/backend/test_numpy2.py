@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_deployment import pins
+from tests.project.test_deployment import pins
 
 NUMPY = pins(ROOT / "docker" / "constraints.txt")["numpy"]
 TESTS = ("scoring", "engine", "media", "tokenization")

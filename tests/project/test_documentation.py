@@ -21,7 +21,7 @@ import yaml
 from tests import chromium
 from tests.chromium import STICKING_OUT, sideways
 from tests.conftest import ROOT
-from tests.test_architecture import ROOMS
+from tests.project.test_architecture import ROOMS
 
 browser, page = chromium.browser, chromium.page
 

@@ -17,8 +17,8 @@ import torch
 
 from tests.conftest import ROOT, brief, encode
 from tests.conversations import picture
+from tests.engine.test_scoring import request
 from tests.promql import metric_names
-from tests.test_scoring import request
 from triward import InvalidRequest, RewardClient
 from triward_server.backend.metrics import (
     ERRORS,

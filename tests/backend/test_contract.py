@@ -11,7 +11,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import LOCAL, ROOT, Exit
-from tests.test_security import ask
+from tests.serving.test_security import ask
 from triward import RewardClient, ServerError, contract, protocol
 from triward_server import schema
 from triward_server.contract import check_caller, check_repository
