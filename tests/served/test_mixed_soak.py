@@ -168,7 +168,7 @@ def test_everything_at_once(
             for version in ("2", "1"):
                 switch_version(http, two_versions, version, 300)
                 for request, scores in zip(fuzzer.good(), expected, strict=True):
-                    scores.append(caller.scores(request))
+                    scores.append(caller.scores(_of_version(request, version)))
             soak = Soak(server, fuzzer, expected)
             samples = _run(
                 soak, server, caller, requests, partial(_switch, server, http, two_versions)
