@@ -17,6 +17,7 @@ from tests.commands import BIN, assert_gone
 from triward_server.serving.launch import Endpoints
 
 ADMIN_KEY = "soak"
+RECONNECTING = 1.0  # seconds for which gRPC may repeat its last error, with a backoff of half of it
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Supervised:
             assert self._process.stdout
             for line in self._process.stdout:
                 if line.startswith("ready"):
-                    self.outages.append(Outage(ended - self._noticed_within, time.monotonic()))
+                    back = time.monotonic() + RECONNECTING
+                    self.outages.append(Outage(ended - self._noticed_within, back))
                     self.ready.set()
             code = self._process.wait()
             self.ready.clear()
