@@ -29,6 +29,7 @@ def short(*_: object) -> dict[str, Workload]:
     return {"singles": Workload(unseen.groups[:1]), **few}
 
 
+@pytest.mark.slow
 def test_every_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "workloads", short)
     output = tmp_path / "results.json"

@@ -171,6 +171,7 @@ class Environment:
         return set(self("pip", "list", "--format", "freeze").stdout.split())
 
 
+@pytest.mark.slow
 def test_wheels_in_an_empty_environment(tmp_path, client_wheel, tools_wheel):
     """The client alone, then with the tools: their help, and a call."""
     environment = Environment(tmp_path / "venv")

@@ -91,6 +91,7 @@ def test_nothing_is_compiled_after_warm_up(
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_code_scores_the_same(checkpoint: Path) -> None:
     """The compiler that a GPU uses, here with its C++ half."""
     scorer = Scorer(checkpoint, COMPILED)

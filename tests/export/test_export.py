@@ -276,6 +276,7 @@ def test_wrong_options_are_named(
     assert result.code == 1 and words in result.stderr
 
 
+@pytest.mark.slow
 def test_the_wheel_alone_exports_and_serves(
     command: Callable[..., Command], tmp_path: Path
 ) -> None:

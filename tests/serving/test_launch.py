@@ -390,6 +390,7 @@ def test_cli_scores(server: TritonServer, client: RewardClient) -> None:
     assert broken.stderr.count("\n") == 1 and "media[0]" in broken.stderr
 
 
+@pytest.mark.slow
 def test_demo_shows_both_columns(command: Callable[..., Command]) -> None:
     demo = command(sys.executable, ROOT / "examples" / "demo.py", COLUMNS="100")
     assert demo.wait() == 0
@@ -501,6 +502,7 @@ def test_a_crash_that_comes_again_is_told(
     assert (tmp_path / "triton.log").read_text().count("it is started again") == 2
 
 
+@pytest.mark.slow
 def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Path) -> None:
     """Triton 24.10 gives a model's process up that is silent for a second, and waits for ever."""
     done, others = threading.Event(), {*psutil.Process().children(recursive=True)}
