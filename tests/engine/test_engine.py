@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from triward_server.config import ForwardConfig
-from triward_server.engine import packing
+from triward_server.engine import geometry, packing
 from triward_server.engine.geometry import Geometry
 from triward_server.engine.packing import SortedBatch
 from triward_server.engine.planning import Cost, plan
 from triward_server.engine.scoring import Scorer
-from triward_server.errors import Cancelled, ForwardError, Unavailable
+from triward_server.errors import Cancelled, ForwardError, InvalidRequest, Unavailable
 from triward_server.schema import Features, Scores
 from triward_server.testing.oracle import Oracle, fp32_budget
 
@@ -340,3 +340,12 @@ def test_out_of_memory_halves_and_names_what_does_not_fit(
     for index in (0, 1, 3, 4):
         assert np.isfinite(scores(results[index])).all()
     assert not any(isinstance(result, ForwardError) for result in results)
+
+
+def test_the_first_id_beyond_the_vocabulary_is_refused() -> None:
+    def features(last: int) -> Features:
+        return Features(np.array([1], np.int32), (np.array([2, last], np.int32),), (), ())
+
+    geometry.check(features(GEOMETRY.vocab_size - 1), GEOMETRY, ForwardConfig())
+    with pytest.raises(InvalidRequest, match=r"input_ids\[2\]: id 99, the vocabulary has 99"):
+        geometry.check(features(GEOMETRY.vocab_size), GEOMETRY, ForwardConfig())
