@@ -10,7 +10,7 @@ PERF ?=
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# Ten minutes: every module, a real server, parity on every conversation and architecture.
+# A quarter of an hour: every module, a real server, parity on every conversation and architecture.
 test: $(READY)
 	$(BIN)/python -m pytest
 
