@@ -111,6 +111,7 @@ def test_the_tree_holds_every_conversation_once(batch: Any) -> None:
         for end in range(len(branch.keys))
     }
     assert len(packed.input_ids) == sum(packed.node_lengths) == len(prefixes)
+    assert min(packed.node_lengths) > 0, "a node without tokens is a sequence for nothing"
     ends = np.cumsum(packed.key_lengths)
     for branch, node in zip(ordered.branches, packed.scored, strict=True):
         rows = packed.key_rows[ends[node] - packed.key_lengths[node] : ends[node]]
