@@ -533,8 +533,8 @@ def test_the_fused_kernel_is_told_everything(monkeypatch: pytest.MonkeyPatch) ->
     """torch's varlen kernel needs CUDA; that it gets window and scale is seen here."""
     seen: dict[str, Any] = {}
 
-    def kernel(query: Any, *_: Any, **options: Any) -> Any:
-        seen.update(options)
+    def kernel(query: Any, key: Any, *_: Any, **options: Any) -> Any:
+        seen.update(options, key_heads=key.shape[1])
         return query
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
@@ -544,6 +544,8 @@ def test_the_fused_kernel_is_told_everything(monkeypatch: pytest.MonkeyPatch) ->
     q = torch.zeros(8, 2, 4)
     attention.varlen(q, q, q, layout, attention.LogitRules(scale=0.3, window=4))
     assert seen["scale"] == 0.3 and seen["window_size"] == (3, 0)
+    attention.varlen(q, q[:, :1], q[:, :1], layout, attention.LogitRules())
+    assert seen["key_heads"] == 2, "a kernel without enable_gqa needs a key head per query head"
     seen.clear()
     attention.varlen(q, q, q, layout, attention.LogitRules(softcap=9.0))
     assert seen == {}, "capped products are written out"
