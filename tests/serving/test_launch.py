@@ -226,6 +226,8 @@ LAST = "error: creating server: Internal - failed to load all models"
 def test_what_a_log_tells_of_a_start_that_ends_early(log: list[str], reason: str | None) -> None:
     """As when Triton crashes while it gives up its other models."""
     assert why_it_ended(1, log) == (reason or "tritonserver: exit code 1")
+    crash = "tritonserver: signal SIGABRT"  # is told beside what led to it
+    assert why_it_ended(-signal.SIGABRT, log) == (f"{reason}; {crash}" if reason else crash)
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="this machine has a GPU")
