@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tritonclient.utils import deserialize_bytes_tensor
 
+from tests.fakeserver import FakeServer
 from triward import RewardClient
 from triward.deadline import Deadline
 
@@ -81,6 +82,13 @@ class FakeTransport:
     @staticmethod
     def result_of(**arrays):
         return Result(**arrays)
+
+
+@pytest.fixture
+def server():
+    """A server without a model; a response's score is its length."""
+    with FakeServer() as running:
+        yield running
 
 
 @pytest.fixture

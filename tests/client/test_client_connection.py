@@ -43,12 +43,6 @@ def direct(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture
-def server():
-    with FakeServer() as running:
-        yield running
-
-
 def ask(kind, url, method="score", **settings):
     arguments = [CONVERSATION] if method == "score" else []
     if kind == "blocking":

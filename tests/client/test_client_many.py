@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.fakeserver import FakeServer, Fault
+from tests.fakeserver import Fault
 from triward import (
     AsyncRewardClient,
     InvalidRequest,
@@ -32,12 +32,6 @@ def conversation(response, prompt="q", image=None):
     if image is not None:
         parts.insert(0, {"type": "image", "image": image})
     return [{"role": "user", "content": parts}, {"role": "assistant", "content": response}]
-
-
-@pytest.fixture
-def server():
-    with FakeServer() as running:
-        yield running
 
 
 @pytest.fixture(params=["blocking", "asyncio"])

@@ -7,17 +7,16 @@ import time
 
 import pytest
 
-from tests.fakeserver import FakeServer, Fault
+from tests.fakeserver import Fault
 from triward import AsyncRewardClient, DeadlineExceeded, RewardClient, ServerError, patience
 
 LATE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "late"}]
 
 
 @pytest.fixture
-def server():
-    with FakeServer() as running:
-        running.delay = 0.5
-        yield running
+def server(server):
+    server.delay = 0.5
+    return server
 
 
 def until_answered(server):

@@ -48,12 +48,6 @@ def apart(responses):
 
 
 @pytest.fixture
-def server():
-    with FakeServer() as running:
-        yield running
-
-
-@pytest.fixture
 def pair():
     with FakeServer() as first, FakeServer() as second:
         yield first, second

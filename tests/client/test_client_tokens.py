@@ -13,7 +13,7 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 import triward.wire
-from tests.fakeserver import FakeServer, Fault
+from tests.fakeserver import Fault
 from triward import (
     AsyncRewardClient,
     DeadlineExceeded,
@@ -258,12 +258,6 @@ def test_both_clients_have_the_same_arguments():
 
 
 # Real gRPC
-
-
-@pytest.fixture
-def server():
-    with FakeServer() as running:
-        yield running
 
 
 def blocking(url, *arguments, **settings):

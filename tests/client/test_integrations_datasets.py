@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 from PIL import Image as Pil
 
 from tests.commands import Command
-from tests.fakeserver import FakeServer, Fault, read_log
+from tests.fakeserver import Fault, read_log
 from triward import RewardClient, ServerError, ServerUnavailable
 from triward.integrations.datasets import DatasetScorer
 
@@ -24,12 +24,6 @@ def quiet():
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
-
-
-@pytest.fixture
-def server():
-    with FakeServer() as server:
-        yield server
 
 
 @pytest.fixture

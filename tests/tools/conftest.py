@@ -1,5 +1,14 @@
-"""The client's fixtures."""
+"""The client's fake server, and a client of it."""
 
-from tests.client.conftest import client, deadline, deliver, server_process, transport, web
+import pytest
 
-__all__ = ["client", "deadline", "deliver", "server_process", "transport", "web"]
+from tests.client.conftest import server
+from triward import RewardClient
+
+__all__ = ["server"]
+
+
+@pytest.fixture
+def client(server):
+    with RewardClient(server.url, timeout=20) as client:
+        yield client

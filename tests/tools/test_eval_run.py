@@ -14,7 +14,7 @@ import pytest
 
 import triward.cli
 from tests.benchmarkdata import BENCHMARKS, png, write, write_rows
-from tests.fakeserver import FakeServer, Fault
+from tests.fakeserver import Fault
 from triward import InvalidRequest, RewardClient, ServerError, ServerUnavailable
 from triward_tools.evaluation import run
 from triward_tools.evaluation.asking import results_of
@@ -56,12 +56,6 @@ def reports(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
     monkeypatch.setattr("triward.retries._PAUSE", 0.01)
-
-
-@pytest.fixture
-def server():
-    with FakeServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -18,24 +18,12 @@ import pytest
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pil
 
-from tests.fakeserver import FakeServer, Fault
+from tests.fakeserver import Fault
 from triward import RewardClient, ServerError, ServerUnavailable
 from triward.integrations.rows import RowScorer
 from triward_tools import offline
 from triward_tools.jobs import whole_file
 from triward_tools.offline import JobMismatch, Summary, score_parquet
-
-
-@pytest.fixture
-def server():
-    with FakeServer() as server:
-        yield server
-
-
-@pytest.fixture
-def client(server):
-    with RewardClient(server.url, timeout=20) as client:
-        yield client
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.commands import Command
-from tests.fakeserver import FakeServer, Fault
+from tests.fakeserver import Fault
 from triward import RewardClient
 from triward_tools.selection import (
     Columns,
@@ -62,10 +62,9 @@ print("done", flush=True)
 
 
 @pytest.fixture
-def server():
-    with FakeServer() as server:
-        server.fault = lambda call: Fault.INVALID_ARGUMENT if b"bad" in call.responses else None
-        yield server
+def server(server):
+    server.fault = lambda call: Fault.INVALID_ARGUMENT if b"bad" in call.responses else None
+    return server
 
 
 @pytest.fixture

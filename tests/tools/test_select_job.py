@@ -16,7 +16,7 @@ from PIL import Image as Pil
 
 import triward.cli
 from tests.commands import Command
-from tests.fakeserver import FakeServer, Fault
+from tests.fakeserver import Fault
 from triward import InvalidRequest, RewardClient, ServerError, ServerUnavailable
 from triward_tools.jobs import JobMismatch
 from triward_tools.selection import (
@@ -32,19 +32,6 @@ from triward_tools.selection import job as job_module
 from triward_tools.selection.picture import _edges
 
 TABLE = Columns(prompt="prompt", responses="responses")
-
-
-@pytest.fixture
-def server():
-    """A response's score is its length."""
-    with FakeServer() as server:
-        yield server
-
-
-@pytest.fixture
-def client(server):
-    with RewardClient(server.url, timeout=20) as client:
-        yield client
 
 
 def made(count=30):
