@@ -23,6 +23,7 @@ def work(*done: tuple[float, int], waits_for_disk: bool = False) -> Work:
         (work((5.0, 7), (1.0, 0)), work((5.01, 7), (1.03, 0)), True),  # the ticks of two
         (work((5.0, 7)), work((5.2, 7)), False),
         (work((5.0, 7)), work((5.0, 8)), False),
+        (work((5.0, 7)), work((5.0, 6)), True),  # the system took pages back
         (work((5.0, 7)), work((5.0, 7), waits_for_disk=True), False),
         (work((5.0, 7)), work((5.0, 7), (0.0, 0)), False),  # another process has come
         (work((5.0, 7), (0.0, 0)), work((5.0, 7)), False),  # or gone
@@ -46,6 +47,7 @@ def sleeper() -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_process_that_waits_stands_still(sleeper: subprocess.Popen[str]) -> None:
+    assert Work.of(sleeper.pid).done[sleeper.pid] > (0.0, 2**20), "Python has started there"
     progress = Progress(sleeper.pid, patience=0.2)
     assert not progress.stands_still(), "not before its time"
     while not progress.stands_still():

@@ -45,7 +45,7 @@ class Work:
     """Work that processes have done so far.
 
     Attributes:
-        done: process -> seconds of processor time, bytes read from disks.
+        done: process -> seconds of processor time, resident bytes.
         waits_for_disk: one of them does.
     """
 
@@ -63,8 +63,8 @@ class Work:
             return work
         for each in family:
             with suppress(psutil.Error), each.oneshot():  # it may just have ended
-                cpu, read = each.cpu_times(), each.io_counters().read_bytes
-                work.done[each.pid] = (cpu.user + cpu.system, read)
+                cpu = each.cpu_times()
+                work.done[each.pid] = (cpu.user + cpu.system, each.memory_info().rss)
                 work.waits_for_disk |= each.status() == psutil.STATUS_DISK_SLEEP
         return work
 
@@ -74,5 +74,6 @@ class Work:
             return False
         pairs = [(now, before.done[pid]) for pid, now in self.done.items()]
         cpu = sum(now[0] - then[0] for now, then in pairs)
-        read = sum(now[1] - then[1] for now, then in pairs)
-        return not read and cpu < _IDLE * seconds * len(self.done)
+        # Weights that come slowly over a network take hardly any processor time, but memory.
+        grows = any(now[1] > then[1] for now, then in pairs)
+        return not grows and cpu < _IDLE * seconds * len(self.done)
