@@ -47,7 +47,7 @@ _CODES = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
 
 # Commands that are known, but not installed, say what brings them.
 _TOOLS = ("eval", "best-of-n", "filter", "pairs")
-_NEEDED = "comes with triward-tools: pip install triward-tools (in a checkout: pip install ./tools)"
+_NEEDED = "comes with triward-tools; in a checkout of Triward: pip install ./tools"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

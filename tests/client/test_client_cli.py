@@ -257,9 +257,7 @@ def test_a_command_that_is_not_installed(monkeypatch, capsys, name, arguments):
     with pytest.raises(SystemExit) as caught:
         triward.cli.main([name, *arguments])
     assert caught.value.code == 2
-    error = (
-        "comes with triward-tools: pip install triward-tools (in a checkout: pip install ./tools)"
-    )
+    error = "comes with triward-tools; in a checkout of Triward: pip install ./tools"
     assert capsys.readouterr().err.endswith(f"triward {name}: error: {error}\n")
 
 

@@ -180,7 +180,7 @@ def test_wheels_in_an_empty_environment(tmp_path, client_wheel, tools_wheel):
     assert environment("triward", "--help").returncode == 0
     evaluation = environment("triward", "eval", "--help")
     assert evaluation.returncode == 2
-    assert "pip install triward-tools" in evaluation.stderr
+    assert "pip install ./tools" in evaluation.stderr
     loaded = "import sys, triward; print({*sys.modules} & {*sys.argv[1:]})"
     heavy = ("torch", "pyarrow", "jinja2", "matplotlib", "PIL", "triward_tools")
     assert environment("python", "-c", loaded, *heavy).stdout == "set()\n"

@@ -1,7 +1,7 @@
 """Evaluation, selection and batch jobs with a Triward server's rewards.
 
 `evaluation` scores public benchmarks, `selection` chooses, filters and pairs responses, `offline`
-and `ray` score Parquet files. `pip install triward-tools` adds the commands to `triward`.
+and `ray` score Parquet files. Installed, it adds its commands to `triward`.
 """
 
 __version__ = "0.1.0"
