@@ -95,7 +95,7 @@ class ForwardConfig(RequestLimits):
         dtype: of weights and activations; scores are float32 always.
         device: plain `cuda` is the GPU of Triton's instance.
         max_batch_tflop: a bound on how long a pass takes.
-        max_batch_bytes: of intermediate results, beside the embedding cache, too.
+        max_batch_bytes: of intermediate results, beside both caches.
         deterministic: a score is bitwise the same in any company, in any order, with any cache.
         compile: before the model is ready. It needs a C compiler; without one loading fails.
         vision: `torch`, the model itself; or `onnx`, the model that `schema.VISION` names, and no
@@ -116,6 +116,14 @@ class ForwardConfig(RequestLimits):
     embedding_cache_bytes: Annotated[
         Count, Field(description="Image embeddings kept between batches; 0: none.")
     ] = 1024**3
+    prefix_cache_bytes: Annotated[
+        int,
+        Field(
+            ge=-1,
+            description="Keys and values of prompts kept between batches; 0: none; -1: 256 MiB on "
+            "a CPU, on CUDA what is left, at most 40 %.",
+        ),
+    ] = -1
     max_batch_bytes: Annotated[
         Positive, Field(description="Predicted bytes of one forward pass, beside the weights.")
     ] = 12 * 1024**3

@@ -26,6 +26,7 @@ from triward_server.schema import Features, Scores
 from triward_server.testing.oracle import Oracle, fp32_budget
 
 CPU = ForwardConfig(dtype="float32", device="cpu")
+FORGETFUL = replace(CPU, prefix_cache_bytes=0)
 GEOMETRY = Geometry(image_token_id=9, patch_size=14, merge_size=2, vocab_size=99, max_tokens=999)
 COST = Cost(
     per_token=1000, per_score=9, per_pair=1, per_patch=50, token_bytes=100, key_bytes=7,
@@ -227,6 +228,16 @@ def test_changing_one_item_leaves_the_others(exact: Scorer) -> None:
                 np.testing.assert_array_equal(scores(result), expected[index])
 
 
+def test_a_deterministic_score_does_not_depend_on_its_twin(exact: Scorer) -> None:
+    """A response of one token has one query, which the kernel rounds by how many there are."""
+    image_id = exact.geometry.image_token_id or 0
+    for count in (2, 5):
+        group = features([*IMAGE, *IMAGE], [[(1,)]] * count, image_id)
+        alone = features([*IMAGE, *IMAGE], [[(1,)]], image_id)
+        expected = scores(exact.score([alone])[0])
+        np.testing.assert_array_equal(scores(exact.score([group])[0]), expected.repeat(count))
+
+
 def test_deterministic_scores_are_the_oracles(exact: Scorer, oracle: Oracle) -> None:
     for item in large(exact.geometry.image_token_id):
         (result,) = exact.score([item])
@@ -250,7 +261,7 @@ class TestCache:
         return Features(pad, (np.arange(9, dtype=np.int32),), (image,))
 
     def test_a_hit_equals_a_miss(self, checkpoint: Path) -> None:
-        scorer = Scorer(checkpoint, CPU)
+        scorer = Scorer(checkpoint, FORGETFUL)
         cache = scorer._model.embeddings
         request = self.request(scorer, IMAGES[0])
         miss = scores(scorer.score([request])[0])
@@ -261,7 +272,7 @@ class TestCache:
 
     def test_other_content_or_size_misses(self, checkpoint: Path) -> None:
         """Other pixel limits give other pixels, here the same bytes in another shape."""
-        scorer = Scorer(checkpoint, CPU)
+        scorer = Scorer(checkpoint, FORGETFUL)
         reshaped = IMAGES[0].reshape(84, 56, 3)
         batch = [self.request(scorer, image) for image in (IMAGES[0], reshaped, IMAGES[2])]
         together = [scores(r)[0] for r in scorer.score(batch)]
@@ -269,7 +280,7 @@ class TestCache:
         assert len({round(float(score), 3) for score in together}) == 3
 
     def test_the_oldest_makes_room(self, checkpoint: Path) -> None:
-        scorer = Scorer(checkpoint, replace(CPU, embedding_cache_bytes=2 * 6 * 128 * 4))
+        scorer = Scorer(checkpoint, replace(FORGETFUL, embedding_cache_bytes=2 * 6 * 128 * 4))
         cache = scorer._model.embeddings
         for image in IMAGES[:3]:
             scorer.score([self.request(scorer, image)])
@@ -280,7 +291,7 @@ class TestCache:
 
     @pytest.mark.parametrize("size", [0, 100])
     def test_what_does_not_fit_is_not_kept(self, size: int, checkpoint: Path) -> None:
-        scorer = Scorer(checkpoint, replace(CPU, embedding_cache_bytes=size))
+        scorer = Scorer(checkpoint, replace(FORGETFUL, embedding_cache_bytes=size))
         request = self.request(scorer, IMAGES[0])
         first, second = (scores(scorer.score([request])[0]) for _ in range(2))
         np.testing.assert_array_equal(first, second)

@@ -21,7 +21,7 @@ from tests.conversations import Messages, picture, says, user
 from tests.videos import conversations, film, frames, video
 from triward import RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
-from triward_server.engine import packing, vision
+from triward_server.engine import packing, positions, vision
 from triward_server.engine.scoring import Pass, Scorer
 from triward_server.errors import InvalidRequest
 from triward_server.intake import video as video_files
@@ -168,7 +168,7 @@ class TestPositions:
             video_grid_thw=torch.tensor([grid]),
             second_per_grid_ts=torch.tensor([0.7]),
         )
-        ours, following = packing.mrope_positions(item.prompt_ids, [grid], [0.7], scorer.geometry)
+        ours, following = positions.mrope_positions(item.prompt_ids, [grid], [0.7], scorer.geometry)
         np.testing.assert_array_equal(ours, expected[:, 0].numpy())
         assert following == ours[0, -1] + 1
 

@@ -19,7 +19,7 @@ from tests.conftest import Served
 from tests.conversations import Messages
 from triward import RewardClient
 from triward_server.config import ForwardConfig
-from triward_server.engine import attention, backbone, packing
+from triward_server.engine import attention, backbone, packing, positions
 from triward_server.engine.scoring import Scorer
 from triward_server.schema import Features
 from triward_server.testing.oracle import Oracle, fp32_budget
@@ -136,8 +136,10 @@ def _rms(values: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def scorer(checkpoint: Path) -> Scorer:
-    # Without the cache: a control changes what is computed, not what is remembered.
-    config = ForwardConfig(dtype="float32", device="cpu", embedding_cache_bytes=0)
+    # Without caches: a control changes what is computed, not what is remembered.
+    config = ForwardConfig(
+        dtype="float32", device="cpu", embedding_cache_bytes=0, prefix_cache_bytes=0
+    )
     return Scorer(checkpoint, config)
 
 
@@ -163,7 +165,7 @@ def test_control_positions_at_the_token_count(
     right = _score(scorer, features)
 
     def by_token(ids: np.ndarray, *_: object) -> tuple[np.ndarray, int]:
-        return packing.text_positions(0, len(ids)), len(ids)
+        return positions.text_positions(0, len(ids)), len(ids)
 
     monkeypatch.setattr(packing, "mrope_positions", by_token)
     assert abs(_score(scorer, features) - right) > 10 * fp32_budget(right)

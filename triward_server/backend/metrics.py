@@ -21,6 +21,8 @@ FORWARD_COUNTERS = {
     "triward_conversations_total": "Conversations that were scored.",
     "triward_tokens_computed_total": "Tokens that went through the language model.",
     "triward_tokens_saved_total": "Tokens that did not, since conversations shared them.",
+    "triward_prefix_tokens_reused_total": "Tokens that did not, since the prefix cache had them.",
+    "triward_prefix_tokens_evicted_total": "Tokens that the prefix cache forgot for lack of room.",
     "triward_forward_passes_total": "Forward passes.",
     "triward_forward_capacity_tokens_total": "max_batch_tokens, summed over forward passes.",
     "triward_images_encoded_total": "Images and videos that went through the vision tower.",
@@ -32,6 +34,7 @@ FORWARD_COUNTERS = {
 }
 FORWARD_GAUGES = {
     "triward_embedding_cache_bytes": "Bytes of image embeddings that are kept.",
+    "triward_prefix_cache_bytes": "Bytes of keys and values that are kept.",
     "triward_score_sum": "Sum of the scores in the histogram.",
 }
 ERRORS = "triward_errors_total"

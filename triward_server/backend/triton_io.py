@@ -159,6 +159,8 @@ class ForwardBackend:
         self._metrics.add(
             tokens_computed=done.tokens,
             tokens_saved=done.tokens_saved,
+            prefix_tokens_reused=done.tokens_reused,
+            prefix_tokens_evicted=done.tokens_evicted,
             forward_passes=1,
             forward_capacity_tokens=self._config.max_batch_tokens,
             images_encoded=done.images - done.images_cached,
@@ -167,6 +169,7 @@ class ForwardBackend:
             language_model_seconds=done.language_model_seconds,
         )
         self._metrics.set("triward_embedding_cache_bytes", done.cache_bytes)
+        self._metrics.set("triward_prefix_cache_bytes", done.prefix_bytes)
 
     def _count(self, callers: Sequence[Any], scored: Sequence[Scores | TriwardError]) -> None:
         scores = [

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 Kernel = Literal["sdpa", "varlen"]
 
@@ -44,7 +44,7 @@ class Layout:
         query_lengths: S lengths; they sum to the row's.
         key_lengths: S lengths, each at least the query's.
         key_rows: int64 [sum of key_lengths], rows of the keys of each sequence, one sequence
-            behind the other; None where every sequence's keys are its own rows.
+            behind the other; None where the keys themselves lie so.
         cu_query: int32 [S + 1], cumulative sum of query_lengths, on the row's device.
         cu_key: likewise of key_lengths.
         causal: whether a query sees only keys up to its own place; the last query of a sequence
@@ -108,7 +108,7 @@ def make_layout(
         device: where the tensors are.
         dtype: of queries, keys and values.
         key_lengths: keys of each sequence, where they are not the queries' rows.
-        key_rows: their rows.
+        key_rows: their rows, see `Layout`.
         deterministic: see `Layout`.
     """
     keys = lengths if key_lengths is None else key_lengths
@@ -151,8 +151,8 @@ def varlen(
 
     Args:
         query: [Q, H, D], Q the sum of query_lengths.
-        key: [T, G, D], G divides H: each key head serves H / G query heads.
-        value: [T, G, D].
+        key: [K, G, D], G divides H: each key head serves H / G query heads.
+        value: [K, G, D].
         layout: which rows belong together.
         rules: how weights are made of products.
 
@@ -170,7 +170,8 @@ def _sdpa_by_shape(
     """Make one batched call for each run of consecutive sequences of equal lengths."""
     out = torch.empty_like(query)
     first_query = first_key = 0
-    for queries, keys, count in _runs(layout, together=rules.softcap is None):
+    together = rules.softcap is None and not layout.deterministic
+    for queries, keys, count in _runs(layout, together):
         rows = slice(first_query, first_query + count * queries)
         seen = slice(first_key, first_key + count * keys)
         # Gathered run by run: what all runs see together can be many times what there is.
@@ -186,9 +187,9 @@ def _sdpa_by_shape(
             attended = _masked(q, k, v, rules)
         else:
             if causal and queries < keys:
-                # Short ancestors: recomputing their queries costs less than a mask, behind which
-                # the kernel computes the upper triangle too.
-                q = query[own].unflatten(0, (count, -1)).transpose(1, 2)
+                # Short ancestors: queries for them, which nobody reads, cost less than a mask,
+                # behind which the kernel computes the upper triangle too.
+                q = pad(q, (0, 0, keys - queries, 0))
             attended = _sdpa(q, k, v, rules, is_causal=causal)
         out[rows] = attended[:, :, -queries:].transpose(1, 2).flatten(0, 1)
         first_query, first_key = rows.stop, seen.stop
@@ -198,7 +199,8 @@ def _sdpa_by_shape(
 def _runs(layout: Layout, together: bool) -> Iterator[tuple[int, int, int]]:
     """Yield queries, keys and number of consecutive sequences of equal lengths; or one at a time.
 
-    A written-out product rounds differently in another company, and takes memory for all of it.
+    A single query's attention rounds differently in another company, as a written-out product does,
+    which also takes memory for all of it.
     """
     for (queries, keys), run in groupby(zip(layout.query_lengths, layout.key_lengths, strict=True)):
         count = len(list(run))

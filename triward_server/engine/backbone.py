@@ -149,12 +149,19 @@ class RewardModel(nn.Module):
                         setattr(layer, name, partial(function, layer))
 
     @torch.inference_mode()
-    def forward(self, batch: PackedBatch, clock: Clock | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        clock: Clock | None = None,
+        recall: Callable[[int, Tensor], Tensor] = lambda layer, own: own,
+    ) -> Tensor:
         """Scores float32 [C] of a packed batch, on the model's device.
 
         Args:
             batch: what to score.
             clock: gets three marks, around the vision tower and behind the head.
+            recall: keeps keys and values, and has those of the batch's `slots`
+                (`prefix_cache.Recall.join`).
         """
         clock = clock or Clock(self.device)
         language = self.language_model
@@ -164,10 +171,7 @@ class RewardModel(nn.Module):
         x = language.embed(self._upload(batch.input_ids))
         if embeddings is not None:
             x[self._upload(batch.media_rows)] = embeddings[self._upload(batch.media_tokens)].float()
-        shares = batch.key_lengths != batch.node_lengths
-        layout = self._layout(
-            batch.node_lengths, batch.key_lengths, batch.key_rows if shares else None
-        )
+        layout = self._layout(batch.node_lengths, batch.key_lengths, batch.key_rows)
         # Conversations that end at one node (equal ones) are read once.
         nodes, conversations = np.unique(batch.scored, return_inverse=True)
         ends = np.cumsum(batch.key_lengths)
@@ -179,7 +183,8 @@ class RewardModel(nn.Module):
             ),
         )
         rows = self._upload(np.cumsum(batch.node_lengths)[nodes] - 1)
-        hidden = language(x, self._upload(batch.positions), rows, layout, last)
+        positions = self._upload(batch.positions)
+        hidden = language(x, positions, rows, layout, last, recall)
         scores: Tensor = self.get_submodule(self.head)(hidden)[self._upload(conversations)]
         clock.mark()
         return scores
@@ -205,12 +210,17 @@ class RewardModel(nn.Module):
         embeddings: Tensor = self.visual([self._upload(pixels) for pixels in media], grids)
         return embeddings
 
-    def _layout(
-        self, lengths: Sequence[int], keys: Sequence[int], key_rows: Int64Array | None
-    ) -> Layout:
-        dtype = self.language_model.norm.weight.dtype
+    def _layout(self, lengths: Sequence[int], keys: Sequence[int], key_rows: Int64Array) -> Layout:
+        # Gathered keys lie otherwise in memory, which rounding may depend on.
+        in_order = not self.deterministic and np.array_equal(key_rows, np.arange(len(key_rows)))
         return make_layout(
-            lengths, True, self.device, dtype, keys, key_rows, deterministic=self.deterministic
+            lengths,
+            True,
+            self.device,
+            self.language_model.norm.weight.dtype,
+            keys,
+            None if in_order else key_rows,
+            deterministic=self.deterministic,
         )
 
     def _upload(self, array: NDArray[Any]) -> Tensor:

@@ -1,14 +1,16 @@
 """The language model of every architecture: one decoder, and the few ways in which they differ.
 
 `DecoderConfig` says what a model computes; a file of `architectures/` reads it from a checkpoint's
-configuration. Only what a reward needs is here: one prefill, no cache, no vocabulary head.
+configuration. Only what a reward needs is here: one prefill, no vocabulary head.
 Parameter names are the checkpoint's, but for `qkv_proj` and `gate_up_proj`, which `weights.py`
 joins.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from torch.nn import functional as F
 
 from .attention import Layout, LogitRules, blocks, join, varlen
 from .layers import GatedMLP, RMSNorm, rotate_
+
+# Those of a pass's rows [T, 2 G, D] -> those that its queries see.
+KeysAndValues = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -134,22 +139,31 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = decoder.norm(decoder.hidden)
         self.mlp = GatedMLP(decoder.hidden, decoder.inner, False, decoder.activation)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, recall: KeysAndValues
+    ) -> Tensor:
         """[T, dim] -> [T, dim], the same tensor with the layer's results added."""
         queries, keys = self.self_attn.queries, self.self_attn.keys
         heads = join(self.before(*rows) for rows in blocks(layout, x, *rotary))
-        q, k, v = heads.split([queries, keys, keys], dim=1)
+        q = heads[:, :queries]
+        k, v = recall(heads[:, queries:]).split(keys, dim=1)
         for rows in blocks(layout, x, varlen(q, k, v, layout, self.self_attn.rules)):
             self.after_(*rows)
         return x
 
     def at(
-        self, rows: Tensor, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, last: Layout
+        self,
+        rows: Tensor,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layout: Layout,
+        last: Layout,
+        recall: KeysAndValues,
     ) -> Tensor:
         """Compute only `rows` [C] beyond keys and values: [T, dim] -> [C, dim]."""
         cos, sin = rotary
         heads = join(self.keys_and_values(*each) for each in blocks(layout, x, cos, sin))
-        k, v = heads.chunk(2, dim=1)
+        k, v = recall(heads).chunk(2, dim=1)
         x, cos, sin = x[rows], cos[rows], sin[rows]
         q = join(self.queries(*each) for each in blocks(last, x, cos, sin))
         for each in blocks(last, x, varlen(q, k, v, last, self.self_attn.rules)):
@@ -214,7 +228,13 @@ class LanguageModel(nn.Module):
         return embedded.mul_(self.decoder.embedding_scale)
 
     def forward(
-        self, x: Tensor, positions: Tensor, rows: Tensor, layout: Layout, last: Layout
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        layout: Layout,
+        last: Layout,
+        recall: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
         """Hidden states of the rows that are read.
 
@@ -224,6 +244,8 @@ class LanguageModel(nn.Module):
             rows: [C], what is read.
             layout: attention of all rows.
             last: attention of `rows` alone; in the last layer no other row is anyone's input.
+            recall: a layer's number, and the keys and values of all rows [T, 2 G, D] -> those that
+                queries see, cached ones in front.
 
         Returns:
             [C, dim], normalised.
@@ -231,9 +253,10 @@ class LanguageModel(nn.Module):
         rotary = self._rotary(positions)
         *layers, final = self.layers
         assert isinstance(final, DecoderLayer)
-        for layer in layers:
-            x = layer(x, rotary, layout)
-        out: Tensor = self.norm(final.at(rows, x, rotary, layout, last))
+        for index, layer in enumerate(layers):
+            x = layer(x, rotary, layout, partial(recall, index))
+        hidden = final.at(rows, x, rotary, layout, last, partial(recall, len(layers)))
+        out: Tensor = self.norm(hidden)
         return out
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:

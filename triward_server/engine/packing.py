@@ -6,10 +6,8 @@ their placeholders are byte-equal, and the videos equally fast. All nodes' token
 without padding; every linear layer runs once over it, and in attention a node's tokens see their
 ancestors' and their own.
 
-Positions are M-RoPE's (Qwen2-VL, arXiv:2409.12191, section 2.1): text advances all three axes
-together; an image holds the first axis still and spreads rows and columns over the other two; a
-video advances the first by its seconds. What follows continues behind the rows and columns, which
-is less than the token count.
+Nodes whose keys and values an earlier pass has left in the prefix cache are not in the row: their
+tokens are seen, and not computed.
 """
 
 from __future__ import annotations
@@ -20,11 +18,15 @@ from hashlib import blake2b
 from itertools import pairwise
 
 import numpy as np
+from cachetools import LRUCache
 
 from ..schema import Features, Grid, Int32Array, Int64Array, UInt8Array
 from .geometry import Geometry
+from .positions import mrope_positions, text_positions
+from .tree import Tree, grow
 
-_NONE = np.empty(0, np.int32)
+_NONE = np.empty(0, np.int64)
+_KNOWN_MEDIA = 65_536  # whose numbers are remembered
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class MediaItem:
         grid: its patches.
         digest: of shape and pixels; what has equal digests is embedded alike.
         index: its place among the distinct items of the batch.
-        first_token: its first token among those of all distinct items of the batch.
+        first_token: number of its first token (`MediaNumbers`).
+        tokens: how many it has.
     """
 
     pixels: UInt8Array
@@ -44,6 +47,30 @@ class MediaItem:
     digest: bytes
     index: int
     first_token: int
+    tokens: int
+
+
+class MediaNumbers:
+    """Numbers of media's tokens: the same ones whenever the same item is shown.
+
+    No number is given twice, so that an item that was forgotten is a new one when it comes back.
+    """
+
+    def __init__(self) -> None:
+        self._firsts: LRUCache[tuple[bytes, float], int] = LRUCache(_KNOWN_MEDIA)
+        self._next = 0
+
+    def first(self, item: tuple[bytes, float], tokens: int) -> int:
+        """Return the number of an item's first token.
+
+        Args:
+            item: its digest, and the seconds from one pair of frames to the next.
+            tokens: how many it has.
+        """
+        if item not in self._firsts:
+            self._firsts[item] = self._next
+            self._next += tokens
+        return self._firsts[item]
 
 
 @dataclass(frozen=True)
@@ -53,23 +80,26 @@ class Branch:
     Attributes:
         request: which item of the batch it belongs to.
         response: which of that item's responses it ends with.
-        keys: int32 [L]. A token's id; for a placeholder -1 - t, where t counts the tokens of all
-            distinct media. Behind equal keys stand equal embeddings at equal positions.
+        keys: int64 [L]. A token's id; for a placeholder -1 - t, where t is its number among the
+            tokens of all media. Equal keys up to a place mean equal embeddings and positions there.
         positions: int32 [3, L].
         prompt_length: tokens that it shares with the other responses of its request by
             construction.
+        lasting: its first tokens that later requests may begin with: the prompt's, and where there
+            is one response, which a dialogue may continue, all.
         media: which of the batch's distinct media it shows.
     """
 
     request: int
     response: int
-    keys: Int32Array
+    keys: Int64Array
     positions: Int32Array
     prompt_length: int
+    lasting: int
     media: frozenset[int]
 
     @property
-    def prompt(self) -> Int32Array:
+    def prompt(self) -> Int64Array:
         """Keys of the prompt."""
         return self.keys[: self.prompt_length]
 
@@ -82,15 +112,32 @@ class SortedBatch:
         branches: the conversations.
         shared: int64 [C], how many tokens branch i has in common with branch i - 1; 0 for the
             first. Computing branch i after branch i - 1 costs the rest.
-        media: distinct ones, in the order of their tokens.
+        media: distinct ones.
         deterministic: whether nodes end where prompts end and nowhere else, so that how a
             conversation is cut does not depend on its company.
+        cached: int64 [C], how many of a branch's first tokens the prefix cache has.
     """
 
     branches: tuple[Branch, ...]
     shared: Int64Array
     media: tuple[MediaItem, ...]
     deterministic: bool
+    cached: Int64Array
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What later passes may see of a node: the last tokens of a path, and where they lie.
+
+    Attributes:
+        path: int64 [L], keys of its tokens and of all before them.
+        count: how many are the node's.
+        row: of the first of them.
+    """
+
+    path: Int64Array
+    count: int
+    row: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +149,10 @@ class PackedBatch:
         positions: int32 [3, T], M-RoPE's temporal, height and width axes.
         node_lengths: S lengths, which sum to T; nodes lie one behind the other.
         key_lengths: S counts: what a node's last token sees, its ancestors' tokens and its own.
-        key_rows: int64 [sum of key_lengths], the rows of those tokens, node by node.
+        key_rows: int64 [sum of key_lengths], the rows of those tokens, node by node. Rows below R
+            are those of `slots`; row R + t is token t.
+        slots: int64 [R], tokens of the prefix cache that this batch sees.
+        kept: what it may keep of this batch, parents before children.
         scored: int64 [C], the node whose last token scores each conversation.
         media: the items that occur.
         media_rows: int64 [M], rows that hold placeholders.
@@ -114,6 +164,8 @@ class PackedBatch:
     node_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
     key_rows: Int64Array
+    slots: Int64Array
+    kept: tuple[Kept, ...]
     scored: Int64Array
     media: tuple[MediaItem, ...]
     media_rows: Int64Array
@@ -121,7 +173,10 @@ class PackedBatch:
 
 
 def sort_batch(
-    batch: dict[int, Features], geometry: Geometry, deterministic: bool = False
+    batch: dict[int, Features],
+    geometry: Geometry,
+    deterministic: bool = False,
+    numbers: MediaNumbers | None = None,
 ) -> SortedBatch:
     """Sort a batch's conversations and find what neighbours share.
 
@@ -129,8 +184,9 @@ def sort_batch(
         batch: items by request number, each accepted by `check`.
         geometry: the model's.
         deterministic: share whole prompts or nothing.
+        numbers: those of earlier batches, so that equal media have equal keys in all of them.
     """
-    media = _DistinctMedia(geometry)
+    media = _DistinctMedia(geometry, numbers or MediaNumbers())
     branches = [
         branch
         for request, item in batch.items()
@@ -142,23 +198,24 @@ def sort_batch(
         shared = [len(a.prompt) * np.array_equal(a.prompt, b.prompt) for a, b in pairwise(branches)]
     else:
         branches.sort(key=lambda branch: branch.keys.tobytes())
-        shared = [_common(a.keys, b.keys) for a, b in pairwise(branches)]
+        shared = [common(a.keys, b.keys) for a, b in pairwise(branches)]
     counts = np.array([0, *shared], np.int64)
-    return SortedBatch(tuple(branches), counts, media.items, deterministic)
+    nothing = np.zeros_like(counts)
+    return SortedBatch(tuple(branches), counts, media.items, deterministic, nothing)
 
 
 class _DistinctMedia:
     """A batch's media, each once."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, numbers: MediaNumbers) -> None:
         self._geometry = geometry
+        self._numbers = numbers
         # Positions depend on a video's speed, and what is computed behind it on them.
         self._items: dict[tuple[bytes, float], MediaItem] = {}
-        self._tokens = 0
 
     @property
     def items(self) -> tuple[MediaItem, ...]:
-        """All of them, in the order of their tokens."""
+        """All of them, by index."""
         return tuple(self._items.values())
 
     def add(self, pixels: UInt8Array, seconds: float) -> MediaItem:
@@ -167,8 +224,9 @@ class _DistinctMedia:
         key = blake2b(content, digest_size=16).digest(), seconds
         if key not in self._items:
             grid = self._geometry.grid(pixels)
-            self._items[key] = MediaItem(pixels, grid, key[0], len(self._items), self._tokens)
-            self._tokens += self._geometry.tokens(grid)
+            tokens = self._geometry.tokens(grid)
+            first = self._numbers.first(key, tokens)
+            self._items[key] = MediaItem(pixels, grid, key[0], len(self._items), first, tokens)
         return self._items[key]
 
 
@@ -179,20 +237,22 @@ def _branches(
     seconds = _seconds(item)
     shown = [media.add(*each) for each in zip(item.media, seconds, strict=True)]
     grids = [each.grid for each in shown]
-    tokens = [each.first_token + np.arange(geometry.tokens(each.grid)) for each in shown]
-    keys = item.prompt_ids.copy()
+    tokens = [each.first_token + np.arange(each.tokens) for each in shown]
+    keys = item.prompt_ids.astype(np.int64)
     keys[np.isin(keys, geometry.media_token_ids)] = -1 - np.concatenate([*tokens, _NONE])
     positions, start = mrope_positions(item.prompt_ids, grids, seconds, geometry)
     for index, ids in enumerate(item.response_ids):
         row = np.concatenate([keys, ids])
         row = row[: geometry.read(row)]
         places = np.concatenate([positions, text_positions(start, len(ids))], axis=1)
+        prompt_length = min(len(keys), len(row))
         yield Branch(
             request,
             index,
             row,
             places[:, : len(row)],
-            min(len(keys), len(row)),
+            prompt_length,
+            len(row) if len(item.response_ids) == 1 else prompt_length,
             frozenset(each.index for each in shown),
         )
 
@@ -203,89 +263,86 @@ def _seconds(features: Features) -> list[float]:
     return [next(given) if pixels.ndim == 4 else 0.0 for pixels in features.media]
 
 
-def _common(a: Int32Array, b: Int32Array) -> int:
-    """Length of the common prefix."""
+def common(a: Int64Array, b: Int64Array) -> int:
+    """Length of the common prefix of two rows of keys."""
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]
     return int(differs.argmax()) if differs.any() else length
 
 
-def pack(ordered: SortedBatch, chosen: Sequence[int]) -> PackedBatch:
-    """Lay the tree of some branches, by ascending index, out in one row."""
+def pack(
+    ordered: SortedBatch,
+    chosen: Sequence[int],
+    cached: Sequence[Int64Array] | None = None,
+) -> PackedBatch:
+    """Lay the tree of some branches out in one row.
+
+    Args:
+        ordered: all branches.
+        chosen: which of them, by ascending index.
+        cached: for each of them slots of the first tokens that are in the prefix cache; all but the
+            last token at most. None: nothing is.
+    """
     branches = [ordered.branches[index] for index in chosen]
+    slots = [_NONE] * len(branches) if cached is None else cached
     # What two branches share is what all between them share.
     shared = [0, *(int(ordered.shared[a + 1 : b + 1].min()) for a, b in pairwise(chosen))]
-    ends, parents, owners, scored = _grow(branches, shared, ordered.deterministic)
+    tree = grow(shared, [_cuts(ordered, *each) for each in zip(branches, slots, strict=True)])
+    order = tree.order()
+    computed = [node for node in order if tree.ends[node] > len(slots[tree.owners[node]])]
+    known = [node for node in order if tree.ends[node] <= len(slots[tree.owners[node]])]
 
-    # Place every node behind its ancestors, in the order of the branches.
-    rows: dict[int, Int64Array] = {0: np.empty(0, np.int64)}  # of a node's path, 0 is the root
-    order: list[int] = []
-    row = 0
-    for leaf in scored:
-        path = []
-        node = leaf
-        while node not in rows:
-            path.append(node)
-            node = parents[node]
-        for node in reversed(path):
-            length = ends[node] - ends[parents[node]]
-            own = np.arange(row, row + length)
-            rows[node] = np.concatenate([rows[parents[node]], own])
-            order.append(node)
-            row += length
+    firsts = dict(zip([*known, *computed], _firsts(tree, [*known, *computed]), strict=True))
+    rows: dict[int, Int64Array] = {0: _NONE}  # of a node's path; 0 is the root
+    for node in order:
+        own = firsts[node] + np.arange(tree.length(node))
+        rows[node] = np.concatenate([rows[tree.parents[node]], own])
 
-    spans = [(branches[owners[n]], slice(ends[parents[n]], ends[n])) for n in order]
+    spans = [(branches[tree.owners[n]], tree.span(n)) for n in computed]
     keys = np.concatenate([branch.keys[span] for branch, span in spans])
     media_rows = np.flatnonzero(keys < 0)
-    media, media_tokens = _used(ordered.media, -1 - keys[media_rows].astype(np.int64))
-    place = {node: index for index, node in enumerate(order)}
+    media, media_tokens = _used(ordered.media, -1 - keys[media_rows])
+    place = {node: index for index, node in enumerate(computed)}
+    seen = sum(map(tree.length, known))
     return PackedBatch(
-        input_ids=np.maximum(keys, 0),
+        input_ids=np.maximum(keys, 0).astype(np.int32),
         positions=np.concatenate([branch.positions[:, span] for branch, span in spans], axis=1),
-        node_lengths=tuple(span.stop - span.start for _, span in spans),
-        key_lengths=tuple(ends[node] for node in order),
-        key_rows=np.concatenate([rows[node] for node in order]),
-        scored=np.array([place[node] for node in scored]),
+        node_lengths=tuple(map(tree.length, computed)),
+        key_lengths=tuple(tree.ends[node] for node in computed),
+        key_rows=np.concatenate([rows[node] for node in computed]),
+        slots=np.concatenate([_NONE, *(slots[tree.owners[n]][tree.span(n)] for n in known)]),
+        kept=tuple(_kept(tree, branches, computed, {n: firsts[n] - seen for n in computed})),
+        scored=np.array([place[node] for node in tree.leaves]),
         media=media,
         media_rows=media_rows,
         media_tokens=media_tokens,
     )
 
 
-def _grow(
-    branches: Sequence[Branch], shared: Sequence[int], deterministic: bool
-) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Grow the radix tree of sorted branches from what neighbours share.
+def _cuts(ordered: SortedBatch, branch: Branch, slots: Int64Array) -> tuple[int, ...]:
+    """Depths at which nodes end on a branch: where the prefix cache does, and at its own end."""
+    prompt = (branch.prompt_length,) if ordered.deterministic else ()
+    return (len(slots), *prompt, len(branch.keys))
 
-    A node ends at a depth; it begins where its parent ends. Walking the sorted branches, the path
-    to the last one is a stack: whatever lies deeper than what the next one shares is left, and a
-    node that the next one leaves half-way is split there.
 
-    Returns:
-        For each node its end, its parent and a branch that runs through it; node 0 is the empty
-        root. And for each branch the node that it ends with.
-    """
-    ends, parents, owners = [0], [0], [0]
-    stack, scored = [0], []
-    for index, (branch, depth) in enumerate(zip(branches, shared, strict=True)):
-        left = 0
-        while ends[stack[-1]] > depth:
-            left = stack.pop()
-        if ends[stack[-1]] < depth:  # split: the upper half gets a node of its own
-            ends.append(depth)
-            parents.append(stack[-1])
-            owners.append(index)
-            stack.append(len(ends) - 1)
-            parents[left] = stack[-1]
-        cuts = (branch.prompt_length, len(branch.keys)) if deterministic else (len(branch.keys),)
-        for cut in cuts:
-            if cut > ends[stack[-1]]:
-                ends.append(cut)
-                parents.append(stack[-1])
-                owners.append(index)
-                stack.append(len(ends) - 1)
-        scored.append(stack[-1])
-    return ends, parents, owners, scored
+def _firsts(tree: Tree, nodes: Sequence[int]) -> list[int]:
+    """First rows of nodes that lie one behind the other."""
+    return [0, *np.cumsum([tree.length(node) for node in nodes[:-1]]).tolist()]
+
+
+def _kept(
+    tree: Tree, branches: Sequence[Branch], computed: Sequence[int], rows: dict[int, int]
+) -> Iterator[Kept]:
+    """Yield what may last of the computed nodes: as much as the branches through a node say."""
+    lasting = [0] * len(tree.ends)
+    for branch, leaf in zip(branches, tree.leaves, strict=True):
+        for node in tree.path(leaf):
+            lasting[node] = max(lasting[node], min(tree.ends[node], branch.lasting))
+    for node in computed:
+        begin = tree.span(node).start
+        if lasting[node] > begin:
+            path = branches[tree.owners[node]].keys[: lasting[node]]
+            yield Kept(path, lasting[node] - begin, rows[node])
 
 
 def _used(
@@ -293,46 +350,8 @@ def _used(
 ) -> tuple[tuple[MediaItem, ...], Int64Array]:
     """Find the items that tokens of all media belong to; count the tokens among those alone."""
     firsts = np.array([item.first_token for item in media], np.int64)
-    owner = np.searchsorted(firsts, tokens, side="right") - 1
+    ascending = np.argsort(firsts)
+    owner = ascending[np.searchsorted(firsts, tokens, side="right", sorter=ascending) - 1]
     used, local = np.unique(owner, return_inverse=True)
-    counts = np.diff([*firsts, np.iinfo(np.int64).max])[used]
-    starts = np.cumsum([0, *counts[:-1]])
+    starts = np.cumsum([0, *(media[i].tokens for i in used[:-1])])
     return tuple(media[i] for i in used), starts[local] + tokens - firsts[owner]
-
-
-def mrope_positions(
-    ids: Int32Array, grids: Sequence[Grid], seconds: Sequence[float], geometry: Geometry
-) -> tuple[Int32Array, int]:
-    """M-RoPE positions of a prompt.
-
-    Args:
-        ids: int32 [P].
-        grids: what its placeholders stand for, in order.
-        seconds: from one pair of frames to the next, for each of them.
-        geometry: the model's.
-
-    Returns:
-        int32 [3, P], and where what follows continues. As in transformers since 5.3 that is behind
-        a video's rows and columns even where its last frames stand at a larger position.
-    """
-    placeholders = np.flatnonzero(np.isin(ids, geometry.media_token_ids))
-    runs: list[Int32Array] = []
-    row = position = used = 0
-    for grid, pace in zip(grids, seconds, strict=True):
-        begin = int(placeholders[used])
-        runs.append(text_positions(position, begin - row))
-        position += begin - row
-        rows, columns = grid.h // geometry.merge_size, grid.w // geometry.merge_size
-        places = np.indices((grid.t, rows, columns), np.int32).reshape(3, -1)
-        places[0] = places[0].astype(np.float32) * geometry.step(pace)  # truncated
-        runs.append(places + position)
-        position += max(rows, columns)
-        used += geometry.tokens(grid)
-        row = begin + geometry.tokens(grid)
-    runs.append(text_positions(position, len(ids) - row))
-    return np.concatenate(runs, axis=1), position + len(ids) - row
-
-
-def text_positions(start: int, length: int) -> Int32Array:
-    """Positions int32 [3, length] of text that begins at `start`."""
-    return np.broadcast_to(np.arange(start, start + length, dtype=np.int32), (3, length))

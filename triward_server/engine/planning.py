@@ -43,8 +43,9 @@ class Cost:
 def plan(ordered: SortedBatch, cost: Cost, config: ForwardConfig) -> list[list[int]]:
     """Cut a batch into micro-batches within the budgets of tokens, patches, FLOPs and bytes.
 
-    A branch costs what it does not share with the one before it. One that exceeds a budget by
-    itself runs alone. An image that is shown in several micro-batches counts in each.
+    A branch costs what it does not share with the one before it, and the prefix cache does not
+    have. One that exceeds a budget by itself runs alone. An image that is shown in several
+    micro-batches counts in each.
 
     Returns:
         Indices of branches, in order.
@@ -84,12 +85,12 @@ def price(
     Args:
         ordered: the batch's conversations.
         index: which branch.
-        shared: its first tokens that are computed already.
+        shared: its first tokens that are computed already, beside those that are cached.
         shown: media that are encoded already.
         cost: the model's.
     """
     branch = ordered.branches[index]
-    length = len(branch.keys)
+    length, shared = len(branch.keys), max(shared, int(ordered.cached[index]))
     # Its own node's keys, and at most those of one node that ends where it leaves its neighbour.
     keys = length + (branch.prompt_length if ordered.deterministic else shared)
     patches = sum(ordered.media[i].grid.patches for i in branch.media - shown)

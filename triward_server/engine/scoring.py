@@ -4,6 +4,7 @@ One call of `Scorer.score` is one dynamic batch of Triton:
 
     check       each request's features fit the model              geometry.check
     sort        conversations that begin alike become neighbours   packing.sort_batch
+    recall      find what earlier batches have computed            prefix_cache.PrefixCache
     plan        cut them into micro-batches by predicted cost      planning.plan
     pack        lay a micro-batch's tree out in one row            packing.pack
     forward     encode its media, run the row, read the head      backbone.RewardModel
@@ -40,6 +41,7 @@ from .checkpoint import load_model
 from .geometry import Geometry, check
 from .packing import SortedBatch
 from .planning import Cost, plan
+from .prefix_cache import PrefixCache, prefix_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,10 @@ class Pass:
 
     Attributes:
         tokens: computed.
-        tokens_saved: what they would have been more without sharing.
+        tokens_saved: what they would have been more without sharing among conversations.
+        tokens_reused: what they would have been more without the prefix cache.
+        tokens_evicted: what the prefix cache forgot to make room for this pass.
+        prefix_bytes: of all that the prefix cache keeps behind it.
         images: distinct images and videos that it showed.
         images_cached: those of them that were not encoded.
         cache_bytes: of all embeddings that are kept behind it.
@@ -67,6 +72,9 @@ class Pass:
 
     tokens: int = 0
     tokens_saved: int = 0
+    tokens_reused: int = 0
+    tokens_evicted: int = 0
+    prefix_bytes: int = 0
     images: int = 0
     images_cached: int = 0
     cache_bytes: int = 0
@@ -112,6 +120,13 @@ class Scorer:
             config.embedding_cache_bytes,
             encoder,
         )
+        self._prefixes = PrefixCache(
+            prefix_bytes(config, self._model.device),
+            self._model.language_model.decoder,
+            getattr(torch, config.dtype),
+            self._model.device,
+            config.deterministic,
+        )
         geometry = self._model.geometry
         self._geometry = replace(
             geometry, max_tokens=token_limit(config.max_tokens, geometry.max_tokens)
@@ -152,7 +167,7 @@ class Scorer:
                 errors[index] = error
         valid = {index: item for index, item in enumerate(batch) if index not in errors}
         rewards = [np.full(len(item.response_ids), np.nan, np.float32) for item in batch]
-        ordered = packing.sort_batch(valid, self.geometry, self._config.deterministic)
+        ordered = self._sort(valid, self.geometry)
         for chosen in plan(ordered, self._model.cost, self._config):
             callers = {ordered.branches[i].request for i in chosen} - errors.keys()
             gone = {caller for caller in callers if is_cancelled(caller)}
@@ -191,16 +206,22 @@ class Scorer:
         passes = [(size, sees) for size in _WARM_UP_TOKENS if size < largest]
         for tokens, images in [*passes, (max(largest, _WARM_UP_TOKENS[0]), False)]:
             batch = warm_up_requests(tokens, geometry, images)
-            ordered = packing.sort_batch(dict(enumerate(batch)), geometry)
+            ordered = self._sort(dict(enumerate(batch)), geometry)
             flops = self.cost.per_token * tokens
             if self._model.device.type == "cpu" and flops > _CPU_TFLOP * 1e12:
                 break
             self._warm_up_with(ordered)
         # One row, which compiled code treats apart.
         single = Features(np.empty(0, np.int32), (np.zeros(1, np.int32),))
-        self._warm_up_with(packing.sort_batch({0: single}, geometry))
+        self._warm_up_with(self._sort({0: single}, geometry))
         self._model.embeddings.clear()
+        self._prefixes.clear()
         self._warm = True
+
+    def _sort(self, batch: dict[int, Features], geometry: Geometry) -> SortedBatch:
+        deterministic = self._config.deterministic
+        numbers = self._prefixes.numbers
+        return self._prefixes.begin(packing.sort_batch(batch, geometry, deterministic, numbers))
 
     def _warm_up_with(self, ordered: SortedBatch) -> None:
         """Run a batch's micro-batches whole: one that fails is not halved here."""
@@ -227,11 +248,15 @@ class Scorer:
         try:
             return list(self._forward(ordered, chosen, observe))
         except Exception as error:
-            if len(chosen) == 1:
+            without_memory = is_out_of_memory(error)
+            again = without_memory and self._prefixes.shrink()
+            if len(chosen) == 1 and not again:
                 return [_failure(error, len(ordered.branches[chosen[0]].keys))]
-            if is_out_of_memory(error):
+            if without_memory:
                 observe(Pass(out_of_memory=True))
         # Outside the handler: the traceback would keep the failed pass's tensors in memory.
+        if again:
+            return self._score_halving(ordered, chosen, observe)
         middle = len(chosen) // 2
         halves = chosen[:middle], chosen[middle:]
         return [score for half in halves for score in self._score_halving(ordered, half, observe)]
@@ -242,16 +267,24 @@ class Scorer:
         # A pass whose shapes no compiled code serves runs as it is written: compiling takes longer
         # than any caller waits.
         compiled = self._config.compile and self._warm
-        batch, clock = packing.pack(ordered, chosen), Clock(self._model.device)
-        cached = self._model.embeddings.hits
-        with set_stance("eager_on_recompile") if compiled else nullcontext():
-            scores: Float32Array = self._model(batch, clock).cpu().numpy()
+        batch = packing.pack(ordered, chosen, self._prefixes.find(ordered, chosen))
+        clock, cached = Clock(self._model.device), self._model.embeddings.hits
+        evicted = self._prefixes.evicted
+        with (
+            set_stance("eager_on_recompile") if compiled else nullcontext(),
+            self._prefixes.recall(batch) as recall,
+        ):
+            scores: Float32Array = self._model(batch, clock, recall.join).cpu().numpy()
         vision, language = clock.seconds()
         observe(
             Pass(
                 tokens=len(batch.input_ids),
                 tokens_saved=sum(len(ordered.branches[i].keys) for i in chosen)
-                - len(batch.input_ids),
+                - len(batch.input_ids)
+                - len(batch.slots),
+                tokens_reused=len(batch.slots),
+                tokens_evicted=self._prefixes.evicted - evicted,
+                prefix_bytes=self._prefixes.nbytes,
                 images=len({item.digest for item in batch.media}),
                 images_cached=self._model.embeddings.hits - cached,
                 cache_bytes=self._model.embeddings.nbytes,
