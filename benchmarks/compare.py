@@ -66,7 +66,12 @@ class Paths:
     ) -> None:
         self._oracle = oracle
         self._preprocessor = Preprocessor(checkpoint, PreprocessConfig())
-        config = ForwardConfig(dtype="float32", device="cpu", embedding_cache_bytes=cache)
+        config = ForwardConfig(
+            dtype="float32",
+            device="cpu",
+            embedding_cache_bytes=cache,
+            prefix_cache_bytes=-1 if cache else 0,
+        )
         self._scorer = Scorer(checkpoint, config)
         self._client = client
 
@@ -107,7 +112,9 @@ class Paths:
 @contextmanager
 def all_paths(checkpoint: Path, oracle: Oracle | TextOracle, cache: int) -> Iterator[Paths]:
     """All paths, with a server of their own."""
-    flags = ("--dtype=float32", "--device=cpu", f"--embedding-cache-bytes={cache}")
+    flags = ["--dtype=float32", "--device=cpu", f"--embedding-cache-bytes={cache}"]
+    if not cache:
+        flags.append("--prefix-cache-bytes=0")
     with serving(checkpoint, *flags) as client:
         yield Paths(checkpoint, client, oracle, cache)
 

@@ -154,12 +154,14 @@ class Features:
             W are multiples of the vision tower's merged patch; in the order of their
             placeholders in `prompt_ids`.
         seconds_per_grid: for each video, in order, the seconds from one pair of frames to the next.
+        probe: a health check, which computes all of its tokens, whatever the prefix cache has.
     """
 
     prompt_ids: Int32Array
     response_ids: tuple[Int32Array, ...]
     media: tuple[UInt8Array, ...] = ()
     seconds_per_grid: tuple[float, ...] = ()
+    probe: bool = False
 
     @property
     def token_counts(self) -> list[int]:

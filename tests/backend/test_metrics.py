@@ -75,8 +75,12 @@ def test_a_group_is_counted(client: RewardClient, metric: Metric) -> None:
     once = read()
     client.score_responses(prompt, ["Other."])
     twice = read()
+    look = [{"type": "text", "text": "Look: "}, part]
+    client.score_responses([{"role": "user", "content": look}], ["Yes."])
+    thrice = read()
     gained = {name: once[name] - before[name] for name in once}
     later = {name: twice[name] - once[name] for name in once}
+    last = {name: thrice[name] - twice[name] for name in once}
 
     assert gained["triward_conversations_total"] == gained["triward_score_count"] == 8
     assert gained["triward_score_sum"] == pytest.approx(sum(scores), rel=1e-4)
@@ -85,7 +89,10 @@ def test_a_group_is_counted(client: RewardClient, metric: Metric) -> None:
     assert gained["triward_images_encoded_total"] == 1
     assert gained["triward_images_cached_total"] == 0
     assert later["triward_images_encoded_total"] == 0
-    assert later["triward_images_cached_total"] == 1
+    assert later["triward_prefix_tokens_reused_total"] > later["triward_tokens_computed_total"]
+    assert later["triward_images_cached_total"] == 0, "nor looked up: its tokens are cached"
+    assert last["triward_images_cached_total"] == 1
+    assert thrice["triward_prefix_cache_bytes"] > 0
     # Two different responses behind one prompt: the other seven prompts were saved.
     assert gained["triward_tokens_saved_total"] > 3 * gained["triward_tokens_computed_total"]
     assert gained["triward_tokens_computed_total"] > 20
@@ -209,14 +216,16 @@ def test_a_pass_that_ran_out_of_memory_is_a_retry(checkpoint: Path) -> None:
     passes: list[Pass] = []
     real = scorer._model.forward
 
-    def forward(batch: Any, clock: Any) -> Any:
+    def forward(batch: Any, *rest: Any) -> Any:
         if len(batch.scored) > 1:
             raise torch.OutOfMemoryError("no")
-        return real(batch, clock)
+        return real(batch, *rest)
 
     scorer._model.forward = forward
     scorer.score([request(5, 3, 4)], observe=passes.append)
-    assert [done.out_of_memory for done in passes] == [True, False, False]
+    assert [done.out_of_memory for done in passes] == [True, True, False, False], (
+        "whole, whole without a prefix cache, in halves"
+    )
 
 
 @pytest.fixture

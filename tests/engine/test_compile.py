@@ -16,6 +16,7 @@ from tests.conftest import Served
 from triward import RewardClient
 from triward_server.config import ForwardConfig
 from triward_server.engine.attention import Layout
+from triward_server.engine.prefix_cache import Recall
 from triward_server.engine.scoring import Scorer
 from triward_server.schema import Features, Scores
 
@@ -147,15 +148,22 @@ def test_layers_ask_the_device_for_nothing(kernel: Any, checkpoint: Path) -> Non
     calls: list[tuple[torch.nn.Module, tuple[Any, ...]]] = []
     for module in (model.visual.blocks[0], model.language_model):
         module.register_forward_pre_hook(lambda module, values: calls.append((module, values)))
-    scorer.score(batches(scorer.geometry.image_token_id)[5])
+    batch = batches(scorer.geometry.image_token_id)[5]
+    for item in batch:  # so that there is something to recall
+        scorer.score([replace(item, response_ids=item.response_ids[:1])])
+    scorer._model.embeddings.clear()
+    calls.clear()
+    scorer.score([replace(batch[0], media=tuple(255 - m for m in batch[0].media)), *batch])
     assert len(calls) == 2
     model.to("meta")
     with pytest.raises(RuntimeError, match="meta"):  # the check itself: reading does raise
         torch.ones(2, device="meta").sum().item()
 
     def on_meta(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(on_meta, value))
+        if isinstance(value, tuple | list):
+            return type(value)(map(on_meta, value))
+        if callable(value):  # the prefix cache's
+            return Recall(**{k: on_meta(v) for k, v in vars(value.__self__).items()}).join
         if isinstance(value, Layout):
             tensors = {k: v.to("meta") for k, v in vars(value).items() if torch.is_tensor(v)}
             return replace(value, kernel=kernel, **tensors)

@@ -105,6 +105,19 @@ def test_a_conversation_seen_before_costs_a_token(scorer: Scorer, right: Check) 
     right(item, scorer.score([item])[0])
 
 
+def test_a_probe_computes_everything(scorer: Scorer) -> None:
+    """Or a health check would ask the cache in place of the model."""
+    item = features(LONG, [[ONE]], 0)
+    passes(scorer, item)
+    for _ in range(2):
+        [seen] = passes(scorer, replace(item, probe=True))
+        assert (seen.tokens, seen.tokens_reused) == (43, 0)
+    other = features([*LONG, ONE], [[ONE]], 0)
+    passes(scorer, replace(other, probe=True))
+    [seen] = passes(scorer, other)
+    assert seen.tokens_reused == 43, "of the first item; a probe leaves nothing"
+
+
 def test_micro_batches_of_one_batch_share(checkpoint: Path, right: Check) -> None:
     """What the plan counts in each of them is computed in the first."""
     scorer = Scorer(checkpoint, replace(CPU, max_batch_tokens=60))

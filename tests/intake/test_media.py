@@ -73,7 +73,9 @@ def test_patches_equal_the_processors(
     message = [{"role": "user", "content": [{"type": "image", "image": source}]}]
     images, _ = process_vision_info(message)
     expected = AutoImageProcessor.from_pretrained(checkpoint)(images, return_tensors="pt")
-    tower = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))._model.visual
+    tower = Scorer(
+        checkpoint, ForwardConfig(dtype="float32", device="cpu", prefix_cache_bytes=0)
+    )._model.visual
     pixels = torch.from_numpy(load(loader, decoder, encode(source)))
     patches = tower._patchify(pixels, Grid(*expected["image_grid_thw"][0].tolist()))
     torch.testing.assert_close(patches, expected["pixel_values"], rtol=0, atol=1e-6)
@@ -87,7 +89,7 @@ def test_processor_limits_tighter_than_the_default(checkpoint: Path, tmp_path: P
     config |= {"min_pixels": 16 * 28 * 28, "max_pixels": 30 * 28 * 28}
     (other / "preprocessor_config.json").write_text(json.dumps(config))
     preprocessor = Preprocessor(other, PreprocessConfig())
-    scorer = Scorer(other, ForwardConfig(dtype="float32", device="cpu"))
+    scorer = Scorer(other, ForwardConfig(dtype="float32", device="cpu", prefix_cache_bytes=0))
     oracle = Oracle(other)
     for size in ((500, 400), (40, 40)):
         source = picture(*size, 8)
@@ -284,7 +286,7 @@ class TestTorch:
 def test_changed_pixel_limits_miss_the_cache(checkpoint: Path) -> None:
     """The same file under another limit is another image, under the same one it is not."""
     preprocessor = Preprocessor(checkpoint, PreprocessConfig())
-    scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+    scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu", prefix_cache_bytes=0))
     file = encode(picture(200, 200, 0))
 
     def score(**limits: int) -> tuple[int, int]:

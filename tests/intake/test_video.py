@@ -77,7 +77,7 @@ def reading() -> Iterator[Reading]:
 
 @pytest.fixture
 def scorer(checkpoint: Path) -> Scorer:
-    return Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
+    return Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu", prefix_cache_bytes=0))
 
 
 class TestParity:

@@ -149,7 +149,8 @@ class ForwardBackend:
     def _parse(self, request: Any) -> Features:
         check_caller(request.parameters())
         arrays = [_row(self._pb, request, spec) for spec in schema.FORWARD_INPUTS]
-        return arrays_to_features(*arrays, geometry=self._scorer.geometry)
+        features = arrays_to_features(*arrays, geometry=self._scorer.geometry)
+        return replace(features, probe=request.request_id() == schema.CANARY_ID)
 
     def _observe(self, done: Pass) -> None:
         self._metrics.progress()

@@ -86,7 +86,7 @@ class Branch:
         prompt_length: tokens that it shares with the other responses of its request by
             construction.
         lasting: its first tokens that later requests may begin with: the prompt's, and where there
-            is one response, which a dialogue may continue, all.
+            is one response, which a dialogue may continue, all; none of a probe's.
         media: which of the batch's distinct media it shows.
     """
 
@@ -252,7 +252,7 @@ def _branches(
             row,
             places[:, : len(row)],
             prompt_length,
-            len(row) if len(item.response_ids) == 1 else prompt_length,
+            0 if item.probe else len(row) if len(item.response_ids) == 1 else prompt_length,
             frozenset(each.index for each in shown),
         )
 

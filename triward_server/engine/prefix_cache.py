@@ -125,14 +125,15 @@ class PrefixCache:
         """Return for each branch the slots of its first tokens that are cached.
 
         All but its last token at most, which the score is read at; in deterministic mode those of
-        the whole prompt or none.
+        the whole prompt or none; of a probe none.
         """
         found = []
         for branch in (ordered.branches[index] for index in chosen):
             end = len(branch.keys) - 1
             if self._deterministic:
                 end = branch.prompt_length if branch.prompt_length <= end else 0
-            found.append(self._index.match(branch.keys[:end]) if self._pool else _NONE)
+            known = self._pool and branch.lasting
+            found.append(self._index.match(branch.keys[:end]) if known else _NONE)
         return found
 
     @contextmanager
