@@ -83,6 +83,7 @@ def main(
         make_checkpoint("tiny", 0, Path(folder) / "checkpoint")
         config = ForwardConfig(
             device="cpu", dtype="float32", threads=1, embedding_cache_bytes=16_000_000,
+            prefix_cache_bytes=16_000_000,
             compile=False,
         )  # fmt: skip
         scorer = Scorer(Path(folder) / "checkpoint", config)

@@ -51,6 +51,7 @@ _COUNT = 6.0  # threads, descriptors, regions per hour: one in ten minutes
 _FLAGS = (
     "--device=cpu", "--dtype=float32", "--threads=1", "--preprocess-instances=2",
     "--max-queue-size=64", "--queue-timeout-ms=5000", "--embedding-cache-bytes=16000000",
+    "--prefix-cache-bytes=16000000",
     "--no-compile", "--preprocess-batch-size=1",
 )  # fmt: skip
 
@@ -107,7 +108,7 @@ def trends(samples: Sequence[dict[str, float]], warm_up: float) -> dict[str, Tre
 
 @contextmanager
 def serving(folder: Path) -> Iterator[TritonServer]:
-    """Export a tiny model, with queues that bursts overflow and an embedding cache that fills."""
+    """Export a tiny model, with queues that bursts overflow and caches that fill."""
     make_checkpoint("tiny", 0, folder / "checkpoint")
     subprocess.run(
         [sys.executable, ROOT / "export" / "build_repository.py",
