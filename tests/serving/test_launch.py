@@ -506,7 +506,7 @@ def test_a_crash_that_comes_again_is_told(
 
 @pytest.mark.slow
 def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Path) -> None:
-    """Triton 24.10 gives a model's process up that is silent for a second, and waits for ever."""
+    """Triton 24.10 gives a model's process up that is silent for a second, and waits for its end."""
     done, others = threading.Event(), {*psutil.Process().children(recursive=True)}
 
     def is_loading(process: psutil.Process) -> bool:
@@ -518,9 +518,7 @@ def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Pa
             for process in {*psutil.Process().children(recursive=True)} - others:
                 with suppress(psutil.Error, OSError):
                     if is_loading(process):
-                        process.suspend()
-                        done.wait(3.0)
-                        process.resume()
+                        process.suspend()  # for good: its end comes with the server's
                         return
 
     with (tmp_path / "triton.log").open("w") as log, ThreadPoolExecutor(1) as pool:
@@ -532,5 +530,4 @@ def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Pa
             done.set()
         freezing.result()
     said = (tmp_path / "triton.log").read_text()
-    assert "stands still" in said or "lock_exception" in said, said
-    assert "it is started again" in said
+    assert said.count("tritonserver stands still") == said.count("it is started again") == 1, said
