@@ -79,6 +79,7 @@ def test_it_needs_what_a_bare_machine_has() -> None:
         "from benchmarks.gpu import rehearsal\n"
         "rehearsal.hide(); rehearsal.check_hidden()\n"
         "import benchmarks.gpu.__main__\n"
+        "import triward_server.intake.codec_worker  # which decodes, in a process of its own\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -150,7 +150,9 @@ class TestDockerfile:
         assert "SERVER_BASE=triton" in [i.arguments for i in instructions() if i.name == "ARG"]
         [base] = [i.arguments for i in instructions() if i.name == "FROM" and i.stage == "server"]
         assert base == "${SERVER_BASE} AS server"
-        [compiler] = [i.arguments for i in instructions() if (i.name, i.stage) == ("RUN", "compiler")]
+        [compiler] = [
+            i.arguments for i in instructions() if (i.name, i.stage) == ("RUN", "compiler")
+        ]
         assert "--no-install-recommends gcc libc6-dev python3-dev " in compiler
 
     def test_its_user_is_a_number_and_not_root(self) -> None:
