@@ -6,6 +6,9 @@ value, which would wait for a real GPU, raises.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.conftest import ROOT
 from triward_server.engine import attention, backbone, packing, vision
 from triward_server.engine.backbone import RewardModel
 from triward_server.engine.checkpoint import Blueprint, empty_model, load_config, read_blueprint
@@ -141,3 +145,19 @@ def test_a_value_that_is_read_would_raise(fake: FakeTensorMode) -> None:
     with pytest.raises(DataDependentOutputException), Calls() as calls:
         torch.ones(2, device=CUDA).sum().item()
     assert calls.names["aten._local_scalar_dense.default"] == 1
+
+
+@pytest.mark.slow
+def test_compiled_halves_are_a_few_kernels() -> None:
+    """Inductor fuses what is between matrix products: 3 elementwise kernels a half at most."""
+    command = [sys.executable, "-m", "tests.fakecuda"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    before, after = {"kernels": 3, "products": 1}, {"kernels": 3, "products": 3}
+    for layer in ("DecoderLayer", "VisionBlock"):
+        assert counts.pop(f"{layer}.before") == before
+        assert counts.pop(f"{layer}.after_") == after
+    assert {half: count["products"] for half, count in counts.items()} == {
+        "DecoderLayer.queries": 1, "DecoderLayer.keys_and_values": 1,
+    }  # fmt: skip
