@@ -19,6 +19,7 @@ from triward_server.engine.scoring import Scorer
 
 # Of one workload, what the card's code is timed with at most: one by one, and in a padded batch.
 CARD_LOOP, CARD_BATCH = 4, 8
+_PROFILED = 3  # passes
 _CUDA: Any = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
 
 
@@ -94,31 +95,48 @@ def ours(
     }
 
 
-def profiled(scorer: Scorer, bench: Bench, workload: Workload) -> tuple[dict[str, Any], str]:
-    """Return the share of a workload's time in which the device idles, and a table of its work."""
+def profiled(
+    scorer: Scorer, bench: Bench, workload: Workload, median_s: float
+) -> tuple[dict[str, Any], str]:
+    """Return the share of a pass in which the device idles, and a table of what it does.
+
+    Args:
+        scorer: what is profiled.
+        bench: the scorer's.
+        workload: one pass.
+        median_s: how long a pass takes without a profiler, which slows the host down.
+    """
     batch = bench.features(workload)
     cuda = bench.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler:
-        for _ in range(3):
+        for _ in range(_PROFILED):
             scores(scorer, batch)
-    kernels = [
-        (event.time_range.start, event.time_range.end)
-        for event in profiler.events() or ()
-        if event.device_type == _CUDA
-    ]
+    kernels = intervals(profiler.events() or ())
     by = "self_device_time_total" if cuda else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=80)
-    busy, span = busy_time(kernels)
-    found = {"kernels_a_pass": len(kernels) // 3, "idle_share": 1 - busy / span if span else None}
+    busy_s = busy_time(kernels) / 1e6 / _PROFILED
+    found = {
+        "kernels_a_pass": len(kernels) // _PROFILED,
+        "busy_s": busy_s,
+        "idle_share": 1 - busy_s / median_s if kernels else None,
+    }
     return found, table
 
 
-def busy_time(intervals: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """Return how long any of some intervals lasts, and from the first's start to the last's end."""
-    busy, start, end = 0.0, None, float("-inf")
-    for first, last in sorted(intervals):
-        start = first if start is None else start
+def intervals(events: Iterable[Any]) -> list[tuple[float, float]]:
+    """Return start and end in µs of what a GPU computed or copied; no names of regions."""
+    return [
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == _CUDA and not event.is_user_annotation
+    ]
+
+
+def busy_time(spans: Iterable[tuple[float, float]]) -> float:
+    """Return how long any of some intervals lasts; where several do, time counts once."""
+    busy, end = 0.0, float("-inf")
+    for first, last in sorted(spans):
         busy += max(0.0, last - max(first, end))
         end = max(end, last)
-    return busy, 0.0 if start is None else end - start
+    return busy

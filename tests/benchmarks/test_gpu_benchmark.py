@@ -24,7 +24,7 @@ from benchmarks.gpu import bench, kernels, rehearsal
 from benchmarks.gpu.bench import Bench, judge
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.speed import busy_time
+from benchmarks.gpu.speed import busy_time, intervals
 from benchmarks.measure import Work, work
 from tests.conftest import ROOT
 from triward_server.engine.attention import varlen
@@ -137,8 +137,19 @@ def test_kernels_pass_and_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_how_long_a_device_is_busy() -> None:
-    assert busy_time([]) == (0.0, 0.0)
-    assert busy_time([(5, 7), (0, 2), (1, 3), (6, 6.5), (10, 12)]) == (7.0, 12)
+    assert busy_time([]) == 0.0
+    assert busy_time([(5, 7), (0, 2), (1, 3), (6, 6.5), (10, 12)]) == 7.0
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(device_type=kind, is_user_annotation=named, time_range=span)
+        for kind, named, span in (
+            (cuda, False, SimpleNamespace(start=1, end=3)),
+            (cpu, False, SimpleNamespace(start=0, end=9)),
+            # A compiled graph's name spans the gaps between its kernels.
+            (cuda, True, SimpleNamespace(start=0, end=9)),
+        )
+    ]
+    assert intervals(events) == [(1, 3)]
 
 
 def test_a_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
