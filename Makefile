@@ -4,8 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
 PERF ?=
+# Where the wheels for a GPU machine go.
+WHEELS ?= .wheels
 
-.PHONY: demo test test-all interpreters soak lint audit docs site bench perf clean
+.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -53,6 +55,16 @@ bench: $(READY)
 
 perf: $(READY)
 	$(BIN)/python -m benchmarks.perf_analyzer --output benchmarks/results/$$(date +%F)-perf-cpu-small.json $(PERF)
+
+# Every step of benchmarks.gpu on a CPU, with the packages of a bare GPU machine: minutes, and 5 GB.
+gpu-rehearsal:
+	.ci/gpu-rehearsal
+
+# The wheels that such a machine lacks (docs/gpu.md): 3 MB.
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+	    --python-version 3.12 --implementation cp --platform manylinux_2_17_x86_64 \
+	    -r benchmarks/gpu/carried.txt -d $(WHEELS)
 
 clean:
 	rm -rf .venv

@@ -17,20 +17,22 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
 
 from benchmarks.workloads import Group, Workload
-from triward import RewardClient
 from triward_server.engine import packing
 from triward_server.engine.geometry import Geometry
 from triward_server.engine.planning import Cost, price
 from triward_server.engine.scoring import Scorer
 from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
-from triward_server.serving.launch import Endpoints, TritonServer
+
+if TYPE_CHECKING:  # a machine with a GPU and no Triton measures without either
+    from triward import RewardClient
+    from triward_server.serving.launch import TritonServer
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "trl", "numpy", "tritonclient", "nvidia-pytriton")
@@ -135,6 +137,8 @@ def features(preprocessor: Preprocessor, group: Group) -> Features:
 @contextmanager
 def triton(checkpoint: Path, *flags: str, log: Path | None = None) -> Iterator[TritonServer]:
     """Serve a checkpoint, exported with `flags`, with a real Triton; its log may be kept."""
+    from triward_server.serving.launch import Endpoints, TritonServer
+
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder, "repository")
         script = ROOT / "export" / "build_repository.py"
@@ -154,6 +158,8 @@ def triton(checkpoint: Path, *flags: str, log: Path | None = None) -> Iterator[T
 @contextmanager
 def serving(checkpoint: Path, *flags: str) -> Iterator[RewardClient]:
     """Yield a client of `triton`."""
+    from triward import RewardClient
+
     with (
         triton(checkpoint, *flags) as server,
         RewardClient(server.endpoints.grpc, timeout=600) as client,

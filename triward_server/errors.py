@@ -6,6 +6,7 @@
     ├── NonFiniteScore      the model answered NaN or infinity         INTERNAL
     ├── Cancelled           the caller is gone                         CANCELLED
     ├── ForwardError        the forward pass itself failed             INTERNAL
+    │   └── DeviceFault     the GPU's context is dead                  the process ends
     ├── ContractMismatch    the caller speaks another wire contract    UNIMPLEMENTED
     ├── ConfigError         a model parameter or flag is wrong         at load or export
     ├── CheckpointError     the weights are not the model's            at load or export
@@ -62,6 +63,20 @@ class ForwardError(TriwardError):
     """The forward pass raised; the request may be fine, the server is not."""
 
 
+# What `serve` looks for in the log of a process that ended itself.
+DEVICE_FAULT = "the device faulted, and nothing runs on it any more"
+
+
+class DeviceFault(ForwardError):
+    """A kernel failed in a way that ends the GPU's context: whatever follows fails too.
+
+    It answers no request. The process that holds the context ends, and whoever runs it starts anew.
+    """
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(f"{DEVICE_FAULT}: {type(cause).__name__}: {cause}")
+
+
 class ContractMismatch(TriwardError):
     """The caller's tensors mean something else than this server's."""
 
@@ -93,4 +108,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+        # An allocation that CUDA's runtime makes for itself; the context survives it.
+        or (_is_accelerators(error) and "out of memory" in str(error))
     )
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Return True if the device's context is dead: `torch.AcceleratorError`, or our word for it."""
+    return isinstance(error, DeviceFault) or (
+        _is_accelerators(error) and not is_out_of_memory(error)
+    )
+
+
+def _is_accelerators(error: BaseException) -> bool:
+    return any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)

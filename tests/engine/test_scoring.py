@@ -201,7 +201,24 @@ def test_warm_up_tries_the_largest_pass_whole(
     monkeypatch.setattr(scorer, "_forward", record)
     with pytest.raises(Unavailable, match="2000 tokens, which max_batch_tokens"):
         scorer.warm_up()
-    assert tried[:3] == [23, 131, 1031]
+    assert tried == [2000], "nothing smaller is run before it"
+
+
+def test_warm_up_goes_from_the_largest_pass_down(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is chosen by the first sizes that are met suits large passes."""
+    scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu", max_batch_tokens=700))
+    forward = scorer._forward
+    tried: list[int] = []
+
+    def record(ordered: SortedBatch, chosen: Sequence[int], *rest: Any) -> Any:
+        tried.append(len(packing.pack(ordered, chosen).input_ids))
+        return forward(ordered, chosen)
+
+    monkeypatch.setattr(scorer, "_forward", record)
+    scorer.warm_up()
+    assert tried == [700, 131, 23, 1]
 
 
 def test_warm_up_leaves_no_trace(checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ from triward_server.serving.repository import DRAINING_VERSION
 
 # In the order in which data flows; a module imports only what stands above it.
 ROOMS = {
-    "": "errors schema contract config memory",
+    "": "errors schema contract config memory device",
     "intake": "workers image_codec video_codec codec_worker conversation decoding media video "
     "resizing token_bound tokenization preprocess",
     "engine": "geometry positions tree packing attention layers decoder vision planning prefixes "

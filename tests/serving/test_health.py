@@ -22,7 +22,7 @@ from tests.commands import BIN, Command, assert_gone, regions
 from triward import RewardClient, ServerError, ServerUnavailable, TriwardError
 from triward_server.backend.metrics import WORKING
 from triward_server.cli import _WATCH_INTERVAL
-from triward_server.errors import LaunchError, Unhealthy
+from triward_server.errors import DEVICE_FAULT, LaunchError, Unhealthy
 from triward_server.serving import watchdog
 from triward_server.serving.canary import Canary
 from triward_server.serving.launch import TritonServer
@@ -34,15 +34,20 @@ from triward_server.testing.echo import fault
 NOTICED_WITHIN = 15.0  # seconds
 UTILS = "triton_python_" + "backend_utils"  # which only adapters may import
 
-# In front of the real adapter: weights that become NaN when a file says so.
+# In front of the real adapter: weights that become NaN when a file says so, or a GPU that faults.
 FAULTY = f"""
 from pathlib import Path
 
+import torch
 import {UTILS} as pb_utils
 
 from triward_server.backend.triton_io import ForwardBackend
 
 FOLDER = Path(__file__).parent
+
+
+def fault(*_):
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
 class TritonPythonModel:
@@ -52,6 +57,8 @@ class TritonPythonModel:
     def execute(self, requests):
         if (FOLDER / "nan").exists():
             self._backend._scorer._model.v_head.summary.bias.data.fill_(float("nan"))
+        if (FOLDER / "fault").exists():
+            self._backend._scorer._forward = fault
         return self._backend.execute(requests)
 """
 
@@ -129,16 +136,24 @@ def test_a_model_that_no_longer_scores(
 
 
 @pytest.mark.slow
-def test_a_real_model_whose_weights_become_nan(
-    serve: Callable[..., Command], repository: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("nan", "the model's score is nan"),
+        ("fault", f"{DEVICE_FAULT}: AcceleratorError: CUDA error"),
+    ],
+)
+def test_a_real_model_that_is_damaged(
+    damage: str, words: str, serve: Callable[..., Command], repository: Path, tmp_path: Path
 ) -> None:
+    """Its weights become NaN, or its device faults, which the canary meets first."""
     damaged = Path(shutil.copytree(repository, tmp_path / "damaged"))
     (damaged / "reward_forward/1/model.py").write_text(FAULTY)
     running = serve(repository=damaged)
     ready(running)
     family = running.family()
-    (damaged / "reward_forward/1/nan").touch()
-    assert "the model's score is nan" in ended(running, time.monotonic())
+    (damaged / "reward_forward/1" / damage).touch()
+    assert words in ended(running, time.monotonic())
     assert_gone(family)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .. import schema
-from ..engine.vision import Cut, patchify, places, plan_windows
+from ..engine.vision import Cut, normalisation, patchify, places, plan_windows
 from ..schema import Array, Grid, Int64Array, TensorSpec, UInt8Array
 
 
@@ -31,8 +31,8 @@ def graph_inputs(
     Returns:
         `schema.VISION_INPUTS`, each with its array.
     """
-    tensors = map(torch.from_numpy, media)
-    patches = torch.cat([patchify(*item, cut) for item in zip(tensors, grids, strict=True)])
+    normal, items = normalisation(cut), zip(map(torch.from_numpy, media), grids, strict=True)
+    patches = torch.cat([patchify(*item, cut, normal) for item in items])
     return {schema.PATCHES: patches.numpy()} | grid_inputs(grids, cut)
 
 

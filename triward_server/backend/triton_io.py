@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -24,7 +25,7 @@ from .. import schema
 from ..config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
 from ..contract import check_caller, check_repository
 from ..engine.scoring import Pass, Scorer
-from ..errors import InvalidRequest, TriwardError, Unavailable, is_out_of_memory
+from ..errors import DeviceFault, InvalidRequest, TriwardError, Unavailable, is_out_of_memory
 from ..intake.preprocess import Opened, Preprocessor
 from ..intake.workers import close_all
 from ..memory import Heap, lift_limit
@@ -70,7 +71,7 @@ class PreprocessBackend:
         self._heap.tidy()
         with self._metrics.working(), self._metrics.timed("preprocess_seconds"):
             opened = [_capture(partial(self._open, request)) for request in requests]
-            self._preprocessor.flush()
+            _alive(self._preprocessor.flush)
             return [
                 _answer(self._pb, self._metrics, partial(self._respond, result))
                 for result in opened
@@ -136,9 +137,8 @@ class ForwardBackend:
         pairs = zip(requests, parsed, strict=True)
         callers = [request for request, item in pairs if isinstance(item, Features)]
         features = [item for item in parsed if isinstance(item, Features)]
-        scored = self._scorer.score(
-            features, lambda index: _has_given_up(callers[index], begun), self._observe
-        )
+        gone: Callable[[int], bool] = lambda index: _has_given_up(callers[index], begun)  # noqa: E731
+        scored = _alive(partial(self._scorer.score, features, gone, self._observe))
         self._count(callers, scored)
         answers = iter(scored)
         results = [next(answers) if isinstance(item, Features) else item for item in parsed]
@@ -188,6 +188,25 @@ class ForwardBackend:
         )
 
 
+def _alive(function: Callable[[], T]) -> T:
+    """Return what it returns; a device that faults in it ends the process.
+
+    Triton keeps a process that fails, and on a dead context every request would. It answers the
+    callers of one that is gone with an error, and `serve` sees that it is gone.
+    """
+    try:
+        return function()
+    except DeviceFault as fault:
+        _end(fault)
+
+
+def _end(fault: DeviceFault) -> NoReturn:
+    logger.critical("%s", fault, exc_info=fault)
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    os._exit(1)  # the context's own clean-up could hang, or crash once more
+
+
 def _row(pb_utils: Any, request: Any, spec: TensorSpec) -> Array:
     """One input without its leading dimension, which must be 1."""
     array: Array = pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
@@ -204,7 +223,7 @@ def _response(pb_utils: Any, arrays: dict[TensorSpec, Array]) -> Any:
 
 def _capture(function: Callable[[], T]) -> T | Exception:
     try:
-        return function()
+        return _alive(function)
     except Exception as error:
         return error
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from ..errors import is_device_fault
 
 Kernel = Literal["sdpa", "varlen"]
 
@@ -279,14 +282,13 @@ def _varlen_kernel(
 
     if layout.key_rows is not None:
         key, value = key[layout.key_rows], value[layout.key_rows]
-    groups = query.shape[1] // key.shape[1]
+    groups, takes = query.shape[1] // key.shape[1], _parameters(varlen_attn)
     options: dict[str, Any] = {}
     if groups > 1 and repeats_keys():
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    elif groups > 1:
+    elif groups > 1 and "enable_gqa" in takes:
         options["enable_gqa"] = True
-    has_splits = "num_splits" in inspect.signature(varlen_attn).parameters
-    if has_splits and (layout.deterministic or not layout.causal):
+    if "num_splits" in takes and (layout.deterministic or not layout.causal):
         # One split does not depend on company. It also keeps torch from handing attention without
         # a mask to cuDNN, which builds and keeps a graph for every new total of rows.
         options["num_splits"] = 1
@@ -302,10 +304,46 @@ def _varlen_kernel(
 
 
 def repeats_keys() -> bool:
-    """Return True if torch < 2.12, whose kernel needs as many key heads as query heads."""
+    """Return True if torch's kernel needs as many key heads as query heads.
+
+    torch >= 2.12 says that it does not. Before, whatever the kernel takes is undocumented, so it is
+    tried, once a process.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    return "enable_gqa" not in inspect.signature(varlen_attn).parameters
+    if "enable_gqa" in _parameters(varlen_attn):
+        return False
+    return not (torch.cuda.is_available() and groups_heads(varlen_attn, torch.device("cuda")))
+
+
+@cache
+def groups_heads(kernel: Callable[..., Any], device: torch.device) -> bool:
+    """Try whether a varlen kernel lets several query heads share a key head.
+
+    Args:
+        kernel: torch's `varlen_attn`, or what stands in for it.
+        device: where it runs.
+    """
+    lengths = [5, 3]
+    query = torch.linspace(-2, 2, 8 * 4 * 64, device=device).sin().view(8, 4, 64).bfloat16()
+    key, value = query[:, :2].flip(0).contiguous(), query[:, 1:3].flip(1).contiguous()
+    ends = _cumulative(lengths).to(device)
+    rest = (ends, ends, max(lengths), max(lengths))
+    try:
+        grouped = kernel(query, key, value, *rest, window_size=(-1, 0))
+    except (RuntimeError, ValueError, TypeError) as error:
+        if is_device_fault(error):
+            raise
+        return False
+    repeated = (t.repeat_interleave(2, dim=1) for t in (key, value))
+    expected = kernel(query, *repeated, *rest, window_size=(-1, 0))
+    return bool(torch.allclose(grouped.float(), expected.float(), rtol=1e-2, atol=1e-2))
+
+
+@cache
+def _parameters(kernel: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a kernel's parameters; asking costs more than the call of a layer."""
+    return frozenset(inspect.signature(kernel).parameters)
 
 
 def _cumulative(lengths: Sequence[int]) -> Tensor:

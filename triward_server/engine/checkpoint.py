@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,21 @@ from .decoder import DecoderConfig
 from .geometry import Geometry
 from .processors import Pixels, load_pixels
 from .vision import Cut, Tower, VisionTower
-from .weights import UNREAD, VALUE_HEAD_FILE, canonical_name, open_tensors, read_state, weight_files
+from .weights import (
+    UNREAD,
+    VALUE_HEAD_FILE,
+    canonical_name,
+    open_tensors,
+    read_state,
+    weight_files,
+    widen_gated_mlps,
+)
 
 _VISION, _HEAD = "visual.", "v_head."
+
+# Matrices whose rows begin at multiples of 128 bytes are multiplied faster on a GPU; Qwen2.5-VL's
+# vision tower is 3,420 wide inside.
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,13 @@ class Blueprint:
         if self.tower is None or self.cut is None:
             return None
         return VisionTower(self.tower, self.cut)
+
+    def aligned(self) -> Blueprint:
+        """Return the same model, its tower's inner width a multiple of `_ALIGNMENT`."""
+        if self.tower is None:
+            return self
+        inner = -(-self.tower.intermediate_size // _ALIGNMENT) * _ALIGNMENT
+        return replace(self, tower=replace(self.tower, intermediate_size=inner))
 
 
 def load_config(checkpoint: Path) -> Any:
@@ -190,8 +209,11 @@ def load_model(
     Raises:
         CheckpointError: see `verify`; or a weight is not finite.
     """
-    model = empty_model(verify(checkpoint), dtype, deterministic, cache_bytes, encoder)
+    blueprint = verify(checkpoint).aligned()
+    model = empty_model(blueprint, dtype, deterministic, cache_bytes, encoder)
     state = read_state(checkpoint, dtype, device, lambda name: not (encoder and _is(_VISION, name)))
+    if blueprint.tower is not None:
+        widen_gated_mlps(state, _VISION, blueprint.tower.intermediate_size)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -26,12 +26,15 @@ import torch
 from torch.compiler import set_stance
 
 from ..config import ForwardConfig, token_limit
+from ..device import select
 from ..errors import (
     Cancelled,
+    DeviceFault,
     ForwardError,
     NonFiniteScore,
     TriwardError,
     Unavailable,
+    is_device_fault,
     is_out_of_memory,
 )
 from ..schema import Features, Float32Array, Scores
@@ -112,10 +115,11 @@ class Scorer:
         self._warm = False
         if config.threads:
             torch.set_num_threads(config.threads)
+        device = select(config.device)
         self._model = model or load_model(
             checkpoint,
             getattr(torch, config.dtype),
-            torch.device(config.device),
+            device,
             config.deterministic,
             config.embedding_cache_bytes,
             encoder,
@@ -158,6 +162,9 @@ class Scorer:
 
         Returns:
             For each request its scores, in the order of its responses, or what is wrong with it.
+
+        Raises:
+            DeviceFault: the process must end; nothing runs on its device any more.
         """
         errors: dict[int, TriwardError] = {}
         for index, features in enumerate(batch):
@@ -188,11 +195,13 @@ class Scorer:
         ]
 
     def warm_up(self) -> None:
-        """Run passes of growing size, so that the first requests are as fast as later ones.
+        """Run passes of shrinking size, so that the first requests are as fast as later ones.
 
-        On CUDA up to `max_batch_tokens` of text, so that a device with too little memory for them
-        shows here; on a CPU, where nothing is tuned by size, as long as a pass takes moments. If
-        the model is compiled, this is where; nothing is compiled after it.
+        The largest comes first: what a compiler or a library chooses by the sizes that it meets
+        suits that one, and memory is taken in pieces that smaller passes fit into. On CUDA it has
+        `max_batch_tokens` of text, so that a device with too little memory for them shows here; on
+        a CPU, where nothing is tuned by size, it is one that takes moments. If the model is
+        compiled, this is where; nothing is compiled after it.
 
         Raises:
             TriwardError: the model cannot score here, so it must not become ready.
@@ -203,13 +212,13 @@ class Scorer:
         geometry = replace(self.geometry, padding_id=None)  # every token counts
         # Triton lets no model ask another one before it is ready itself: text alone then.
         sees = self._sees and geometry.image_token_id is not None
-        passes = [(size, sees) for size in _WARM_UP_TOKENS if size < largest]
-        for tokens, images in [*passes, (max(largest, _WARM_UP_TOKENS[0]), False)]:
-            batch = warm_up_requests(tokens, geometry, images)
-            ordered = self._sort(dict(enumerate(batch)), geometry)
+        passes = [(size, sees) for size in reversed(_WARM_UP_TOKENS) if size < largest]
+        for tokens, images in [(max(largest, _WARM_UP_TOKENS[0]), False), *passes]:
             flops = self.cost.per_token * tokens
             if self._model.device.type == "cpu" and flops > _CPU_TFLOP * 1e12:
-                break
+                continue
+            batch = warm_up_requests(tokens, geometry, images)
+            ordered = self._sort(dict(enumerate(batch)), geometry)
             self._warm_up_with(ordered)
         # One row, which compiled code treats apart.
         single = Features(np.empty(0, np.int32), (np.zeros(1, np.int32),))
@@ -235,6 +244,8 @@ class Scorer:
                         f"a pass of {tokens} tokens, which max_batch_tokens and max_batch_bytes "
                         f"allow, exceeds the device's free memory: {error}"
                     ) from None
+                if is_device_fault(error):
+                    raise DeviceFault(error) from error
                 raise _failure(error, tokens) from error
             if not np.isfinite(scores).all():
                 raise NonFiniteScore(f"warming up: a pass of {tokens} tokens scores {scores}")
@@ -242,12 +253,17 @@ class Scorer:
     def _score_halving(
         self, ordered: SortedBatch, chosen: Sequence[int], observe: Observer
     ) -> list[float | TriwardError]:
-        """Run one forward pass; if it fails, halve it until the failure stands alone."""
+        """Run one forward pass; if it fails, halve it until the failure stands alone.
+
+        On a device that faulted every further pass would fail, so none is tried.
+        """
         if not chosen:
             return []
         try:
             return list(self._forward(ordered, chosen, observe))
         except Exception as error:
+            if is_device_fault(error):
+                raise DeviceFault(error) from error
             without_memory = is_out_of_memory(error)
             again = without_memory and self._prefixes.shrink()
             if len(chosen) == 1 and not again:

@@ -184,6 +184,8 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
         self.cut = cut
+        # No buffer: it is in no checkpoint, and the tower is made on the meta device.
+        self._normal = normalisation(cut)
 
     def forward(self, media: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
         """Encode images and videos.
@@ -227,7 +229,8 @@ class VisionTower(nn.Module):
         return units
 
     def _patchify(self, pixels: Tensor, grid: Grid) -> Tensor:
-        return patchify(pixels, grid, self.cut)
+        self._normal = self._normal.to(pixels.device)  # a copy the first time
+        return patchify(pixels, grid, self.cut, self._normal)
 
     def _angles(self, grids: Sequence[Grid], device: torch.device) -> Tensor:
         """Rotary angles float32 [T, head_dim / 2]: rows take the first half, columns the second."""
@@ -278,21 +281,29 @@ class EmbeddingCache:
             self._items[digest] = embedding.clone()  # not a view that keeps its batch alive
 
 
-def patchify(pixels: Tensor, grid: Grid, cut: Cut) -> Tensor:
+def normalisation(cut: Cut) -> Tensor:
+    """Mean and deviation of each channel, float32 [2, 3, 1, 1, 1], on the CPU."""
+    return torch.tensor([cut.mean, cut.std], device="cpu")[..., None, None, None]
+
+
+def patchify(pixels: Tensor, grid: Grid, cut: Cut, normal: Tensor) -> Tensor:
     """uint8 [H, W, 3] or [T, H, W, 3] -> normalised float32 [P, 3 * frames * patch²], by unit.
 
     A still image fills both frames of a temporal patch. A video's frames are resized where they do
     not fill the grid.
+
+    Args:
+        pixels: on any device.
+        grid: their patches.
+        cut: how they are cut.
+        normal: of `normalisation`, on the pixels' device.
     """
     side, merge = cut.patch_size, cut.merge_size
     pairs = _sized(pixels, grid.h * side, grid.w * side)
     squares = pairs.unflatten(3, (-1, merge, side)).unflatten(2, (-1, merge, side))
     # pair, frame, row, merge, side, column, merge, side, channel
     patches: Tensor = squares.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).flatten(0, 4)
-    mean, std = (
-        upload(torch.tensor(values), pixels.device)[:, None, None, None]
-        for values in (cut.mean, cut.std)
-    )
+    mean, std = normal
     patches = (patches.float() - mean) / std
     return patches.expand(-1, -1, cut.frames, -1, -1).flatten(1)
 

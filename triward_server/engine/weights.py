@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import CheckpointError
 from .backbone import HEADS
@@ -84,6 +85,26 @@ def read_state(
     """Return the wanted tensors by our names, joined; the head is float32 always."""
     tensors = _join(_tensors(weight_files(checkpoint), device, lambda name: wanted(_whole(name))))
     return {name: t.to(torch.float32 if _is_head(name) else dtype) for name, t in tensors}
+
+
+def widen_gated_mlps(state: dict[str, Tensor], prefix: str, inner: int) -> None:
+    """Widen gated MLPs of a state in place; what is added is 0 and adds 0 to every result.
+
+    Args:
+        state: of `read_state`.
+        prefix: of the MLPs' names.
+        inner: the width that they get, at least theirs.
+    """
+    for name, tensor in state.items():
+        if not name.startswith(prefix):
+            continue
+        if ".mlp.gate_up_proj." in name:  # rows of gate, rows of up; a bias has no columns
+            halves = tensor.unflatten(0, (2, -1))
+            more = inner - halves.shape[1]
+            columns = (0, 0) * (tensor.ndim - 1)
+            state[name] = F.pad(halves, (*columns, 0, more)).flatten(0, 1) if more else tensor
+        elif name.endswith(".mlp.down_proj.weight") and tensor.shape[1] < inner:
+            state[name] = F.pad(tensor, (0, inner - tensor.shape[1]))
 
 
 def read_tensors(

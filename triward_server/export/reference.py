@@ -87,13 +87,21 @@ class _Valued(nn.Module):
         self.v_head = nn.ModuleDict({"summary": nn.Linear(hidden, 1)})
 
 
-def reference_model(config: Any, valued: bool, device: torch.device) -> Any:
+def reference_model(
+    config: Any,
+    valued: bool,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+) -> Any:
     """Return transformers' own model, its parameters on the meta device.
 
     Args:
         config: transformers' configuration.
         valued: whether trl's value head scores, and not transformers' classification head.
         device: where its buffers are.
+        dtype: of its weights.
+        attention: transformers' implementation; None: the one that computes what the model asks.
     """
     sees = architecture_of(config).vision is not None
     auto: Any = AutoModelForSequenceClassification
@@ -102,9 +110,9 @@ def reference_model(config: Any, valued: bool, device: torch.device) -> Any:
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         part.return_dict = True  # a form of the result alone, which no caller can ask for inside
     # "eager" caps attention's products where a model asks for that; for images it is too slow.
-    attention = "sdpa" if sees else "eager"
+    attention = attention or ("sdpa" if sees else "eager")
     with device, parameters_on_meta():
-        model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = auto.from_config(config, attn_implementation=attention, dtype=dtype)
         return _Valued(model.model, config.get_text_config().hidden_size) if valued else model
 
 

@@ -9,12 +9,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.video_utils import VideoMetadata
 
 from ..config import PreprocessConfig, token_limit
+from ..device import select
 from ..errors import CheckpointError, InvalidRequest
 from ..schema import FRAMES_PER_GRID, Features, Grid, UInt8Array
 from .conversation import Conversation, MediaPlace, VideoPart, parse_conversation
@@ -71,7 +71,7 @@ class Preprocessor:
             self.patch_size = int(images.patch_size)
             self._merge_size = int(images.merge_size)
             if config.resize == "torch":
-                self._resizer = TorchResizer(images, torch.device(config.device))
+                self._resizer = TorchResizer(images, select(config.device))
         self._seconds_per_grid = _seconds_per_grid()
         positions = int(model.get_text_config().max_position_embeddings)
         self._max_tokens = token_limit(config.max_tokens, positions)

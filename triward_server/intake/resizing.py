@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers.image_utils import SizeDict
 
-from ..errors import Unavailable, is_out_of_memory
+from ..errors import DeviceFault, Unavailable, is_device_fault, is_out_of_memory
 from ..schema import UInt8Array
 from .decoding import Size
 
@@ -88,6 +88,8 @@ class TorchResizer:
         try:
             resized = _channels_last(self._resize(images, size).cpu())
         except Exception as error:
+            if is_device_fault(error):
+                raise DeviceFault(error) from error
             if len(group) == 1:
                 memory = is_out_of_memory(error)
                 results[0].set_exception(

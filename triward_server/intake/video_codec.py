@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-import av
 import numpy as np
 
 from ..schema import UInt8Array
@@ -20,6 +19,7 @@ from ..schema import UInt8Array
 FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "gif")
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg", "gif")
 
+_TIME_BASE = 1_000_000  # FFmpeg's ticks in a second of a container's duration
 _CUT = 1.0  # seconds that a file may end before its header says
 
 
@@ -110,6 +110,8 @@ def open_video(data: bytes) -> VideoFile:
 
 def _open(data: bytes) -> Any:
     """PyAV's container; nothing but these bytes is ever opened."""
+    import av  # late: images alone need no PyAV
+
     options = {"format_whitelist": ",".join(FORMATS), "codec_whitelist": ",".join(CODECS)}
     try:
         return av.open(BytesIO(data), io_open=_refuse, container_options=options)
@@ -131,6 +133,6 @@ def _is_hidden(packet: Any) -> bool:
 def _check_whole(container: Any, announced: int, found: int, end: float) -> None:
     if found < announced:
         raise Unusable(f"the file ends after {found} of its {announced} frames")
-    duration = (container.duration or 0) / av.time_base
+    duration = (container.duration or 0) / _TIME_BASE
     if end + _CUT < duration:
         raise Unusable(f"the file ends after {end:g} of its {duration:g} s")

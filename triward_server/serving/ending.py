@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from ..errors import DEVICE_FAULT, LaunchError
 
 _FAILURES = (
     # A model's own exception, as the Python backend reports it.
@@ -25,6 +28,22 @@ def why_it_ended(code: int, log: Sequence[str]) -> str:
         return reason
     crash = f"tritonserver: {describe_exit(code)}"
     return f"{reason}; {crash}" if reason else crash
+
+
+@contextmanager
+def explained(log: Iterable[str]) -> Iterator[None]:
+    """Add to what is raised that a device faulted, where the log of the server says so.
+
+    Args:
+        log: the server's last lines, which may still be growing.
+    """
+    try:
+        yield
+    except LaunchError as error:
+        reasons = [line[line.index(DEVICE_FAULT) :] for line in list(log) if DEVICE_FAULT in line]
+        if not reasons:
+            raise
+        raise type(error)(f"{reasons[-1].strip()} ({error})") from None
 
 
 def describe_exit(code: int) -> str:

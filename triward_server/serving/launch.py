@@ -21,7 +21,7 @@ from ..backend.metrics import WORKING
 from ..errors import LaunchError, Unhealthy
 from ..schema import ModelNames
 from .child import prepare
-from .ending import describe_exit, why_it_ended
+from .ending import describe_exit, explained, why_it_ended
 from .endpoints import ANY, CHUNKS_FIXED, Endpoints, Tls
 from .gpu import check_gpus
 from .installation import Installation, find_triton
@@ -176,18 +176,19 @@ class TritonServer:
                 with `stop`, from a signal handler that raises, say.
         """
         assert self._process and self._pump, "wait is called inside the with block"
-        while True:
-            try:
-                code = self._process.wait(interval)
-            except subprocess.TimeoutExpired:
-                if not self._pump.signalled:
-                    check()
-                    continue
-                break
-            self._pump.join()
-            if self._pump.signalled and code == 0:
-                break
-            raise LaunchError(f"tritonserver stopped by itself ({describe_exit(code)})")
+        with explained(self._pump.tail):
+            while True:
+                try:
+                    code = self._process.wait(interval)
+                except subprocess.TimeoutExpired:
+                    if not self._pump.signalled:
+                        check()
+                        continue
+                    break
+                self._pump.join()
+                if self._pump.signalled and code == 0:
+                    break
+                raise LaunchError(f"tritonserver stopped by itself ({describe_exit(code)})")
         self._wait_for_others_stop(self._process)
 
     def _wait_for_others_stop(self, process: subprocess.Popen[str]) -> NoReturn:

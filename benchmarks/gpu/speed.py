@@ -1,0 +1,142 @@
+"""Timings: workloads in turns, ceilings, and how long the device has nothing to do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.card import fastest_attention
+from benchmarks.measure import in_turns, row, scores, timed, work
+from benchmarks.workloads import Messages, Workload
+from triward_server.engine.scoring import Scorer
+
+# Of one workload, what the card's code is timed with at most: one by one, and in a padded batch.
+CARD_LOOP, CARD_BATCH = 4, 8
+_PROFILED = 3  # passes
+_CUDA: Any = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+
+
+def ceilings(bench: Bench) -> dict[str, Any]:
+    """Matrix product in the model's dtype and copy, the best of several."""
+    n = 8192 if bench.device.type == "cuda" else 256
+    a, b = (torch.randn(n, n, device=bench.device).to(bench.dtype) for _ in range(2))
+    source = torch.empty(8 * n * n, device=bench.device)
+    target = torch.empty_like(source)
+    times = in_turns({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, 20)
+    return {
+        "matmul_size": n,
+        "matmul_tflops": 2 * n**3 / min(times["matmul"]) / 1e12,
+        "copy_gb_per_s": 2 * source.nbytes / min(times["copy"]) / 1e9,
+    }
+
+
+def beside_the_card(bench: Bench, workload: Workload, repeats: int) -> dict[str, Any]:
+    """Time one workload eagerly beside the card's loop and the fastest one of transformers."""
+    card, rows = bench.card, workload.conversations()
+    few, eight = rows[:CARD_LOOP], rows[:CARD_BATCH]
+    counts = {"card, one by one": len(few), "card, padded batches of 8": len(eight)}
+    result = ours(bench, bench.eager, "Scorer, eager", workload, repeats, {
+        "card, one by one": lambda: [card.score(messages) for messages in few],
+        "card, padded batches of 8": lambda: card.score_inputs(card.inputs(eight)),
+        "features and Scorer, eager": lambda: scores(bench.eager, bench.features(workload)),
+    }, counts)  # fmt: skip
+    try:
+        result["paths"][f"transformers, {fastest_attention()}, compiled"] = fastest_loop(
+            bench, eight, repeats
+        )
+    except Exception as error:  # transformers' code may not compile; ours is timed all the same
+        result["transformers, compiled"] = f"failed: {type(error).__name__}: {error}"[:2000]
+    baseline = result["paths"]["card, one by one"]["conversations_per_s"]
+    for values in result["paths"].values():
+        values["speedup"] = round(values["conversations_per_s"] / baseline, 3)
+    return result
+
+
+def fastest_loop(bench: Bench, rows: Sequence[Messages], repeats: int) -> dict[str, Any]:
+    """Time transformers' compiled layers on prepared inputs, one padded batch."""
+    card = bench.card.compiled()
+    inputs = card.inputs(rows)
+    first = timed(partial(card.score_inputs, inputs))
+    run = partial(card.score_inputs, inputs)
+    run()
+    times = in_turns({"run": run}, repeats)["run"]
+    return row(times, len(rows)) | {"first_s": round(first, 2)}
+
+
+def ours(
+    bench: Bench,
+    scorer: Scorer,
+    name: str,
+    workload: Workload,
+    repeats: int,
+    beside: dict[str, Callable[[], object]] | None = None,
+    counts: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Time one workload's prepared requests, in turns with what is beside them."""
+    batch, rows = bench.features(workload), len(workload.conversations())
+    runs: dict[str, Callable[[], object]] = {**(beside or {}), name: partial(scores, scorer, batch)}
+    for run in runs.values():
+        run()
+    times = in_turns(runs, repeats)
+    predicted = work(batch, scorer.geometry, scorer.cost)
+    median = statistics.median(times[name])
+    return {
+        "conversations": rows,
+        "ideal_speedup": predicted.flops_alone / predicted.flops,
+        "scorer_tflops": predicted.flops / median / 1e12,
+        "paths": {path: row(taken, counts.get(path, rows)) for path, taken in times.items()},
+    }
+
+
+def profiled(
+    scorer: Scorer, bench: Bench, workload: Workload, median_s: float
+) -> tuple[dict[str, Any], str]:
+    """Return the share of a pass in which the device idles, and a table of what it does.
+
+    Args:
+        scorer: what is profiled.
+        bench: the scorer's.
+        workload: one pass.
+        median_s: how long a pass takes without a profiler, which slows the host down.
+    """
+    batch = bench.features(workload)
+    cuda = bench.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler:
+        for _ in range(_PROFILED):
+            scores(scorer, batch)
+    kernels = intervals(profiler.events() or ())
+    by = "self_device_time_total" if cuda else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=80)
+    busy_s = busy_time(kernels) / 1e6 / _PROFILED
+    found = {
+        "kernels_a_pass": len(kernels) // _PROFILED,
+        "busy_s": busy_s,
+        "idle_share": 1 - busy_s / median_s if kernels else None,
+    }
+    return found, table
+
+
+def intervals(events: Iterable[Any]) -> list[tuple[float, float]]:
+    """Return start and end in µs of what a GPU computed or copied; no names of regions."""
+    return [
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == _CUDA and not event.is_user_annotation
+    ]
+
+
+def busy_time(spans: Iterable[tuple[float, float]]) -> float:
+    """Return how long any of some intervals lasts; where several do, time counts once."""
+    busy, end = 0.0, float("-inf")
+    for first, last in sorted(spans):
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return busy

@@ -1,0 +1,163 @@
+"""The whole forward pass at 7B's real shapes on fake CUDA tensors: which kernels, which shapes.
+
+Fake tensors have a device, a dtype and a shape but no numbers: nothing is computed, and reading a
+value, which would wait for a real GPU, raises.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.conftest import ROOT
+from triward_server.engine import attention, backbone, packing, vision
+from triward_server.engine.backbone import RewardModel
+from triward_server.engine.checkpoint import Blueprint, empty_model, load_config, read_blueprint
+from triward_server.engine.geometry import Geometry
+from triward_server.export import random_checkpoint
+from triward_server.schema import Features
+
+CUDA = torch.device("cuda:0")
+# What waits for the device: a value that Python reads, a shape that depends on values.
+WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "item")
+VARLEN = "torch_attn._varlen_attn.default"
+
+
+@dataclass
+class Calls(TorchDispatchMode):
+    """Counts the operators that run, and keeps the shapes of attention's queries and keys."""
+
+    names: Counter[str] = field(default_factory=Counter)
+    shapes: set[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[str(func)] += 1
+        if str(func) == VARLEN:
+            self.shapes.add((tuple(args[0].shape), tuple(args[1].shape)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def blueprint(tmp_path_factory: pytest.TempPathFactory) -> Blueprint:
+    """7B's, from a checkpoint without weights."""
+    folder = tmp_path_factory.mktemp("7b") / "checkpoint"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            random_checkpoint, "_write_weights",
+            lambda output, *_: (output / "value_head.safetensors").touch(),
+        )  # fmt: skip
+        random_checkpoint.make_checkpoint("7b", 0, folder)
+    return read_blueprint(folder, load_config(folder)).aligned()
+
+
+def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    """Fake tensors, and in place of pinned memory and events what needs no GPU."""
+    for module in (attention, vision, backbone):
+        monkeypatch.setattr(module, "upload", uploaded)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def model_of(blueprint: Blueprint, deterministic: bool = False) -> RewardModel:
+    model = empty_model(blueprint, torch.bfloat16, deterministic)
+    state = {
+        name: torch.empty(
+            tensor.shape, dtype=torch.float32 if "v_head" in name else torch.bfloat16, device=CUDA
+        )
+        for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def conversations(geometry: Geometry, *responses: int) -> Features:
+    """An image of 37 x 27 tokens, 60 of text, and responses."""
+    image = np.zeros((27 * 28, 37 * 28, 3), np.uint8)
+    ids = np.arange(60, dtype=np.int32)
+    assert geometry.image_token_id is not None
+    prompt = np.concatenate([ids, np.full(27 * 37, geometry.image_token_id, np.int32)])
+    answers = tuple(np.arange(n, dtype=np.int32) + i for i, n in enumerate(responses))
+    return Features(prompt, answers, (image,))
+
+
+class Marks(backbone.Clock):
+    """A clock whose marks need no event."""
+
+    def mark(self) -> None:
+        self._marks.append(time.perf_counter())
+
+
+def run(model: RewardModel, features: Features) -> tuple[Calls, torch.Tensor]:
+    ordered = packing.sort_batch({0: features}, model.geometry, model.deterministic)
+    batch = packing.pack(ordered, range(len(ordered.branches)))
+    with Calls() as calls:
+        scores = model(batch, Marks(CUDA))
+    return calls, scores
+
+
+@pytest.mark.parametrize(
+    ("responses", "deterministic"),
+    [((250,), False), ((250,) * 8 + (120, 31) * 28, False), ((250, 120), True)],
+    ids=["single", "group of 64", "deterministic"],
+)
+def test_a_pass_at_real_shapes(
+    responses: tuple[int, ...], deterministic: bool, blueprint: Blueprint, fake: FakeTensorMode
+) -> None:
+    model = model_of(blueprint, deterministic)
+    calls, scores = run(model, conversations(model.geometry, *responses))
+    assert scores.shape == (len(responses),)
+    assert scores.dtype == torch.float32 and scores.device == CUDA
+    waits = {n: c for n, c in calls.names.items() if n.split(".")[1] in WAITS}
+    assert not waits, "the pass waits for the device"
+    assert calls.names[VARLEN] == 32 + 28, "one call of the fused kernel a layer"
+    assert not [n for n in calls.names if "scaled_dot_product" in n or "softmax" in n]
+    patches, prefix = 4 * 27 * 37, 60 + 27 * 37
+    rows = prefix + sum(responses)
+    keys = rows if len(responses) == 1 else rows + prefix * len(responses)
+    queries = {q for q, _ in calls.shapes}
+    assert queries == {(patches, 16, 80), (rows, 28, 128), (len(responses), 28, 128)}, calls.shapes
+    assert ((patches, 16, 80), (patches, 16, 80)) in calls.shapes
+    assert ((rows, 28, 128), (keys, 4, 128)) in calls.shapes
+
+
+def test_a_value_that_is_read_would_raise(fake: FakeTensorMode) -> None:
+    """The check itself."""
+    with pytest.raises(DataDependentOutputException), Calls() as calls:
+        torch.ones(2, device=CUDA).sum().item()
+    assert calls.names["aten._local_scalar_dense.default"] == 1
+
+
+@pytest.mark.slow
+def test_compiled_halves_are_a_few_kernels() -> None:
+    """Inductor fuses what is between matrix products: 3 elementwise kernels a half at most."""
+    command = [sys.executable, "-m", "tests.fakecuda"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    before, after = {"kernels": 3, "products": 1}, {"kernels": 3, "products": 3}
+    for layer in ("DecoderLayer", "VisionBlock"):
+        assert counts.pop(f"{layer}.before") == before
+        assert counts.pop(f"{layer}.after_") == after
+    assert {half: count["products"] for half, count in counts.items()} == {
+        "DecoderLayer.queries": 1, "DecoderLayer.keys_and_values": 1,
+    }  # fmt: skip
