@@ -29,7 +29,8 @@ DEADLINE = 60.0  # seconds; no request here takes one, so a hang is a failure
 # Triton cannot read fails its whole batch, so each is preprocessed alone.
 FLAGS = (
     "--dtype=float32", "--threads=1", "--max-tokens=1024", "--max-request-tokens=8192",
-    "--max-image-pixels=1000000", "--embedding-cache-bytes=1000000", "--prefix-cache-bytes=16000000", "--preprocess-batch-size=1",
+    "--max-image-pixels=1000000", "--embedding-cache-bytes=1000000",
+    "--prefix-cache-bytes=16000000", "--preprocess-batch-size=1",
 )  # fmt: skip
 
 ASK = [{"role": "user", "content": "Is it so?"}]
