@@ -265,11 +265,11 @@ def verify(
 
     Exits with 1 when a score is further from transformers' than 1e-4, relative above 1.
     """
-    from .export.verify import Report, run  # torch, which no other command needs
+    from .export.verify import Verification, run  # torch, which no other command needs
 
     table = Table("conversation", "score", "transformers", "distance", "")
     with _errors():
-        report: Report = run(checkpoint, device, streamed, small)
+        report: Verification = run(checkpoint, device, streamed, small)
     for row in report.rows:
         scores = [s if isinstance(s, str) else f"{s:.6f}" for s in (row.score, row.reference)]
         distance = "" if isnan(row.distance) else f"{row.distance:.1e}"

@@ -11,8 +11,8 @@ import torch
 from typer import BadParameter, Exit
 
 from benchmarks import gpu, plot
-from benchmarks.measure import Work, work
-from benchmarks.workloads import Group, Workload, epochs
+from benchmarks.measure import PredictedWork, work
+from benchmarks.workloads import PromptGroup, Workload, epochs
 from triward_server.engine.geometry import Geometry
 from triward_server.engine.planning import Cost
 from triward_server.schema import Features
@@ -22,7 +22,8 @@ def short(*_: object) -> dict[str, Workload]:
     """The workloads' names with a few words each."""
     prompt = [{"role": "user", "content": [{"type": "text", "text": "which"}]}]
     groups = {
-        n: Group(prompt, tuple(f"{'so ' * (i % 7)}{i}" for i in range(n))) for n in (2, 8, 16, 64)
+        n: PromptGroup(prompt, tuple(f"{'so ' * (i % 7)}{i}" for i in range(n)))
+        for n in (2, 8, 16, 64)
     }
     unseen, _ = epochs(0)
     few = {f"group-{n}": Workload((group,)) for n, group in groups.items()}
@@ -97,7 +98,7 @@ def test_work_counts_what_is_shared() -> None:
     )  # fmt: skip
     prompt = np.arange(1, 9, dtype=np.int32)
     answers = tuple(np.array([20 + n, 30], np.int32) for n in range(4))
-    assert work([Features(prompt, answers)], geometry, cost) == Work(172, 412, 16)
+    assert work([Features(prompt, answers)], geometry, cost) == PredictedWork(172, 412, 16)
 
 
 def test_the_plot_shows_every_workload(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_the_plot_shows_every_workload(tmp_path: Path) -> None:
             "epoch": {"paths": {"served, over gRPC": {"speedup": 1.5}}},
         },
     }  # fmt: skip
-    plot.draw(results, tmp_path / "plot.svg")
+    plot.draw_speedups(results, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
     for words in ("group-8", "epoch", "some CPU", *plot.COLORS):
         assert f"<!-- {words}" in drawn or words in drawn, words

@@ -17,15 +17,15 @@ from triward_server.cli import app
 from triward_server.config import ForwardConfig
 from triward_server.engine import architectures, streaming
 from triward_server.engine.architectures import ARCHITECTURES
+from triward_server.engine.checkpoint import check_tensors as read
 from triward_server.engine.checkpoint import empty_model
-from triward_server.engine.checkpoint import verify as read
 from triward_server.engine.decoder import DecoderConfig
 from triward_server.engine.scoring import Scorer
 from triward_server.engine.weights import read_state
 from triward_server.errors import CheckpointError
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
-from triward_server.export.verify import Comparison, Report, cases, check, verify
+from triward_server.export.verify import CaseScores, Verification, cases, require_agreement, verify
 
 CPU = torch.device("cpu")
 
@@ -124,14 +124,14 @@ def test_the_command(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_nothing_to_compare_is_no_agreement() -> None:
-    refused = Report([Comparison("system prompt", "refused: a", "refused: b")])
+    refused = Verification([CaseScores("system prompt", "refused: a", "refused: b")])
     with pytest.raises(CheckpointError, match="system prompt"):
-        check(refused)
-    check(Report([*refused.rows, Comparison("other", 2.0, 2.0001)]))
+        require_agreement(refused)
+    require_agreement(Verification([*refused.rows, CaseScores("other", 2.0, 2.0001)]))
     with pytest.raises(CheckpointError, match="1 of 2 conversations differ"):
-        check(Report([*refused.rows, Comparison("other", 2.0, 2.001)]))
-    assert not Comparison("one-sided", 1.0, "refused").agrees
-    assert not Comparison("not finite", float("nan"), 1.0).agrees
+        require_agreement(Verification([*refused.rows, CaseScores("other", 2.0, 2.001)]))
+    assert not CaseScores("one-sided", 1.0, "refused").agrees
+    assert not CaseScores("not finite", float("nan"), 1.0).agrees
 
 
 def test_a_model_that_does_not_fit_is_streamed(
@@ -156,7 +156,7 @@ def test_a_layers_weights_are_there_while_it_runs_alone(folders: dict[str, Path]
     def tensors(wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
         return read_state(folders["qwen2_5_vl"], torch.float32, CPU, wanted)
 
-    streaming.load(model, tensors, str, streamed=True)
+    streaming.load_weights(model, tensors, str, streamed=True)
     resident = {n for n, p in model.named_parameters() if not p.is_meta}
     assert {"language_model.embed_tokens.weight", "visual.merger.mlp.0.weight"} <= resident
     assert not any(".layers." in name or ".blocks." in name for name in resident)

@@ -21,7 +21,7 @@ class JobMismatch(InvalidRequest):
     """The output folder was begun with other input or other settings, or is no job's at all."""
 
 
-def pin(output: Path, name: str, manifest: Mapping[str, Any]) -> None:
+def pin_manifest(output: Path, name: str, manifest: Mapping[str, Any]) -> None:
     """Write the manifest into a new folder, or compare with the one that is there.
 
     One of a job that has finished nothing, as when it was begun with a wrong model, is replaced.

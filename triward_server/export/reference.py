@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ..engine.checkpoint import architecture_of, head_of, load_config
-from ..engine.streaming import load, parameters_on_meta
+from ..engine.streaming import load_weights, parameters_on_meta
 from ..engine.weights import canonical_name, read_tensors
 from ..schema import Int32Array
 
@@ -34,7 +34,7 @@ class Reference:
     """Scores one conversation at a time.
 
     Args:
-        checkpoint: a folder that `checkpoint.verify` has passed.
+        checkpoint: a folder that `checkpoint.check_tensors` has passed.
         device: where it runs.
         streamed: with one layer's weights at a time in memory.
     """
@@ -51,7 +51,7 @@ class Reference:
         def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
             return read_tensors(checkpoint, torch.float32, device, wanted)
 
-        load(self._model, tensors, canonical_name, streamed)
+        load_weights(self._model, tensors, canonical_name, streamed)
 
     def score(self, messages: Messages) -> float:
         """Return the number for one conversation whose last message is the assistant's."""

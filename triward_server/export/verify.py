@@ -27,7 +27,7 @@ from ..config import ForwardConfig, PreprocessConfig
 from ..engine import checkpoint as checkpoints
 from ..engine.decoder import weights_per_layer
 from ..engine.scoring import Scorer
-from ..engine.streaming import fits, load
+from ..engine.streaming import fits, load_weights
 from ..engine.weights import read_state
 from ..errors import CheckpointError, ConfigError, InvalidRequest, TriwardError
 from ..intake.preprocess import Preprocessor
@@ -74,7 +74,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CaseScores:
     """Scores of one case.
 
     Attributes:
@@ -103,7 +103,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Report:
+class Verification:
     """All cases.
 
     Attributes:
@@ -112,12 +112,12 @@ class Report:
         streamed: whether layers came and went one by one.
     """
 
-    rows: list[Comparison] = field(default_factory=list)
+    rows: list[CaseScores] = field(default_factory=list)
     seconds: float = 0.0
     streamed: bool = False
 
     @property
-    def wrong(self) -> list[Comparison]:
+    def wrong(self) -> list[CaseScores]:
         """Comparisons beyond the budget; all, if none has two scores."""
         if np.isnan(self.largest):
             return self.rows
@@ -135,7 +135,7 @@ def verify(
     device: torch.device,
     streamed: bool | None = None,
     small: bool = False,
-) -> Report:
+) -> Verification:
     """Score cases with the engine and with transformers.
 
     Args:
@@ -148,7 +148,7 @@ def verify(
         CheckpointError: the checkpoint is not served at all, by name.
     """
     start = time.monotonic()
-    blueprint = checkpoints.verify(checkpoint)
+    blueprint = checkpoints.check_tensors(checkpoint)
     if streamed is None:
         streamed = not fits(_weights(blueprint), device)
     torch.backends.cudnn.allow_tf32 = False  # the reference's patches are a convolution
@@ -162,11 +162,11 @@ def verify(
     del reference
     gc.collect()  # its weights, before the engine's come
     scores = _scores(_scorer(checkpoint, blueprint, device, streamed), features)
-    rows = [Comparison(case.name, scores[case.name], expected[case.name]) for case in chosen]
-    return Report(rows, time.monotonic() - start, streamed)
+    rows = [CaseScores(case.name, scores[case.name], expected[case.name]) for case in chosen]
+    return Verification(rows, time.monotonic() - start, streamed)
 
 
-def run(checkpoint: Path, device: str, streamed: bool | None, small: bool) -> Report:
+def run(checkpoint: Path, device: str, streamed: bool | None, small: bool) -> Verification:
     """`verify` for the command; also raises `ConfigError` for a device that is not there."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigError(f"--device {device!r}: cpu, cuda or cuda:N")
@@ -175,7 +175,7 @@ def run(checkpoint: Path, device: str, streamed: bool | None, small: bool) -> Re
     return verify(checkpoint, torch.device(device), streamed, small)
 
 
-def check(report: Report) -> None:
+def require_agreement(report: Verification) -> None:
     """Raise `CheckpointError` that names the cases beyond the budget."""
     for row in report.wrong:
         raise CheckpointError(
@@ -310,7 +310,7 @@ def _scorer(
     def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         return read_state(checkpoint, torch.float32, device, wanted)
 
-    load(model, tensors, str, streamed=True)
+    load_weights(model, tensors, str, streamed=True)
     return Scorer(checkpoint, config, model=model)
 
 

@@ -31,7 +31,7 @@ from .. import __version__
 from ..errors import LaunchError
 from ..schema import DRAINING, ModelNames
 from .canary import Canary
-from .repository import loads_all, models, pin, pinned
+from .repository import loads_all, pin, pinned, served_models
 
 MANIFEST = "manifest.json"
 
@@ -109,7 +109,7 @@ def read_manifest(repository: Path, names: ModelNames, version: str) -> dict[str
     return fields
 
 
-def check(repository: Path, names: ModelNames, version: str, how: Verify) -> Checked:
+def check_version(repository: Path, names: ModelNames, version: str, how: Verify) -> Checked:
     """Compare a version's files with its manifest.
 
     Args:
@@ -174,7 +174,7 @@ def check_served(repository: Path, how: Verify, say: Callable[[str], None]) -> N
     Raises:
         LaunchError: a served version is broken, or Triton would load a broken one beside it.
     """
-    for names in models(repository):
+    for names in served_models(repository):
         served = pinned(repository, names)
         broken: dict[str, LaunchError] = {}
         checked = None
@@ -182,7 +182,7 @@ def check_served(repository: Path, how: Verify, say: Callable[[str], None]) -> N
             if how is Verify.OFF:
                 _check_imports(repository, names, served)
             else:
-                checked = check(repository, names, served, how)
+                checked = check_version(repository, names, served, how)
         except LaunchError as error:
             raise LaunchError(
                 f"{names.ensemble}: version {served}, which is served, is broken: {error}"
@@ -203,7 +203,7 @@ def _broken(repository: Path, names: ModelNames, served: str) -> dict[str, Launc
     broken = {}
     for version in sorted(found - {served}, key=int):
         try:
-            check(repository, names, version, Verify.SAMPLED)
+            check_version(repository, names, version, Verify.SAMPLED)
         except LaunchError as error:
             broken[version] = error
     return broken

@@ -44,16 +44,16 @@ def make_echo(repository: Path, names: ModelNames = REWARD, version: str = "1") 
     public = repository / names.ensemble / version
     (public / MANIFEST).write_text(json.dumps({**manifest, "echo": True}, indent=2) + "\n")
     canary = Canary.of(repository, version, names)
-    replace(canary, scores=scores(canary, checkpoint)).write(public)
+    replace(canary, scores=echo_scores(canary, checkpoint)).write(public)
 
 
-def scores(canary: Canary, checkpoint: str) -> tuple[float, ...]:
+def echo_scores(canary: Canary, checkpoint: str) -> tuple[float, ...]:
     """Return what an echo answers to a canary."""
-    found = echo_models.features(
+    found = echo_models.digest_features(
         canary.messages.encode(), [text.encode() for text in canary.responses], canary.media
     )
     return tuple(
-        echo_models.score(checkpoint, found.prompt_ids, each) for each in found.response_ids
+        echo_models.digest_score(checkpoint, found.prompt_ids, each) for each in found.response_ids
     )
 
 

@@ -21,7 +21,7 @@ from triward.errors import InvalidRequest
 from triward_tools.jobs import check_apart
 from triward_tools.selection.parts import Parts
 from triward_tools.selection.picture import check_picture, draw
-from triward_tools.selection.sink import Shape, Write, check_json, writing
+from triward_tools.selection.sink import ColumnTypes, Write, check_json, writing
 from triward_tools.selection.source import JSONL, PARQUET, Source, check_suffix
 from triward_tools.selection.summary import Summary, quantiles
 from triward_tools.selection.tasks import Chooser, Task, Values
@@ -143,7 +143,7 @@ class Job:
         if any(path.suffix in JSONL for path in outputs):
             check_json(self.source.schema)
         if self.source.schema is None and any(path.suffix == PARQUET for path in outputs):
-            shape = Shape()
+            shape = ColumnTypes()
             for chunk in self.source.chunks(self.chunk_rows):
                 shape.see([row.values for row in chunk.rows() if not row.error])
             shape.schema()
@@ -181,7 +181,7 @@ class Job:
         paths = [self.files.output, self.files.dropped]
         if not any(path and path.suffix == PARQUET for path in paths):
             return [None, None]
-        shapes = [Shape(self._known()), Shape(self._known())]
+        shapes = [ColumnTypes(self._known()), ColumnTypes(self._known())]
         for made in self._made(parts, self.task.begin(seen)):
             for shape, rows in zip(shapes, made[:2], strict=True):
                 shape.see(rows)
