@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
+from tests.rowfiles import write_rows
 from triward_tools.evaluation.results import LabelledPair
 
 Rows = list[dict[str, Any]]
@@ -78,21 +76,8 @@ def write(
         rows.append(row)
         good.append(pair)
     path = folder / f"{name}{suffix}"
-    write_rows(path, rows)
+    write_rows(path, rows, row_group_size=5)
     return Data(path, good, problems)
-
-
-def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    """Rows in the form that the suffix names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=5)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(list(rows), indent=1), encoding="utf-8")
-    else:
-        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def png(number: int) -> bytes:

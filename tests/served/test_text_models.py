@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import Exit, Served, encode
 from tests.conversations import PROSE, RESPONSES, Messages, image, picture, says, user
+from tests.features import ids_of
 from triward import InvalidRequest, RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
 from triward_server.engine import architectures, attention, decoder
@@ -156,12 +157,6 @@ def test_ids_equal_the_tokenizers(
         if kind.bos:
             assert ids.count(oracle.tokenizer.bos_token_id) == 1
             assert ids[0] == oracle.tokenizer.bos_token_id
-
-
-def ids_of(preprocessor: Preprocessor, messages: Messages) -> list[int]:
-    wire = json.dumps(messages[:-1]).encode()
-    features = preprocessor.features(wire, [messages[-1]["content"].encode()], [])
-    return [*features.prompt_ids.tolist(), *features.response_ids[0].tolist()]
 
 
 @settings(

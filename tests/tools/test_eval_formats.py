@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.benchmarkdata import BENCHMARKS, BESIDE, EMBEDDED, SUFFIXES, png, write, write_rows
+from tests.benchmarkdata import BENCHMARKS, BESIDE, EMBEDDED, SUFFIXES, png, write
+from tests.rowfiles import write_rows
 from triward import InvalidRequest
 from triward_tools import cli_evaluation
 from triward_tools.evaluation.arithmetic import BENCHMARKS as ARITHMETIC

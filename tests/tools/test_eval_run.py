@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import triward.cli
-from tests.benchmarkdata import BENCHMARKS, png, write, write_rows
+from tests.benchmarkdata import BENCHMARKS, png, write
 from tests.fakeserver import Fault
+from tests.rowfiles import write_rows
 from triward import InvalidRequest, RewardClient, ServerError, ServerUnavailable
 from triward_tools.evaluation import run
 from triward_tools.evaluation.asking import results_of
