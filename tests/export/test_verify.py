@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -25,6 +27,7 @@ from triward_server.engine.weights import read_state
 from triward_server.errors import CheckpointError
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
+from triward_server.export.reference import fp32_budget
 from triward_server.export.verify import CaseScores, Verification, cases, require_agreement, verify
 
 CPU = torch.device("cpu")
@@ -121,6 +124,37 @@ def test_the_command(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) 
     assert "DIFFERS" in result.stdout
     assert run("--checkpoint", folders["llama"] / "nowhere").exit_code == 1
     assert "cpu, cuda or cuda:N" in run("--checkpoint", "x", "--device", "gpu").stderr
+    assert "leave it out" in run("--checkpoint", "x", "--small", "--dtype", "bfloat16").stderr
+
+
+def test_bfloat16_is_judged_by_transformers_own(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = verify(folders["gemma2"], CPU, dtype="bfloat16")
+    assert right.wrong == []
+    [noise] = {row.noise for row in right.rows}
+    assert noise > 0.01 and 10 * fp32_budget(1) < right.largest <= 2 * noise
+    name = mistake(monkeypatch, "offset of norms")
+    arguments = ["--checkpoint", str(folders[name]), "--dtype=bfloat16", "--streamed"]
+    wrong = CliRunner().invoke(app, ["verify", *arguments])
+    assert wrong.exit_code == 1 and "DIFFERS" in wrong.stdout
+    assert "of 7 conversations differ; bfloat16 on cpu, loaded layer by layer" in wrong.stdout
+    assert f"transformers' own bfloat16 scores are up to {noise:.1e} from" in wrong.stdout
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", ["layers.1.mlp.down_proj", "visual.blocks.1.mlp.down_proj"])
+def test_weights_that_are_not_finite_are_no_model(
+    name: str, streamed: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["qwen2_5_vl"], tmp_path / "copy")
+    for file in sorted(tmp_path.glob("copy/*.safetensors")):
+        tensors = load_file(file)
+        for key in (key for key in tensors if name in key and key.endswith("weight")):
+            tensors[key][0, 0] = float("nan")
+            save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=rf"{name}.*1 of .* weights are NaN or infinite"):
+        verify(tmp_path / "copy", CPU, streamed=streamed, small=True)
 
 
 def test_nothing_to_compare_is_no_agreement() -> None:

@@ -1,4 +1,4 @@
-"""The reference score: transformers' own class, with the checkpoint's head, in float32.
+"""The reference score: transformers' own class, with the checkpoint's head.
 
 `Reference` is a model card's code without what costs memory and packages and changes no score:
 trl's wrapper, whose head is one affine map, and the logits of a vocabulary.
@@ -37,19 +37,26 @@ class Reference:
         checkpoint: a folder that `checkpoint.check_tensors` has passed.
         device: where it runs.
         streamed: with one layer's weights at a time in memory.
+        dtype: of weights and activations; trl's value head is float32 always, as on the cards.
     """
 
-    def __init__(self, checkpoint: Path, device: torch.device, streamed: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        device: torch.device,
+        streamed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         config = load_config(checkpoint)
         self._sees = architecture_of(config).vision is not None
         auto = AutoProcessor if self._sees else AutoTokenizer
         self._processor: Any = auto.from_pretrained(checkpoint)
         self._device = device
         valued = head_of(checkpoint, config) == "v_head"
-        self._model = reference_model(config, valued, device)
+        self._model = reference_model(config, valued, device, dtype)
 
         def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-            return read_tensors(checkpoint, torch.float32, device, wanted)
+            return read_tensors(checkpoint, dtype, device, wanted)
 
         load_weights(self._model, tensors, canonical_name, streamed)
 
@@ -75,7 +82,7 @@ def score_inputs(model: Any, inputs: dict[str, Tensor]) -> float:
         if not isinstance(model, _Valued):
             return float(model(**inputs, use_cache=False).logits[0, 0])
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
-        return float(model.v_head["summary"](hidden[0, -1]))
+        return float(model.v_head["summary"](hidden[0, -1].float()))
 
 
 class _Valued(nn.Module):
@@ -87,13 +94,16 @@ class _Valued(nn.Module):
         self.v_head = nn.ModuleDict({"summary": nn.Linear(hidden, 1)})
 
 
-def reference_model(config: Any, valued: bool, device: torch.device) -> Any:
+def reference_model(
+    config: Any, valued: bool, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Any:
     """Return transformers' own model, its parameters on the meta device.
 
     Args:
         config: transformers' configuration.
         valued: whether trl's value head scores, and not transformers' classification head.
         device: where its buffers are.
+        dtype: of all but trl's value head.
     """
     sees = architecture_of(config).vision is not None
     auto: Any = AutoModelForSequenceClassification
@@ -104,7 +114,7 @@ def reference_model(config: Any, valued: bool, device: torch.device) -> Any:
     # "eager" caps attention's products where a model asks for that; for images it is too slow.
     attention = "sdpa" if sees else "eager"
     with device, parameters_on_meta():
-        model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = auto.from_config(config, attn_implementation=attention, dtype=dtype)
         return _Valued(model.model, config.get_text_config().hidden_size) if valued else model
 
 
