@@ -128,6 +128,24 @@ def mix_up(repository: Path, version: str) -> str:
     return f"reward_preprocess/{version}/checkpoint/tokenizer.json: not what was exported"
 
 
+def add_a_head(repository: Path, version: str) -> str:
+    """A file that changes every score of a model without trl's value head."""
+    file = f"reward_forward/{version}/checkpoint/other_head.safetensors"
+    save_file({"v_head.summary.bias": torch.zeros(1)}, repository / file)
+    return f"{file}: not in the manifest of version {version}; delete it, or export"
+
+
+def add_a_module(repository: Path, version: str) -> str:
+    """Beside the adapter, where Python looks for modules first."""
+    (repository / "reward_preprocess" / version / "json.py").touch()
+    return f"reward_preprocess/{version}/json.py: not in the manifest of version {version}"
+
+
+def add_to_the_public_model(repository: Path, version: str) -> str:
+    (repository / "reward" / version / "notes.txt").symlink_to("nowhere")
+    return f"reward/{version}/notes.txt: not in the manifest of version {version}"
+
+
 def damage_manifest(repository: Path, version: str) -> str:
     path = repository / "reward" / version / MANIFEST
     path.write_text(path.read_text()[:-100])
@@ -152,7 +170,8 @@ def damage_canary(repository: Path, version: str) -> str:
 
 FAULTS = [
     truncate, lose_weights, lose_tokenizer, lose_adapter, lose_a_step, lose_everything, spoil,
-    mix_up, damage_manifest, empty_manifest, wrong_manifest, damage_canary,
+    mix_up, add_a_head, add_a_module, add_to_the_public_model, damage_manifest, empty_manifest,
+    wrong_manifest, damage_canary,
 ]  # fmt: skip
 Damage = Callable[[Path, str], str]
 
@@ -197,6 +216,15 @@ def test_what_is_whole_is_said_with_its_cost(copy: Path) -> None:
         assert (checked.files, checked.size, checked.read) == (len(files), size, size)
         assert f"{len(files)} files verified ({how.value}): read {size:,} of" in str(checked)
         assert "earlier release" not in str(checked)
+
+
+def test_what_python_leaves_beside_an_adapter_is_no_fault(copy: Path) -> None:
+    placeholder = copy / "reward_forward/1/__pycache__"
+    assert placeholder.is_file()
+    placeholder.unlink()
+    placeholder.mkdir()
+    (placeholder / "model.cpython-311.pyc").touch()
+    check_version(copy, REWARD, "1", Verify.SAMPLED)
 
 
 class TestLargeFiles:

@@ -9,7 +9,9 @@
              where that is no more
 
 `full` compares whole contents; `sampled` sizes and blocks, which takes milliseconds for any size
-and finds files that are cut short, mixed up or of another checkpoint, not every flipped bit.
+and finds files that are cut short, mixed up or of another checkpoint, not every flipped bit. A file
+that the manifest does not name is an error, too: a `value_head.safetensors` that appears in a
+checkpoint's folder would change all scores.
 A manifest of an earlier release has `sha256` by file name alone.
 """
 
@@ -17,10 +19,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
@@ -30,7 +33,7 @@ from typing import Any
 from .. import __version__
 from ..errors import LaunchError
 from ..schema import DRAINING, ModelNames
-from .canary import Canary
+from .canary import FILE, Canary
 from .repository import loads_all, pin, pinned, served_models
 
 MANIFEST = "manifest.json"
@@ -38,6 +41,9 @@ MANIFEST = "manifest.json"
 _BLOCKS, _BLOCK = 64, 1 << 16
 _IMPORT = re.compile(r"^from (triward_server[\w.]*) import", re.MULTILINE)
 _ROLES = ("preprocess", "forward", "vision")
+# What a version's folders hold besides: the adapter; and what Python makes, or an export puts there
+# so that Python does not.
+_UNNAMED = {"model.py", "__pycache__"}
 
 
 class Verify(str, Enum):
@@ -129,7 +135,10 @@ def check_version(repository: Path, names: ModelNames, version: str, how: Verify
             raise LaunchError(f"{step}/{version}/model.py: missing")
     _check_imports(repository, names, version)
     count = size = read = 0
-    for file, expected in _expected(repository, names, version, manifest):
+    named = [*_expected(repository, names, version, manifest)]
+    if "files" in manifest:
+        _check_nothing_else(repository, names, version, {file for file, _ in named})
+    for file, expected in named:
         where = file.relative_to(repository)
         try:
             read += _compare(file, expected, how)
@@ -244,6 +253,25 @@ def _expected(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         where = f"{names.ensemble}/{version}/{MANIFEST}"
         raise LaunchError(f"{where}: {type(error).__name__}: {error}") from None
+
+
+def _check_nothing_else(
+    repository: Path, names: ModelNames, version: str, named: Collection[Path]
+) -> None:
+    """Raise `LaunchError` for a file in a version's folders that its manifest does not name."""
+    known = {repository / names.ensemble / version / name for name in (MANIFEST, FILE)} | {*named}
+    for model in (names.ensemble, *names.steps, names.vision):
+        top = repository / model / version
+        for folder, directories, files in os.walk(top, followlinks=True):
+            if Path(folder) == top:
+                directories[:] = {*directories} - _UNNAMED
+                files = [name for name in files if name not in _UNNAMED]
+            unknown = sorted({Path(folder, name) for name in files} - known)
+            if unknown:
+                raise LaunchError(
+                    f"{unknown[0].relative_to(repository)}: not in the manifest of version "
+                    f"{version}; delete it, or export the version again"
+                )
 
 
 def _compare(file: Path, expected: dict[str, Any], how: Verify) -> int:
