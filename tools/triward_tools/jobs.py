@@ -121,6 +121,13 @@ def whole_file(path: Path, scratch: Path | None = None) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def row_bar(wanted: bool, done: int = 0, total: int | None = None) -> Any:
+    """Return a bar of tqdm's on standard error that counts rows, from what is done on."""
+    from tqdm.auto import tqdm
+
+    return tqdm(initial=done, total=total, unit="row", disable=not wanted)
+
+
 def _nothing_finished(output: Path, manifest: Path) -> bool:
     """Return True if nothing in the folder but the manifest holds anything that is whole."""
     others = (entry for entry in output.iterdir() if entry != manifest and entry.suffix != ".tmp")

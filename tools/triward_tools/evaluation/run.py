@@ -23,7 +23,7 @@ from triward_tools.evaluation.formats import files_of, placed_pairs, read_pairs
 from triward_tools.evaluation.ledger import Ledger
 from triward_tools.evaluation.report import Report, write_report
 from triward_tools.evaluation.results import LabelledPair
-from triward_tools.jobs import check_apart, fingerprint, pin_manifest
+from triward_tools.jobs import check_apart, fingerprint, pin_manifest, row_bar
 
 MANIFEST = "manifest.json"
 
@@ -73,7 +73,7 @@ def evaluate(
         done = len(ledger.entries)
         rows = islice(placed_pairs(benchmark, data), done, None)
         entries = results_of(client, rows, concurrency=concurrency, patience=patience)
-        with closing(entries), _bar(progress, done, total) as bar:
+        with closing(entries), row_bar(progress, done, total) as bar:
             for entry in entries:
                 ledger.append(entry)
                 bar.update()
@@ -99,10 +99,3 @@ def _manifest(client: RewardClient, benchmark: str, data: Path) -> dict[str, Any
         "model": client.model,
         **{f"file {path.relative_to(root).as_posix()}": fingerprint(path) for path in files},
     }
-
-
-def _bar(wanted: bool, done: int, total: int) -> Any:
-    """Return a bar that begins at what is done."""
-    from tqdm.auto import tqdm
-
-    return tqdm(initial=done, total=total, unit="row", disable=not wanted)

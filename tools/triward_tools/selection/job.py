@@ -18,7 +18,7 @@ from typing import Any
 from triward.arguments import check_free
 from triward.errors import InvalidRequest
 
-from triward_tools.jobs import check_apart
+from triward_tools.jobs import check_apart, row_bar
 from triward_tools.selection.parts import Parts
 from triward_tools.selection.picture import check_picture, draw
 from triward_tools.selection.sink import ColumnTypes, Write, check_json, writing
@@ -125,7 +125,9 @@ class Job:
         self._check_formats()
         parts = Parts(self.files.parts, self.source, self.judge, self.chunk_rows)
         parts.pin()
-        _count(parts.fill(), progress)
+        with row_bar(progress) as bar:
+            for rows in parts.fill():
+                bar.update(rows)
         seen = Seen.of(parts.all())
         chooser, written, failed, first = self._write(parts, seen)
         rows = len(seen.counts) + failed
@@ -211,19 +213,6 @@ class Job:
                 made[0].extend(choice.rows)
                 made[1].extend(choice.dropped)
             yield made
-
-
-def _count(chunks: Iterator[int], progress: bool) -> None:
-    """Go through the chunks, with a bar on standard error if it is wanted."""
-    if not progress:
-        for _ in chunks:
-            pass
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(unit="row") as bar:
-        for rows in chunks:
-            bar.update(rows)
 
 
 def _rejected(row: Row, verdict: Verdict) -> Values:
