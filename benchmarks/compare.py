@@ -41,7 +41,7 @@ from benchmarks.measure import (
     work,
     writable,
 )
-from benchmarks.plot import draw
+from benchmarks.plot import draw_speedups
 from benchmarks.workloads import SMALL_IMAGE, TEXT, Workload, epochs, workloads
 from triward import RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
@@ -248,7 +248,7 @@ def main(
             with all_paths(checkpoint, oracle, CACHE_BYTES) as paths:
                 keep(EPOCH, measure_epochs(paths, repeats))
     if output:
-        draw(results, output.with_suffix(".svg"))
+        draw_speedups(results, output.with_suffix(".svg"))
         console.print(f"written to {output} and {output.with_suffix('.svg')}")
 
 

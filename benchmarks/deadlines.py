@@ -65,7 +65,7 @@ def call(client: InferenceServerClient, rng: Random, policy: Policy) -> str:
     return "scored"
 
 
-def run(checkpoint: Path, policy: str, calls: int) -> dict[str, Any]:
+def run_policy(checkpoint: Path, policy: str, calls: int) -> dict[str, Any]:
     """Send all calls to a server of its own and stop it; what became of calls and server."""
     statuses: Counter[str] = Counter()
     lock = threading.Lock()
@@ -119,7 +119,7 @@ def main(
         make_checkpoint("tiny", 0, checkpoint)
         for _ in range(rounds):
             for name in policy or POLICIES:
-                runs.append(run(checkpoint, name, calls))
+                runs.append(run_policy(checkpoint, name, calls))
                 print(json.dumps(runs[-1], indent=1), flush=True)
                 output.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
 

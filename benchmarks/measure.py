@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import typer
 
-from benchmarks.workloads import Group, Workload
+from benchmarks.workloads import PromptGroup, Workload
 from triward_server.engine import packing
 from triward_server.engine.geometry import Geometry
 from triward_server.engine.planning import Cost, price
@@ -120,7 +120,7 @@ def row(seconds: Sequence[float], conversations: int) -> dict[str, Any]:
     }
 
 
-def features(preprocessor: Preprocessor, group: Group) -> Features:
+def features(preprocessor: Preprocessor, group: PromptGroup) -> Features:
     """Make one request as the server's preprocessing does."""
     media: list[bytes] = []
     for message in group.prompt:
@@ -186,8 +186,8 @@ def scores(scorer: Scorer, batch: Sequence[Features]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Return the cost of a batch, as the Scorer's plan predicts it.
+class PredictedWork:
+    """Cost of a batch, as the Scorer's plan predicts it.
 
     Attributes:
         flops: with everything shared that can be.
@@ -200,7 +200,7 @@ class Work:
     size: float
 
 
-def work(batch: Sequence[Features], geometry: Geometry, cost: Cost) -> Work:
+def work(batch: Sequence[Features], geometry: Geometry, cost: Cost) -> PredictedWork:
     """Predict what a batch takes."""
     ordered = packing.sort_batch(dict(enumerate(batch)), geometry)
     shown: frozenset[int] = frozenset()
@@ -211,4 +211,4 @@ def work(batch: Sequence[Features], geometry: Geometry, cost: Cost) -> Work:
         flops, size = flops + more, size + extra
         alone += price(ordered, index, 0, frozenset(), cost)[2]
         shown |= branch.media
-    return Work(flops, alone, size)
+    return PredictedWork(flops, alone, size)

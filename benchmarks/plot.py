@@ -21,7 +21,7 @@ COLORS = {
 }
 
 
-def draw(results: dict[str, Any], output: Path) -> None:
+def draw_speedups(results: dict[str, Any], output: Path) -> None:
     """Speed-ups of all paths and workloads as one picture, SVG or PNG by the file's suffix."""
     mpl.rcParams["svg.hashsalt"] = "triward"  # equal results give equal files
     workloads = results["workloads"]
@@ -63,7 +63,7 @@ def main(
     results: Annotated[Path, typer.Argument(help="JSON file of benchmarks.compare.")],
 ) -> None:
     """Draw the picture beside the results."""
-    draw(json.loads(results.read_text()), results.with_suffix(".svg"))
+    draw_speedups(json.loads(results.read_text()), results.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def trends(samples: Sequence[dict[str, float]], warm_up: float) -> dict[str, Tre
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[TritonServer]:
+def serving_soaked(folder: Path) -> Iterator[TritonServer]:
     """Export a tiny model, with queues that bursts overflow and caches that fill."""
     make_checkpoint("tiny", 0, folder / "checkpoint")
     subprocess.run(
@@ -123,7 +123,7 @@ def serving(folder: Path) -> Iterator[TritonServer]:
         yield server
 
 
-class Load:
+class Callers:
     """The calling processes; they stop on exit.
 
     Args:
@@ -137,7 +137,7 @@ class Load:
         self._processes: list[subprocess.Popen[str]] = []
         self.outcomes: Counter[str] = Counter()
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> Callers:
         """Start them."""
         for seed, kind in enumerate(self._kinds):
             command = [sys.executable, "-m", "benchmarks.callers", self._url, kind, str(seed)]
@@ -172,12 +172,12 @@ class Load:
 
 
 def watch(
-    server: TritonServer, load: Load, minutes: float, every: float
+    server: TritonServer, callers: Callers, minutes: float, every: float
 ) -> Iterator[dict[str, float]]:
     """Sample until the time is over, or the server."""
     begun = time.monotonic()
     while (seconds := time.monotonic() - begun) < 60 * minutes:
-        load.check()
+        callers.check()
         sample = footprint.take(server.pid).flat()
         yield {"seconds": round(seconds, 1), **sample}
         if not sample.get("tritonserver.rss"):
@@ -211,7 +211,7 @@ def verdict(
     return wrong
 
 
-def draw(results: dict[str, Any], output: Path) -> None:
+def draw_run(results: dict[str, Any], output: Path) -> None:
     """Four small plots over time."""
     mpl.rcParams["svg.hashsalt"] = "triward"  # equal results give equal files
     samples = results["samples"]
@@ -253,17 +253,17 @@ def main(
     draft = output.with_suffix(".draft")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        server = stack.enter_context(serving(folder))
+        server = stack.enter_context(serving_soaked(folder))
         kinds = PATIENT_LOAD if patient else LOAD
-        load = Load(server.endpoints.grpc, kinds)
+        callers = Callers(server.endpoints.grpc, kinds)
         samples = []
-        with load:
-            for sample in watch(server, load, warm_up + minutes, every):
+        with callers:
+            for sample in watch(server, callers, warm_up + minutes, every):
                 samples.append(sample)
                 draft.write_text(json.dumps(samples))  # if it is interrupted
         draft.unlink()
         found = trends(samples, warm_up)
-        wrong = verdict(found, load.outcomes, samples, kinds)
+        wrong = verdict(found, callers.outcomes, samples, kinds)
         if wrong:
             shutil.copyfile(folder / "triton.log", output.with_suffix(".log"))
     results = {
@@ -272,7 +272,7 @@ def main(
         "warm_up": warm_up,
         "flags": _FLAGS,
         "load": kinds,
-        "outcomes": dict(sorted(load.outcomes.items())),
+        "outcomes": dict(sorted(callers.outcomes.items())),
         "verdict": wrong or "level",
         "trends": {
             name: {
@@ -285,7 +285,7 @@ def main(
         "samples": samples,
     }
     output.write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, output.with_suffix(".svg"))
+    draw_run(results, output.with_suffix(".svg"))
     for name, trend in found.items():
         print(f"{name:28} {trend.level:>16,.0f} {trend.growth_per_hour:>+14,.0f}/h")
     print("\n".join(wrong or ["level"]))

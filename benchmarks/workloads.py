@@ -17,7 +17,7 @@ _WORDS = (
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """One prompt in the model card's form with N responses."""
 
     prompt: Messages
@@ -37,7 +37,7 @@ class Workload:
         separate: whether each conversation is a request of its own.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[PromptGroup, ...]
     separate: bool = False
 
     def conversations(self) -> list[Messages]:
@@ -46,7 +46,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Shape:
+class GroupSizes:
     """Sizes of the groups that share a prompt. Lengths are in words, about 1.5 tokens each.
 
     Attributes:
@@ -62,28 +62,28 @@ class Shape:
 
 # About 1,000 tokens before the responses: for small models on CPUs, and for 7B, whose image alone
 # takes 999 of them and whose responses take about 250.
-SMALL_IMAGE = Shape(image=(672, 504), prompt=350, response=(40, 120))
-LARGE_IMAGE = Shape(image=(1024, 768), prompt=40, response=(120, 210))
-TEXT = Shape(image=None, prompt=600, response=(40, 120))
+SMALL_IMAGE = GroupSizes(image=(672, 504), prompt=350, response=(40, 120))
+LARGE_IMAGE = GroupSizes(image=(1024, 768), prompt=40, response=(120, 210))
+TEXT = GroupSizes(image=None, prompt=600, response=(40, 120))
 
 
-def workloads(shape: Shape = SMALL_IMAGE, seed: int = 0) -> dict[str, Workload]:
+def workloads(shape: GroupSizes = SMALL_IMAGE, seed: int = 0) -> dict[str, Workload]:
     """All workloads that are measured pass by pass, by name."""
     write = Writer(np.random.default_rng(seed))
 
-    def group(responses: int) -> Group:
+    def group(responses: int) -> PromptGroup:
         prompt = write.prompt(shape.prompt, *([shape.image] if shape.image else []))
-        return Group(prompt, tuple(write.text(*shape.response) for _ in range(responses)))
+        return PromptGroup(prompt, tuple(write.text(*shape.response) for _ in range(responses)))
 
     sizes = [
         (140, 112), (336, 252), (504, 392), (224, 448), (700, 500), (84, 84), (280, 280), (392, 140)
     ]  # fmt: skip
     singles = tuple(
-        Group(write.prompt(write.between(10, 250), size), (write.text(5, 150),))
+        PromptGroup(write.prompt(write.between(10, 250), size), (write.text(5, 150),))
         for size in sizes * 2
     )
     text_only = tuple(
-        Group(write.prompt(write.between(10, 400)), (write.text(5, 200),)) for _ in range(16)
+        PromptGroup(write.prompt(write.between(10, 400)), (write.text(5, 200),)) for _ in range(16)
     )
     return {
         **({"singles": Workload(singles)} if shape.image else {}),
@@ -101,7 +101,7 @@ def epochs(seed: int) -> tuple[Workload, Workload]:
 
     def one_pass() -> Workload:
         prompts = [write.prompt(write.between(5, 30), image) for image in images]
-        return Workload(tuple(Group(prompt, (write.text(5, 30),)) for prompt in prompts))
+        return Workload(tuple(PromptGroup(prompt, (write.text(5, 30),)) for prompt in prompts))
 
     return one_pass(), one_pass()
 
@@ -110,7 +110,9 @@ def odd_sizes(seed: int = 0) -> Workload:
     """Photographs that must all be resized, up and down."""
     write = Writer(np.random.default_rng(seed))
     sizes = [(1000, 750), (640, 480), (333, 221), (1280, 720), (90, 120), (450, 811)]
-    return Workload(tuple(Group(write.prompt(20, size), (write.text(5, 30),)) for size in sizes))
+    return Workload(
+        tuple(PromptGroup(write.prompt(20, size), (write.text(5, 30),)) for size in sizes)
+    )
 
 
 class Writer:

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from triward_tools.evaluation.results import Pair
+from tests.rowfiles import write_rows
+from triward_tools.evaluation.results import LabelledPair
 
 Rows = list[dict[str, Any]]
 
@@ -39,7 +37,7 @@ class Data:
     """What was written, and what is to be read."""
 
     path: Path
-    pairs: Sequence[Pair]
+    pairs: Sequence[LabelledPair]
     problems: dict[int, str]
 
 
@@ -65,7 +63,7 @@ def write(
     if images is None:
         images = "struct" if suffix == ".parquet" and published == "struct" else "path"
     rows: Rows = []
-    good: list[Pair] = []
+    good: list[LabelledPair] = []
     problems: dict[int, str] = {}
     spoilt = iter(malformed)
     for number in range(pairs):
@@ -78,21 +76,8 @@ def write(
         rows.append(row)
         good.append(pair)
     path = folder / f"{name}{suffix}"
-    write_rows(path, rows)
+    write_rows(path, rows, row_group_size=5)
     return Data(path, good, problems)
-
-
-def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    """Rows in the form that the suffix names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=5)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(list(rows), indent=1), encoding="utf-8")
-    else:
-        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def png(number: int) -> bytes:
@@ -113,7 +98,7 @@ def _responses(number: int) -> tuple[str, str]:
 
 def _rewardbench(
     index: int, number: int, folder: Path, images: str, suffix: str
-) -> tuple[dict[str, Any], Pair]:
+) -> tuple[dict[str, Any], LabelledPair]:
     subsets = ("alpacaeval-easy", "mt-bench-hard", "donotanswer", "math-prm", "hep-rust")
     subset = subsets[number % len(subsets)]
     chosen, rejected = _responses(number)
@@ -128,12 +113,12 @@ def _rewardbench(
         "id": 30 + number,
     }
     messages = [{"role": "user", "content": prompt}]
-    return row, Pair(index, str(30 + number), subset, messages, chosen, rejected)
+    return row, LabelledPair(index, str(30 + number), subset, messages, chosen, rejected)
 
 
 def _vl_rewardbench(
     index: int, number: int, folder: Path, images: str, suffix: str
-) -> tuple[dict[str, Any], Pair]:
+) -> tuple[dict[str, Any], LabelledPair]:
     ids = {
         "LRVInstruction-0007{}": "vlfeedback",
         "wildvision-battle-2{}": "wildvision",
@@ -157,12 +142,12 @@ def _vl_rewardbench(
         "query_source": subset,
     }
     prompt = _message(read, query)
-    return row, Pair(index, form.format(number), subset, prompt, chosen, rejected)
+    return row, LabelledPair(index, form.format(number), subset, prompt, chosen, rejected)
 
 
 def _multimodal_rewardbench(
     index: int, number: int, folder: Path, images: str, suffix: str
-) -> tuple[dict[str, Any], Pair]:
+) -> tuple[dict[str, Any], LabelledPair]:
     sources = {
         "nocaps": "open_generation/correctness_task",
         "mathvista": "reasoning",
@@ -184,7 +169,9 @@ def _multimodal_rewardbench(
         "Better": "Output1" if first else "Output2",
         "Category": category,
     }
-    return row, Pair(index, f"{source}_{number}", category, _message(read, text), chosen, rejected)
+    return row, LabelledPair(
+        index, f"{source}_{number}", category, _message(read, text), chosen, rejected
+    )
 
 
 def _message(image: object, text: str) -> list[dict[str, Any]]:
@@ -240,7 +227,7 @@ _MULTIMODAL_REWARDBENCH: list[tuple[dict[str, Any], str]] = [
     ({"Output2": None}, "Output2: must be a text, got no value"),
 ]
 
-_Make = Callable[[int, int, Path, str, str], "tuple[dict[str, Any], Pair]"]
+_Make = Callable[[int, int, Path, str, str], "tuple[dict[str, Any], LabelledPair]"]
 _FORMS: dict[str, tuple[_Make, list[tuple[dict[str, Any], str]], str, str]] = {
     "rewardbench": (_rewardbench, _REWARDBENCH, "filtered-00000-of-00001", ""),
     "vl-rewardbench": (_vl_rewardbench, _VL_REWARDBENCH, "test-00000-of-00001", "struct"),

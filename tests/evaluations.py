@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from triward_tools.evaluation.arithmetic import BENCHMARKS
 from triward_tools.evaluation.report import Report, write_report
-from triward_tools.evaluation.results import Pair, Problem, Result
+from triward_tools.evaluation.results import LabelledPair, Problem, Result
 
 QUESTIONS = [
     "How many of the bars are taller than the one on the left?",
@@ -40,7 +40,7 @@ def bars(seed: int, size: tuple[int, int] = (640, 400)) -> bytes:
     return packed.getvalue()
 
 
-def pair(index: int, subset: str, **changes: object) -> Pair:
+def pair(index: int, subset: str, **changes: object) -> LabelledPair:
     """A pair with a picture."""
     question = QUESTIONS[index % len(QUESTIONS)]
     values = {
@@ -59,7 +59,7 @@ def pair(index: int, subset: str, **changes: object) -> Pair:
         "chosen": ANSWERS[index % len(ANSWERS)],
         "rejected": ANSWERS[(index + 1) % len(ANSWERS)],
     }
-    return Pair(**{**values, **changes})
+    return LabelledPair(**{**values, **changes})
 
 
 def results_of(benchmark: str, pairs: int, seed: int = 0) -> list[Result]:
@@ -96,7 +96,7 @@ def write(
     """A report of these results, whose pairs are made when they are asked for."""
     subsets = {r.index: r.subset for r in results}
 
-    def pair_of(indices: list[int]) -> dict[int, Pair]:
+    def pair_of(indices: list[int]) -> dict[int, LabelledPair]:
         return {i: pair(i, subsets[i], **changes) for i in indices}
 
     return write_report(folder, benchmark, results, list(problems), pair_of, model=model)

@@ -19,6 +19,7 @@ from .errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+Dtype = Literal["float32", "bfloat16"]
 _STRICT = ConfigDict(extra="forbid")
 
 ConfigT = TypeVar("ConfigT")
@@ -102,9 +103,7 @@ class ForwardConfig(RequestLimits):
             weights of the vision tower are loaded here.
     """
 
-    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="bfloat16 or float32.")] = (
-        "bfloat16"
-    )
+    dtype: Annotated[Dtype, Field(description="bfloat16 or float32.")] = "bfloat16"
     device: Annotated[Device, Field(description="cuda, cuda:N or cpu.")] = "cuda"
     max_batch_tokens: Annotated[Positive, Field(description="Tokens of one forward pass.")] = 32_768
     max_batch_patches: Annotated[

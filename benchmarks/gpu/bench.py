@@ -17,7 +17,7 @@ from benchmarks.measure import features, scores, timed
 from benchmarks.workloads import (
     LARGE_IMAGE,
     SMALL_IMAGE,
-    Shape,
+    GroupSizes,
     Workload,
     odd_sizes,
     workloads,
@@ -33,8 +33,8 @@ from triward_server.schema import Features
 GATE = "group-16"  # the workload whose scores are compared with float32
 # Our bfloat16 may be this much further from float32 than the card's bfloat16, root mean square.
 GATE_RATIO = 1.2
-_SHAPES: dict[Size, Shape] = {
-    "tiny": Shape(image=(112, 84), prompt=12, response=(3, 9)),  # a rehearsal takes minutes
+_SHAPES: dict[Size, GroupSizes] = {
+    "tiny": GroupSizes(image=(112, 84), prompt=12, response=(3, 9)),  # a rehearsal takes minutes
     "small": SMALL_IMAGE,
     "7b": LARGE_IMAGE,
 }

@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 from benchmarks.workloads import Messages
 from triward_server.engine.checkpoint import load_config
-from triward_server.engine.streaming import load
+from triward_server.engine.streaming import load_weights
 from triward_server.engine.weights import canonical_name, read_tensors
 from triward_server.export.reference import card_inputs, reference_model
 
@@ -43,7 +43,9 @@ class Card:
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self._processor: Any = AutoProcessor.from_pretrained(checkpoint)
         self.model = reference_model(load_config(checkpoint), True, device, dtype, attention)
-        load(self.model, self._read if weights is None else _given(weights), canonical_name, False)
+        load_weights(
+            self.model, self._read if weights is None else _given(weights), canonical_name, False
+        )
 
     def _read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         read = read_tensors(self._checkpoint, self._dtype, self._device, wanted)

@@ -27,8 +27,8 @@ from rich.console import Console
 from benchmarks.measure import machine, triton, writable
 from benchmarks.perf_analyzer import inputs
 from benchmarks.perf_analyzer.inputs import MIXES, REQUESTS, Scale
-from benchmarks.perf_analyzer.report import write_report
-from benchmarks.perf_analyzer.runner import Load, Target, Tool, find_perf_analyzer, measure
+from benchmarks.perf_analyzer.report import write_perf_report
+from benchmarks.perf_analyzer.runner import Load, Target, Tool, find_perf_analyzer, measure_point
 from benchmarks.perf_analyzer.sizing import Objective, capacity, sizing
 from triward_server.export.random_checkpoint import Size, make_checkpoint
 from triward_server.serving.triton_http import GRPC_ADMIN_HEADER
@@ -77,12 +77,14 @@ def measure_mix(
         def points(loads: Sequence[Load]) -> list[dict[str, Any]]:
             measured = []
             for load in loads:
-                measured.append(measure(tool, target, file, load))
+                measured.append(measure_point(tool, target, file, load))
                 console.print(f"{mix}, {line(measured[-1])}")
             return measured
 
         # Pages, caches and connections are warm before anything counts.
-        measure(tool, target, file, Load("closed", plan.concurrencies[0], plan.closed_seconds / 3))
+        measure_point(
+            tool, target, file, Load("closed", plan.concurrencies[0], plan.closed_seconds / 3)
+        )
         closed = points([Load("closed", n, plan.closed_seconds) for n in plan.concurrencies])
         most = capacity(closed)
         rates = [most * share for share in plan.fractions] if most and mix in plan.open else []
@@ -199,7 +201,7 @@ def main(
     results = {"served": served, **results}
     output.write_text(json.dumps(results, indent=2) + "\n")
     report = output.with_suffix(".html")
-    write_report(results, report)
+    write_perf_report(results, report)
     console.print(f"written to {output} and {report}")
 
 

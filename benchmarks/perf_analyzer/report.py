@@ -71,7 +71,7 @@ code { font-size: .92em; overflow-wrap: anywhere; }
 """
 
 
-def write_report(results: Mapping[str, Any], output: Path) -> None:
+def write_perf_report(results: Mapping[str, Any], output: Path) -> None:
     """Write the report of a results file."""
     # Text stays text, so that a phone can enlarge it; equal results give equal files.
     style = {"svg.fonttype": "none", "svg.hashsalt": "triward", "font.size": 9}
@@ -366,7 +366,7 @@ def main(
     wanted = data["objective"] | {key: value for key, value in given.items() if value is not None}
     data |= sizing(data["mixes"], Objective(**wanted))
     results.write_text(json.dumps(data, indent=2) + "\n")
-    write_report(data, results.with_suffix(".html"))
+    write_perf_report(data, results.with_suffix(".html"))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def _bundled() -> dict[str, Path]:
     return {name: library for name, library in found.items() if library}
 
 
-def measure(tool: Tool, target: Target, inputs: Path, load: Load) -> dict[str, Any]:
+def measure_point(tool: Tool, target: Target, inputs: Path, load: Load) -> dict[str, Any]:
     """Measure one point.
 
     Args:

@@ -5,7 +5,8 @@ Start with `RewardClient`, or `AsyncRewardClient` in asyncio. Every failure is a
 
 from __future__ import annotations
 
-from triward.aio import AsyncRewardClient
+from typing import TYPE_CHECKING
+
 from triward.channel import Tls
 from triward.client import RewardClient
 from triward.errors import (
@@ -17,6 +18,19 @@ from triward.errors import (
     TriwardError,
 )
 from triward.patches import pixels_of
+
+if TYPE_CHECKING:
+    from triward.aio import AsyncRewardClient
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import the client for asyncio when it is asked for: asyncio takes half of the time."""
+        if name != "AsyncRewardClient":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from triward.aio import AsyncRewardClient
+
+        return AsyncRewardClient
+
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,7 @@ from triward.conversation import Messages, build_request, split_conversation
 from triward.deadline import Deadline
 from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError
 from triward.grouping import Group
-from triward.many import Answer, OnError, Outcome, Progress, Schedule, ask_group, ranked
+from triward.many import Answer, OnError, Outcome, ProgressBar, Schedule, ask_group, ranked
 from triward.patience import AsyncPatient
 from triward.process import PerProcess, check_not_forked
 from triward.shelf import Shelf
@@ -264,7 +264,7 @@ class AsyncRewardClient(BaseClient):
                 schedule.note(group, outcomes)
                 return outcomes
 
-        with Progress(progress, schedule.conversations) as bar:
+        with ProgressBar(progress, schedule.conversations) as bar:
             try:
                 for task in schedule.run(lambda group: asyncio.ensure_future(score(group))):
                     if task is None:

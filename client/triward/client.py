@@ -17,7 +17,7 @@ from triward.conversation import Messages, RewardRequest, build_request, split_c
 from triward.deadline import Deadline
 from triward.errors import DeadlineExceeded, ServerUnavailable, TriwardError
 from triward.grouping import Group
-from triward.many import Answer, OnError, Outcome, Progress, Schedule, ask_group, ranked
+from triward.many import Answer, OnError, Outcome, ProgressBar, Schedule, ask_group, ranked
 from triward.patience import Patient
 from triward.process import PerProcess
 from triward.shelf import Shelf
@@ -349,7 +349,7 @@ class RewardClient(BaseClient):
             return outcomes
 
         pool = ThreadPoolExecutor(schedule.concurrency, thread_name_prefix="triward")
-        with Progress(progress, schedule.conversations) as bar:
+        with ProgressBar(progress, schedule.conversations) as bar:
             try:
                 for future in schedule.run(lambda group: pool.submit(score, group)):
                     if future is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from triward.deadline import Deadline
 from triward.errors import InvalidRequest, TriwardError, located
-from triward.jsonvalue import check_text, plain
+from triward.jsonvalue import check_text, plain_json
 from triward.media import read_media
 
 Message = Mapping[str, Any]
@@ -128,7 +128,7 @@ def _message(message: Message, place: str, media: list[MediaRef]) -> dict[str, A
     if "content" not in message:
         raise InvalidRequest(f"{place}: a message needs 'content'")
     rest = {key: value for key, value in message.items() if key != "content"}
-    wire: dict[str, Any] = plain(rest, place)
+    wire: dict[str, Any] = plain_json(rest, place)
     wire["content"] = _content(message["content"], f"{place}.content", media)
     return wire
 
@@ -148,7 +148,7 @@ def _part(part: object, place: str, media: list[MediaRef]) -> dict[str, Any]:
     if kind == "text":
         check_text(present.get("text"), f"{place}.text")
     rest = {name: value for name, value in present.items() if name not in ("type", key)}
-    wire: dict[str, Any] = {"type": kind, **plain(rest, place)}
+    wire: dict[str, Any] = {"type": kind, **plain_json(rest, place)}
     if key == "video" and isinstance(present[key], (list, tuple)):
         frames = _frames(present[key], place)
         media += frames

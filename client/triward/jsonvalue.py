@@ -11,7 +11,7 @@ from typing import Any
 from triward.errors import InvalidRequest
 
 
-def plain(value: object, place: str) -> Any:
+def plain_json(value: object, place: str) -> Any:
     """Copy a value into plain JSON types; numpy's scalars become Python's.
 
     Raises:
@@ -26,9 +26,9 @@ def plain(value: object, place: str) -> Any:
     if isinstance(value, Real):
         return _finite(float(value), place)
     if isinstance(value, Mapping):
-        return {_key(k, place): plain(v, f"{place}.{k}") for k, v in value.items()}
+        return {_key(k, place): plain_json(v, f"{place}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, f"{place}[{i}]") for i, item in enumerate(value)]
+        return [plain_json(item, f"{place}[{i}]") for i, item in enumerate(value)]
     raise InvalidRequest(f"{place}: JSON cannot hold a {type(value).__name__}")
 
 

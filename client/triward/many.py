@@ -160,7 +160,7 @@ def ranked(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda index: -scores[index])
 
 
-class Progress:
+class ProgressBar:
     """A bar of tqdm's on standard error, or nothing.
 
     Args:
@@ -182,7 +182,7 @@ class Progress:
             self._bar.update(len(outcomes))
         return outcomes
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         """Return the bar."""
         return self
 

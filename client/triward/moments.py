@@ -18,14 +18,14 @@ Rewards = Sequence[float] | npt.NDArray[Any]
 EPS = 1e-4  # TRL's
 
 
-def finite(rewards: Rewards, place: str) -> Array:
+def finite_rewards(rewards: Rewards, place: str) -> Array:
     """Rewards as float64 [N].
 
     Raises:
         InvalidRequest: one is not finite in float32, in which scores are; the message names it.
     """
     try:
-        given = np.asarray(plain(rewards))
+        given = np.asarray(as_list(rewards))
         if given.dtype.kind in "US":  # numpy would read numbers from texts
             raise TypeError(f"got the text {given.flat[0]!r}")
         values = given.astype(np.float64)
@@ -40,7 +40,7 @@ def finite(rewards: Rewards, place: str) -> Array:
     return values
 
 
-def plain(rewards: Any) -> Any:
+def as_list(rewards: Any) -> Any:
     """Return a tensor's numbers as a list; anything else as it is."""
     # numpy knows no bfloat16, and torch's own conversion no device but the CPU.
     return rewards.tolist() if hasattr(rewards, "tolist") else rewards
@@ -76,7 +76,7 @@ class RunningMoments:
 
     def update(self, rewards: Rewards) -> None:
         """Take rewards [N] in; all of them, or none if one is not finite (`InvalidRequest`)."""
-        values = finite(rewards, "rewards")
+        values = finite_rewards(rewards, "rewards")
         if len(values):
             # Off the first: equal rewards have a deviation of exactly 0, which is not divided by.
             shifted = values - values[0]
@@ -108,7 +108,7 @@ class RunningMoments:
             InvalidRequest: a reward is not finite.
             ValueError: no rewards were taken in yet.
         """
-        values = finite(rewards, "rewards")
+        values = finite_rewards(rewards, "rewards")
         seen = RunningMoments(**self.state_dict())  # one moment's, while others update
         if not seen.count:
             raise ValueError("no rewards were taken in yet")

@@ -9,9 +9,11 @@ the request from its queues by the `timeout` that it is sent, or finishes it for
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import asyncio
 
 GRACE = 2.0  # seconds
 
@@ -68,6 +70,8 @@ class AsyncPatient:
 
     async def infer(self, *, client_timeout: float, **arguments: Any) -> Any:
         """Return the result; raises as `Patient.infer` does. A cancelled task cancels its call."""
+        import asyncio  # here, since blocking callers need none
+
         call = asyncio.ensure_future(
             self._client.infer(client_timeout=client_timeout + GRACE, **arguments)
         )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triward.errors import InvalidRequest
-from triward.moments import EPS, Array, Rewards, RunningMoments, finite, plain
+from triward.moments import EPS, Array, Rewards, RunningMoments, as_list, finite_rewards
 
 __all__ = [
     "RunningMoments",
@@ -55,7 +55,7 @@ def group_advantages(
     """
     if scale not in ("group", "batch", None):
         raise ValueError(f"scale must be 'group', 'batch' or None, not {scale!r}")
-    values = finite(rewards, "rewards")
+    values = finite_rewards(rewards, "rewards")
     member, counts = _grouped(groups, len(values))
     deviations = _deviations(values, member, counts)
     if scale is None:
@@ -76,7 +76,7 @@ def leave_one_out(rewards: Rewards, groups: Groups) -> Array:
     Ahmadian et al. 2024, arXiv:2402.14740. A group of one has no others: advantage 0,
     as in TRL. Arguments, result and errors are `group_advantages`'s.
     """
-    values = finite(rewards, "rewards")
+    values = finite_rewards(rewards, "rewards")
     member, counts = _grouped(groups, len(values))
     # r - (sum - r) / (n - 1) = (r - mean) * n / (n - 1)
     scale: Array = counts / np.maximum(counts - 1, 1)
@@ -89,7 +89,7 @@ def clip_rewards(rewards: Rewards, low: float, high: float) -> Array:
     Raises:
         InvalidRequest: a reward is not finite.
     """
-    return np.clip(finite(rewards, "rewards"), *_range(low, high))
+    return np.clip(finite_rewards(rewards, "rewards"), *_range(low, high))
 
 
 def mix(
@@ -125,10 +125,10 @@ def mix(
     size = next(iter(lengths.values()))
     total, applied = np.zeros(size), np.zeros(size, dtype=bool)
     for name, given in components.items():
-        rewards = plain(given)
+        rewards = as_list(given)
         there = np.array([name not in optional or reward is not None for reward in rewards], bool)
         known = [reward if here else 0.0 for reward, here in zip(rewards, there, strict=True)]
-        total += _weight(weights[name], name) * finite(known, f"components[{name!r}]")
+        total += _weight(weights[name], name) * finite_rewards(known, f"components[{name!r}]")
         applied |= there
     if not applied.all():
         raise InvalidRequest(f"row {int(np.argmin(applied))}: no component applies")
@@ -164,7 +164,7 @@ class Shape:
         Raises:
             InvalidRequest: a score is not finite.
         """
-        values = finite(scores, "scores")
+        values = finite_rewards(scores, "scores")
         if self.running is not None and len(values):
             if self.learn:
                 self.running.update(values)

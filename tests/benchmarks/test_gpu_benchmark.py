@@ -25,7 +25,7 @@ from benchmarks.gpu.bench import Bench, judge
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.speed import busy_time, intervals
-from benchmarks.measure import Work, work
+from benchmarks.measure import PredictedWork, work
 from tests.conftest import ROOT
 from triward_server.engine.attention import varlen
 from triward_server.engine.geometry import Geometry
@@ -256,7 +256,7 @@ def test_work_counts_what_is_shared() -> None:
     )  # fmt: skip
     prompt = np.arange(1, 9, dtype=np.int32)
     answers = tuple(np.array([20 + n, 30], np.int32) for n in range(4))
-    assert work([Features(prompt, answers)], geometry, cost) == Work(172, 412, 16)
+    assert work([Features(prompt, answers)], geometry, cost) == PredictedWork(172, 412, 16)
 
 
 def test_the_plot_shows_every_workload(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_the_plot_shows_every_workload(tmp_path: Path) -> None:
             "epoch": {"paths": {"served, over gRPC": {"speedup": 1.5}}},
         },
     }  # fmt: skip
-    plot.draw(results, tmp_path / "plot.svg")
+    plot.draw_speedups(results, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
     for words in ("group-8", "epoch", "some CPU", *plot.COLORS):
         assert f"<!-- {words}" in drawn or words in drawn, words

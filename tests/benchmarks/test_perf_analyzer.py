@@ -18,7 +18,7 @@ from typer import BadParameter
 import benchmarks.perf_analyzer.__main__ as perf
 from benchmarks.perf_analyzer import inputs, report, runner
 from benchmarks.perf_analyzer.inputs import MIXES, Scale, encode, requests
-from benchmarks.perf_analyzer.runner import Load, Target, Tool, find_perf_analyzer, measure
+from benchmarks.perf_analyzer.runner import Load, Target, Tool, find_perf_analyzer, measure_point
 from benchmarks.perf_analyzer.sizing import Objective, capacity, replicas
 from tests.conftest import ROOT
 from triward.conversation import RewardRequest
@@ -198,7 +198,7 @@ def test_a_failure_is_a_failure(server: TritonServer, exports: list[Path], tmp_p
     (tmp_path / "inputs.json").write_text(encode([*good, bad]))
     load = Load("closed", 2, 6)
     with find_perf_analyzer() as tool:
-        point = measure(
+        point = measure_point(
             tool,
             Target(server.endpoints.grpc, {GRPC_ADMIN_HEADER: server.admin_key}),
             tmp_path / "inputs.json",
@@ -242,7 +242,7 @@ def test_a_window_without_answers_is_measured_longer(
     idle = dict.fromkeys(("reward", "reward_preprocess", "reward_forward"), none)
     monkeypatch.setattr(runner, "_run", empty)
     monkeypatch.setattr(Target, "statistics", lambda self: idle)
-    point = measure(Tool("", {}), Target("host:1"), tmp_path, Load("closed", 1, 10))
+    point = measure_point(Tool("", {}), Target("host:1"), tmp_path, Load("closed", 1, 10))
     assert seconds == [10, 40]
     assert point["error"].startswith("No valid requests") and "requests_per_s" not in point
 
@@ -350,7 +350,7 @@ def test_results_are_sized_anew(tmp_path: Path) -> None:
 def test_the_report_stands_alone(tmp_path: Path) -> None:
     """Drawn from the committed results: nothing is loaded, and every point has its row."""
     results = json.loads(COMMITTED.read_text())
-    report.write_report(results, tmp_path / "report.html")
+    report.write_perf_report(results, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"<script|<link|<iframe|\bsrc=|@import|url\((?!#)", page)
     points = [p for mix in results["mixes"].values() for p in (*mix["closed"], *mix["open"])]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tritonclient.utils import deserialize_bytes_tensor
 
+from tests.client.helpers import fake_process
 from tests.fakeserver import FakeServer
 from triward import RewardClient
 from triward.deadline import Deadline
-
-ROOT = Path(__file__).parents[2]
 
 
 class Result:
@@ -157,9 +153,5 @@ def deliver():
 @pytest.fixture(scope="session")
 def server_process():
     """The address of a `FakeServer` in a process of its own, for tests that fork or measure."""
-    command = [sys.executable, "-m", "tests.fakeserver"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield f"127.0.0.1:{process.stdout.readline().split()[1]}"
-        finally:
-            process.kill()
+    with fake_process() as (_, url):
+        yield url

@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 from tritonclient.grpc import InferenceServerClient
-from tritonclient.utils import InferenceServerException
 
 import triward.deadline
+from tests.client.helpers import conversation, failure, raising
 from triward import (
     DeadlineExceeded,
     InvalidRequest,
@@ -23,10 +23,6 @@ from triward import (
 PROMPT = [{"role": "user", "content": "q"}]
 
 
-def conversation(response):
-    return [*PROMPT, {"role": "assistant", "content": response}]
-
-
 def alone(response):
     """A conversation whose prompt no other has: nothing travels with it."""
     alone.count += 1
@@ -35,17 +31,6 @@ def alone(response):
 
 
 alone.count = 0
-
-
-def failure(code, message="no"):
-    return InferenceServerException(message, status=f"StatusCode.{code}")
-
-
-def fail(error):
-    def reply(arguments):
-        raise error
-
-    return reply
 
 
 def test_score(client, transport):
@@ -101,7 +86,7 @@ def test_another_model(transport):
 )
 @pytest.mark.parametrize("method", ["score", "score_many", "score_responses", "rank", "compare"])
 def test_every_method_translates_errors(client, transport, error, kind, method):
-    transport.reply = fail(error)
+    transport.reply = raising(error)
     arguments = {
         "score": [conversation("r")],
         "score_many": [[conversation("r")]],

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-import trustme
 
+from tests.certificates import write_certificates
+from tests.client.helpers import ask, encrypted
 from tests.fakeserver import FakeServer, Fault
 from triward import (
     AsyncRewardClient,
@@ -43,24 +44,11 @@ def direct(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def ask(kind, url, method="score", **settings):
-    arguments = [CONVERSATION] if method == "score" else []
-    if kind == "blocking":
-        with RewardClient(url, **settings) as client:
-            return getattr(client, method)(*arguments)
-
-    async def asking():
-        async with AsyncRewardClient(url, **settings) as client:
-            return await getattr(client, method)(*arguments)
-
-    return asyncio.run(asking())
-
-
-def failing(kind, url, error=ServerUnavailable, **settings):
+def failing(kind, url, error=ServerUnavailable, method="score", **settings):
     """The sentence, and the seconds until it came."""
     began = time.monotonic()
     with pytest.raises(error) as caught:
-        ask(kind, url, **settings)
+        ask(kind, url, *([CONVERSATION] if method == "score" else []), method=method, **settings)
     return str(caught.value), time.monotonic() - began
 
 
@@ -170,7 +158,7 @@ def test_wait_ready(kind):
     """The call's own timeout begins when the server is there."""
     port = free_port()
     with starting(port, 1.5):
-        assert ask(kind, f"127.0.0.1:{port}", wait_ready=60, timeout=20) == 4.0
+        assert ask(kind, f"127.0.0.1:{port}", CONVERSATION, wait_ready=60, timeout=20) == 4.0
 
 
 @both
@@ -179,7 +167,7 @@ def test_wait_ready_waits_for_the_model(kind):
     with starting(port, 0.1, ready=False) as made:
         ready = threading.Timer(1.5, lambda: setattr(made[0], "ready", True))
         ready.start()
-        assert ask(kind, [f"127.0.0.1:{port}", "127.0.0.1:1"], wait_ready=60) == 4.0
+        assert ask(kind, [f"127.0.0.1:{port}", "127.0.0.1:1"], CONVERSATION, wait_ready=60) == 4.0
         ready.join()
 
 
@@ -233,29 +221,14 @@ def test_a_port_that_speaks_http(kind, web_port, capfd):
 
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pki")
-    ca = trustme.CA()
-    ca.cert_pem.write_to_path(folder / "ca.pem")
-    for name in ("localhost", "elsewhere", "stranger"):
-        authority = trustme.CA() if name == "stranger" else ca
-        certificate = authority.issue_cert(name)
-        certificate.private_key_pem.write_to_path(folder / f"{name}.key")
-        chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
-        (folder / f"{name}.pem").write_bytes(chain)
-    return folder
-
-
-@contextmanager
-def encrypted(pki, name="localhost", mutual=False):
-    pair = (pki / f"{name}.key").read_bytes(), (pki / f"{name}.pem").read_bytes()
-    authority = (pki / "ca.pem").read_bytes() if mutual else None
-    with FakeServer(credentials=grpc.ssl_server_credentials([pair], authority, mutual)) as running:
-        yield f"localhost:{running.port}"
+    hosts = {name: [name] for name in ("localhost", "elsewhere", "stranger")}
+    return write_certificates(tmp_path_factory.mktemp("pki"), hosts, strangers=["stranger"])
 
 
 @both
 def test_plain_text_to_tls(kind, pki):
-    with encrypted(pki) as url:
+    with encrypted(pki, "localhost") as running:
+        url = f"localhost:{running.port}"
         sentence, seconds = failing(kind, url)
         assert sentence == f"{url} speaks TLS; connect with tls=Tls(…), --tls or --tls-ca"
         assert seconds < AT_ONCE
@@ -271,14 +244,18 @@ def test_tls_to_plain_text(kind, pki, server):
 
 def test_certificates(pki):
     trusting = Tls(ca=pki / "ca.pem")
-    with encrypted(pki) as url:
-        assert "not signed by an authority" in failing("blocking", url, tls=Tls())[0]
-    with encrypted(pki, "elsewhere") as url:
-        assert "for another host name" in failing("blocking", url, tls=trusting)[0]
-    with encrypted(pki, mutual=True) as url:
-        assert "wants a client's certificate" in failing("blocking", url, tls=trusting)[0]
+
+    def told(running, tls):
+        return failing("blocking", f"localhost:{running.port}", tls=tls)[0]
+
+    with encrypted(pki, "localhost") as running:
+        assert "not signed by an authority" in told(running, Tls())
+    with encrypted(pki, "elsewhere") as running:
+        assert "for another host name" in told(running, trusting)
+    with encrypted(pki, "localhost", mutual=True) as running:
+        assert "wants a client's certificate" in told(running, trusting)
         mine = Tls(pki / "ca.pem", pki / "stranger.pem", pki / "stranger.key")
-        assert "does not take the client's" in failing("blocking", url, tls=mine)[0]
+        assert "does not take the client's" in told(running, mine)
 
 
 # Addresses without a port

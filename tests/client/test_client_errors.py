@@ -6,16 +6,10 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 import triward
+from tests.client.helpers import raising
 from triward import errors
 
 CONVERSATION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
-
-
-def raising(error):
-    def reply(arguments):
-        raise error
-
-    return reply
 
 
 def from_triton(message, status):

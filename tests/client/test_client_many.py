@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.client.helpers import conversation, watched
 from tests.fakeserver import Fault
 from triward import (
     AsyncRewardClient,
@@ -25,13 +26,6 @@ from triward import (
 from triward.conversation import MediaRef
 from triward.grouping import MAX_GROUP
 from triward.shelf import Shelf
-
-
-def conversation(response, prompt="q", image=None):
-    parts = [{"type": "text", "text": prompt}]
-    if image is not None:
-        parts.insert(0, {"type": "image", "image": image})
-    return [{"role": "user", "content": parts}, {"role": "assistant", "content": response}]
 
 
 @pytest.fixture(params=["blocking", "asyncio"])
@@ -50,13 +44,6 @@ def score_many(request, server):
         return asyncio.run(ask())
 
     return blocking if request.param == "blocking" else in_event_loop
-
-
-def watched(server):
-    """The calls that the server gets from here on."""
-    seen = []
-    server.fault = lambda call: seen.append(call)
-    return seen
 
 
 def test_neighbours_with_one_prompt_travel_together(server, score_many):

@@ -48,6 +48,7 @@ def test_import_stays_light():
         "rich",
         "tqdm",
         "datasets",
+        "asyncio",
     )
     code = f"import sys, triward, triward.cli; print([m for m in {heavy} if m in sys.modules])"
     done = run("-c", code)
@@ -83,6 +84,9 @@ def test_exported_names():
         "pixels_of",
     ]
     assert all(hasattr(triward, name) for name in triward.__all__)
+    assert triward.AsyncRewardClient.__module__ == "triward.aio"
+    with pytest.raises(AttributeError, match="module 'triward' has no attribute 'RewardCleint'"):
+        _ = triward.RewardCleint
 
 
 @pytest.mark.parametrize("distribution", ["client", "tools"])

@@ -14,13 +14,12 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import pytest
-import trustme
 
+from tests.certificates import write_certificates
+from tests.client.helpers import ask, conversation, encrypted, fake_process
 from tests.fakeserver import FakeServer, Fault, read_log
 from triward import (
     AsyncRewardClient,
@@ -36,10 +35,6 @@ from triward import (
 from triward.process import PerProcess
 
 ROOT = Path(__file__).parents[2]
-
-
-def conversation(response, prompt="q"):
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
 def apart(responses):
@@ -119,23 +114,12 @@ def test_wrong_attempts(attempts):
         RewardClient(max_attempts=attempts)
 
 
-@contextmanager
-def mortal_server(*arguments):
-    """A process with a `FakeServer`, and its address; it is killed at the end."""
-    command = [sys.executable, "-m", "tests.fakeserver", *map(str, arguments)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process, f"127.0.0.1:{process.stdout.readline().split()[1]}"
-        finally:
-            process.kill()
-
-
 def test_one_of_two_servers_dies_under_load_and_returns(tmp_path):
     """Every call is answered, in time, by the survivor; the other one gets work when it is back."""
     log, again = tmp_path / "log", tmp_path / "again"
     stop, slowest = threading.Event(), [0.0]
     with FakeServer(delay=0.005) as survivor, ThreadPoolExecutor(8) as pool:
-        with mortal_server("--delay=0.005", "--log", log) as (process, url):
+        with fake_process("--delay=0.005", "--log", log) as (process, url):
             port = url.rpartition(":")[2]
             client = RewardClient([survivor.url, url], timeout=20)
 
@@ -151,7 +135,7 @@ def test_one_of_two_servers_dies_under_load_and_returns(tmp_path):
                 process.kill()
                 dead = survivor.calls
                 wait_for(lambda: survivor.calls > dead + 200)
-                with mortal_server("--port", port, "--delay=0.005", "--log", again):
+                with fake_process("--port", port, "--delay=0.005", "--log", again):
                     wait_for(lambda: logged(again) > 50)
                     stop.set()
                     for future in asking:
@@ -167,7 +151,7 @@ def test_a_call_to_a_server_that_stops_without_a_word_moves_on(monkeypatch):
     monkeypatch.setattr(channel, "_KEEPALIVE_MS", 1000)
     monkeypatch.setattr(channel, "_KEEPALIVE_TIMEOUT_MS", 500)
     with (
-        mortal_server() as (process, mute),
+        fake_process() as (process, mute),
         FakeServer() as alive,
         RewardClient([alive.url, mute], timeout=60) as client,
     ):
@@ -256,7 +240,7 @@ FAULTS = {
 def test_a_fault_is_a_typed_error(server, kind, fault):
     server.fault = lambda call: fault
     with pytest.raises(TriwardError) as caught:
-        score(kind, server.url, conversation("r"), timeout=20, max_attempts=2)
+        ask(kind, server.url, conversation("r"), timeout=20, max_attempts=2)
     assert type(caught.value) is FAULTS[fault]
 
 
@@ -269,27 +253,15 @@ def test_a_server_that_never_answers(kind):
         for url in (f"127.0.0.1:{silent.getsockname()[1]}", slow.url):
             began = time.monotonic()
             with pytest.raises(DeadlineExceeded):
-                score(kind, url, conversation("r"), timeout=0.5)
+                ask(kind, url, conversation("r"), timeout=0.5)
             assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("kind", ["blocking", "asyncio"])
 def test_a_reset_is_retried(server, kind):
     server.fault = first_calls(1, Fault.RESET)
-    assert score(kind, server.url, conversation("four")) == 4.0
+    assert ask(kind, server.url, conversation("four")) == 4.0
     assert server.calls == 2
-
-
-def score(kind, url, messages, **settings):
-    if kind == "blocking":
-        with RewardClient(url, **settings) as client:
-            return client.score(messages)
-
-    async def ask():
-        async with AsyncRewardClient(url, **settings) as client:
-            return await client.score(messages)
-
-    return asyncio.run(ask())
 
 
 # Encryption and headers
@@ -298,29 +270,16 @@ def score(kind, url, messages, **settings):
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory):
     """Files of an authority, of a server at localhost, of a client, and of a stranger's client."""
-    folder = tmp_path_factory.mktemp("pki")
-    ca, stranger = trustme.CA(), trustme.CA()
-    ca.cert_pem.write_to_path(folder / "ca.pem")
-    issued = {
-        "server": ca.issue_cert("localhost", "127.0.0.1"),
-        "client": ca.issue_cert("trainer@localhost"),
-        "stranger": stranger.issue_cert("trainer@localhost"),
+    hosts = {
+        "server": ["localhost", "127.0.0.1"],
+        "client": ["trainer@localhost"],
+        "stranger": ["trainer@localhost"],
     }
-    for name, certificate in issued.items():
-        certificate.private_key_pem.write_to_path(folder / f"{name}.key")
-        chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
-        (folder / f"{name}.pem").write_bytes(chain)
-    return folder
-
-
-def encrypted(pki, mutual=False):
-    pair = (pki / "server.key").read_bytes(), (pki / "server.pem").read_bytes()
-    authority = (pki / "ca.pem").read_bytes() if mutual else None
-    return FakeServer(credentials=grpc.ssl_server_credentials([pair], authority, mutual))
+    return write_certificates(tmp_path_factory.mktemp("pki"), hosts, strangers=["stranger"])
 
 
 def test_tls(pki):
-    with encrypted(pki) as one, encrypted(pki) as other:
+    with encrypted(pki, "server") as one, encrypted(pki, "server") as other:
         tls = Tls(ca=pki / "ca.pem")
         for url in (f"localhost:{one.port}", [f"localhost:{s.port}" for s in (one, other)]):
             with RewardClient(url, tls=tls) as client:
@@ -341,7 +300,7 @@ def test_tls(pki):
 
 
 def test_mutual_tls(pki):
-    with encrypted(pki, mutual=True) as server:
+    with encrypted(pki, "server", mutual=True) as server:
 
         def ask(name):
             files = {"certificate": pki / f"{name}.pem", "key": pki / f"{name}.key"} if name else {}

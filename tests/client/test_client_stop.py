@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tests.client.helpers import conversation
 from triward.errors import ServerError, ServerUnavailable
 from triward.grouping import grouped
 from triward.many import Schedule, ask_group
 
 
 def conversations(count):
-    return [
-        [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]
-        for n in range(count)
-    ]
+    return [conversation("a", f"q{n}") for n in range(count)]
 
 
 class Done:
@@ -83,8 +81,7 @@ def test_a_schedule_keeps_order_and_looks_ahead_no_further_than_twice_the_concur
 
 def test_a_group_that_ends_early_has_one_outcome_for_each_conversation():
     """The wrong one is found, then the server goes away: what is left fails for that."""
-    [group] = grouped([[{"role": "user", "content": "q"}, {"role": "assistant", "content": a}]
-                       for a in "abcd"])  # fmt: skip
+    [group] = grouped([conversation(a) for a in "abcd"])
     asking = ask_group(group, "return")
     assert next(asking) is group
     answers = [ServerError("one is wrong"), [1.0], ServerError("wrong"), ServerUnavailable("away")]

@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Image, List, Value
 from datasets.fingerprint import Hasher
 from PIL import Image as Pil
 
+from tests.client.helpers import png, watched
 from tests.commands import Command
 from tests.fakeserver import Fault, read_log
 from triward import RewardClient, ServerError, ServerUnavailable
@@ -35,15 +36,7 @@ def client(server):
 @pytest.fixture
 def calls(server):
     """What the server is asked."""
-    seen = []
-    server.fault = lambda call: seen.append(call)
-    return seen
-
-
-def png(color):
-    buffer = io.BytesIO()
-    Pil.new("RGB", (4, 3), color).save(buffer, "PNG")
-    return buffer.getvalue()
+    return watched(server)
 
 
 def said(role, content):

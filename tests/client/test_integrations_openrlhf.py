@@ -13,8 +13,8 @@ import threading
 
 import pytest
 import torch
-from tritonclient.utils import InferenceServerException
 
+from tests.client.helpers import failure, raising, requests
 from tests.fakeserver import FakeServer
 from triward import InvalidRequest, ServerError, ServerUnavailable
 from triward.integrations import openrlhf
@@ -29,26 +29,6 @@ MESSAGES = [
 ]
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 SHOWN = f"<|im_start|>user\n{PICTURE}{PICTURE}Same?<|im_end|>\n<|im_start|>assistant\n"
-
-
-def requests(transport):
-    """Of each request: messages, responses, media files."""
-    sent = [transport.sent(call) for call in transport.calls]
-    return [
-        (
-            json.loads(inputs["messages"][1][0]),
-            [response.decode() for response in inputs["responses"][1]],
-            inputs["media"][1],
-        )
-        for inputs in sent
-    ]
-
-
-def fail(status):
-    def reply(arguments):
-        raise InferenceServerException("on purpose", f"StatusCode.{status}")
-
-    return reply
 
 
 def test_what_a_reward_function_returns(client, transport):
@@ -179,7 +159,7 @@ def test_lists_that_do_not_fit_are_an_error(client, prompts, labels):
 
 
 def test_failures_are_no_rewards(client, transport):
-    transport.reply = fail("UNAVAILABLE")
+    transport.reply = raising(failure("UNAVAILABLE"))
     with pytest.raises(ServerUnavailable):
         rewards(client, [PROMPT + "2"], [PROMPT], ["2"])
     transport.reply = lambda arguments: transport.result([float("inf")])
@@ -259,7 +239,7 @@ def test_http_of_an_empty_shard(post):
     ],
 )
 def test_http_codes_of_failures(post, transport, status, code):
-    transport.reply = fail(status)
+    transport.reply = raising(failure(status, "on purpose"))
     got, content = post(BODY)
     assert got == code == content["error"]["status"]
     assert "on purpose" in content["error"]["message"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import io
-import json
 import pickle
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tritonclient.utils import InferenceServerException
 
+from tests.client.helpers import AsyncTransport, failure, png, raising, requests
 from triward import AsyncRewardClient, InvalidRequest, RewardClient, ServerUnavailable
 from triward.integrations import verl
 from triward.rewards import RunningMoments, Shape
@@ -70,19 +68,6 @@ def rollouts(responses, width=12, **columns):
     columns.setdefault("raw_prompt", [PROMPT] * len(responses))
     columns = {name: column(values) for name, values in columns.items()}
     return DataProto({"prompts": prompts, "responses": ids, "attention_mask": mask}, columns)
-
-
-class AsyncTransport:
-    """The fake transport for asyncio."""
-
-    def __init__(self, transport):
-        self.transport = transport
-
-    async def infer(self, **arguments):
-        return self.transport.infer(**arguments)
-
-    async def close(self):
-        self.transport.close()
 
 
 @pytest.fixture
@@ -150,31 +135,8 @@ def batch_manager(made):
     )  # fmt: skip
 
 
-def requests(transport):
-    """Of each request: messages, responses, media files."""
-    sent = [transport.sent(call) for call in transport.calls]
-    return [
-        (
-            json.loads(inputs["messages"][1][0]),
-            [response.decode() for response in inputs["responses"][1]],
-            inputs["media"][1],
-        )
-        for inputs in sent
-    ]
-
-
-def png(color):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def parts(*content):
     return [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
-
-
-def fail(arguments):
-    raise InferenceServerException("busy", "StatusCode.UNAVAILABLE")
 
 
 def test_a_function_scores_the_prompt_of_extra_info(compute, transport, made):
@@ -253,7 +215,7 @@ def test_a_function_without_a_prompt_is_an_error(compute, transport, extra_info)
 
 
 def test_a_function_raises_what_the_client_raises(compute, transport):
-    transport.reply = fail
+    transport.reply = raising(failure("UNAVAILABLE", "busy"))
     with pytest.raises(ServerUnavailable):
         compute("A cat.", {"prompt": PROMPT})
 
@@ -360,7 +322,7 @@ def test_an_image_without_pixels_is_an_error(run, transport):
 
 
 def test_the_manager_raises_what_the_client_raises(run, transport):
-    transport.reply = fail
+    transport.reply = raising(failure("UNAVAILABLE", "busy"))
     with pytest.raises(ServerUnavailable):
         run(rollouts(["No."]))
 
@@ -424,7 +386,7 @@ def test_the_batch_manager_keeps_rewards_that_are_there(batch_manager, transport
 
 
 def test_the_batch_manager_raises_what_the_client_raises(batch_manager, transport):
-    transport.reply = fail
+    transport.reply = raising(failure("UNAVAILABLE", "busy"))
     with pytest.raises(ServerUnavailable):
         batch_manager(rollouts(["a", "bb"]))
 

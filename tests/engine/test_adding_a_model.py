@@ -17,7 +17,7 @@ from transformers import AutoConfig, MistralConfig, MistralForSequenceClassifica
 from tests.conftest import ROOT
 from triward_server.config import ForwardConfig
 from triward_server.engine import architectures
-from triward_server.engine.checkpoint import load_config, read_blueprint, verify
+from triward_server.engine.checkpoint import check_tensors, load_config, read_blueprint
 from triward_server.engine.scoring import Scorer
 from triward_server.errors import CheckpointError
 from triward_server.export.random_text_checkpoint import make_text_checkpoint
@@ -58,7 +58,7 @@ def example() -> Any:
 
 def test_the_example(mistral: Path, example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="'mistral' is not supported"):
-        verify(mistral)
+        check_tensors(mistral)
     monkeypatch.setitem(architectures.ARCHITECTURES, "mistral", example)
     oracle = TextOracle(mistral)
     rng = np.random.default_rng(0)
@@ -77,10 +77,10 @@ def test_without_its_windows_it_is_refused(mistral: Path, monkeypatch: pytest.Mo
     plain = architectures.Architecture(architectures.interface.common_decoder)
     monkeypatch.setitem(architectures.ARCHITECTURES, "mistral", plain)
     with pytest.raises(CheckpointError, match="sliding_window = 40: not supported for mistral"):
-        verify(mistral)
+        check_tensors(mistral)
     config = json.loads((mistral / "config.json").read_text())
     (mistral / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
-    assert verify(mistral).decoder.windows == (None,) * 3
+    assert check_tensors(mistral).decoder.windows == (None,) * 3
 
 
 def test_with_wrong_windows_it_would_be_another_score(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from triward_server.config import ForwardConfig
-from triward_server.engine.checkpoint import load_model, verify
+from triward_server.engine.checkpoint import check_tensors, load_model
 from triward_server.engine.scoring import Scorer
 from triward_server.engine.weights import canonical_name
 from triward_server.errors import CheckpointError
@@ -41,7 +41,7 @@ def shard_of(folder: Path, tensor: str) -> Path:
 
 
 def test_a_whole_checkpoint_is_accepted(copy: Path) -> None:
-    verify(copy)
+    check_tensors(copy)
 
 
 LAYER = "model.layers.2.mlp.up_proj.weight"
@@ -51,7 +51,7 @@ LAYER = "model.layers.2.mlp.up_proj.weight"
 def test_missing(copy: Path, tensor: str) -> None:
     edit(shard_of(copy, tensor), lambda tensors: tensors.pop(tensor))
     with pytest.raises(CheckpointError, match=rf"missing tensor '{canonical_name(tensor)}'"):
-        verify(copy)
+        check_tensors(copy)
 
 
 @pytest.mark.parametrize("tensor", ["v_head.summary.weight", "v_head.summary.bias"])
@@ -65,39 +65,39 @@ def test_half_a_value_head(copy: Path, tensor: str) -> None:
 def test_value_head_of_another_name(copy: Path) -> None:
     edit(copy / HEAD, lambda t: t.update({"score.weight": t.pop("v_head.summary.weight")}))
     with pytest.raises(CheckpointError, match=r"missing tensor 'v_head.summary.weight'"):
-        verify(copy)
+        check_tensors(copy)
 
 
 def test_no_value_head(copy: Path) -> None:
     (copy / HEAD).unlink()
     with pytest.raises(CheckpointError, match=HEAD):
-        verify(copy)
+        check_tensors(copy)
 
 
 def test_unexpected(copy: Path) -> None:
     edit(copy / HEAD, lambda tensors: tensors.update({"v_head.extra": torch.zeros(1)}))
     with pytest.raises(CheckpointError, match=r"unexpected tensor 'v_head.extra'$"):
-        verify(copy)
+        check_tensors(copy)
 
 
 def test_several_unexpected(copy: Path) -> None:
     extra = {f"model.layers.9{i}.mlp.up_proj.weight": torch.zeros(1) for i in range(3)}
     edit(shard_of(copy, LAYER), lambda tensors: tensors.update(extra))
     with pytest.raises(CheckpointError, match=r"unexpected tensor .* and 2 more"):
-        verify(copy)
+        check_tensors(copy)
 
 
 def test_wrong_shape(copy: Path) -> None:
     edit(shard_of(copy, LAYER), lambda t: t.update({LAYER: torch.zeros(3, 5)}))
     with pytest.raises(CheckpointError, match=rf"{canonical_name(LAYER)}.*\[3, 5\].*\[256, 128\]"):
-        verify(copy)
+        check_tensors(copy)
 
 
 def test_twice(copy: Path) -> None:
     again = "model.language_model.norm.weight"  # the newer name of a tensor that is there
     edit(copy / HEAD, lambda tensors: tensors.update({again: torch.ones(128)}))
     with pytest.raises(CheckpointError, match="twice"):
-        verify(copy)
+        check_tensors(copy)
 
 
 @pytest.mark.parametrize("size", [0, 7, 5000])
@@ -105,13 +105,13 @@ def test_cut_short(copy: Path, size: int) -> None:
     shard = shard_of(copy, LAYER)
     shard.write_bytes(shard.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=shard.name):
-        verify(copy)
+        check_tensors(copy)
 
 
 def test_missing_shard(copy: Path) -> None:
     shard_of(copy, LAYER).unlink()
     with pytest.raises(CheckpointError, match=r"no such file"):
-        verify(copy)
+        check_tensors(copy)
 
 
 @pytest.mark.parametrize(

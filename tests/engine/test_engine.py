@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.features import scores_of
 from triward_server.config import ForwardConfig
 from triward_server.engine import geometry, packing
 from triward_server.engine.geometry import Geometry
@@ -22,7 +23,7 @@ from triward_server.engine.packing import SortedBatch
 from triward_server.engine.planning import Cost, plan
 from triward_server.engine.scoring import Scorer
 from triward_server.errors import Cancelled, ForwardError, InvalidRequest, Unavailable
-from triward_server.schema import Features, Scores
+from triward_server.schema import Features
 from triward_server.testing.oracle import Oracle, fp32_budget
 
 CPU = ForwardConfig(dtype="float32", device="cpu")
@@ -75,11 +76,6 @@ def exact(checkpoint: Path) -> Scorer:
     return Scorer(checkpoint, replace(CPU, deterministic=True))
 
 
-def scores(result: Any) -> np.ndarray:
-    assert isinstance(result, Scores), result
-    return result.scores
-
-
 ONE = (1, 2, 3)
 IMAGE = [("image", 0)]
 
@@ -95,7 +91,7 @@ IMAGE = [("image", 0)]
 def test_random_trees_equal_the_oracle(batch: Any, scorer: Scorer, oracle: Oracle) -> None:
     items = build(batch, scorer.geometry.image_token_id)
     for item, result in zip(items, scorer.score(items), strict=True):
-        for score, expected in zip(scores(result), oracle.score_features(item), strict=True):
+        for score, expected in zip(scores_of(result), oracle.score_features(item), strict=True):
             assert abs(score - expected) <= fp32_budget(expected)
 
 
@@ -176,9 +172,9 @@ def test_shared_tokens_are_computed_once(scorer: Scorer) -> None:
     for batch in (together, apart):
         ordered = packing.sort_batch(dict(enumerate(batch)), scorer.geometry)
         assert len(packing.pack(ordered, range(8)).input_ids) == 400 + 8 * 20
-    one = scores(scorer.score(together)[0])
+    one = scores_of(scorer.score(together)[0])
     np.testing.assert_allclose(
-        one, [scores(r)[0] for r in scorer.score(apart)], rtol=1e-5, atol=1e-5
+        one, [scores_of(r)[0] for r in scorer.score(apart)], rtol=1e-5, atol=1e-5
     )
 
 
@@ -203,29 +199,29 @@ def large(image_id: int) -> list[Features]:
 def test_deterministic_scores_do_not_depend_on_company(exact: Scorer) -> None:
     """Bitwise: alone, in any subset, in any order, one response at a time, cache cold or warm."""
     batch = large(exact.geometry.image_token_id)
-    expected = [scores(result) for result in exact.score(batch)]
+    expected = [scores_of(result) for result in exact.score(batch)]
     for first in range(len(batch)):
         order = [*range(first, len(batch)), *range(first)][: 1 + first]
         for index, result in zip(order, exact.score([batch[i] for i in order]), strict=True):
-            np.testing.assert_array_equal(scores(result), expected[index])
+            np.testing.assert_array_equal(scores_of(result), expected[index])
     for item, row in zip(batch, expected, strict=True):
         for answer, score in zip(item.response_ids, row, strict=True):
             (alone,) = exact.score([replace(item, response_ids=(answer,))])
-            assert scores(alone)[0] == score
+            assert scores_of(alone)[0] == score
     exact._model.embeddings.clear()
     for result, row in zip(exact.score(batch[::-1]), expected[::-1], strict=True):
-        np.testing.assert_array_equal(scores(result), row)
+        np.testing.assert_array_equal(scores_of(result), row)
 
 
 def test_changing_one_item_leaves_the_others(exact: Scorer) -> None:
     batch = large(exact.geometry.image_token_id)
-    expected = [scores(result) for result in exact.score(batch)]
+    expected = [scores_of(result) for result in exact.score(batch)]
     for changed in range(len(batch)):
         other = replace(batch[changed], response_ids=(np.arange(1, 30, dtype=np.int32),))
         results = exact.score([*batch[:changed], other, *batch[changed + 1 :]])
         for index, result in enumerate(results):
             if index != changed:
-                np.testing.assert_array_equal(scores(result), expected[index])
+                np.testing.assert_array_equal(scores_of(result), expected[index])
 
 
 def test_a_deterministic_score_does_not_depend_on_its_twin(exact: Scorer) -> None:
@@ -234,14 +230,14 @@ def test_a_deterministic_score_does_not_depend_on_its_twin(exact: Scorer) -> Non
     for count in (2, 5):
         group = features([*IMAGE, *IMAGE], [[(1,)]] * count, image_id)
         alone = features([*IMAGE, *IMAGE], [[(1,)]], image_id)
-        expected = scores(exact.score([alone])[0])
-        np.testing.assert_array_equal(scores(exact.score([group])[0]), expected.repeat(count))
+        expected = scores_of(exact.score([alone])[0])
+        np.testing.assert_array_equal(scores_of(exact.score([group])[0]), expected.repeat(count))
 
 
 def test_deterministic_scores_are_the_oracles(exact: Scorer, oracle: Oracle) -> None:
     for item in large(exact.geometry.image_token_id):
         (result,) = exact.score([item])
-        for score, expected in zip(scores(result), oracle.score_features(item), strict=True):
+        for score, expected in zip(scores_of(result), oracle.score_features(item), strict=True):
             assert abs(score - expected) <= fp32_budget(expected)
 
 
@@ -250,7 +246,7 @@ def test_default_scores_are_bounded_by_rounding(scorer: Scorer) -> None:
     batch = large(scorer.geometry.image_token_id)
     for item, together in zip(batch, scorer.score(batch), strict=True):
         (alone,) = scorer.score([item])
-        np.testing.assert_allclose(scores(together), scores(alone), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scores_of(together), scores_of(alone), rtol=1e-5, atol=1e-5)
 
 
 class TestCache:
@@ -264,9 +260,9 @@ class TestCache:
         scorer = Scorer(checkpoint, FORGETFUL)
         cache = scorer._model.embeddings
         request = self.request(scorer, IMAGES[0])
-        miss = scores(scorer.score([request])[0])
+        miss = scores_of(scorer.score([request])[0])
         assert (cache.hits, cache.misses, cache.nbytes) == (0, 1, 6 * 128 * 4)
-        hit = scores(scorer.score([request])[0])
+        hit = scores_of(scorer.score([request])[0])
         assert (cache.hits, cache.misses) == (1, 1)
         np.testing.assert_array_equal(miss, hit)
 
@@ -275,7 +271,7 @@ class TestCache:
         scorer = Scorer(checkpoint, FORGETFUL)
         reshaped = IMAGES[0].reshape(84, 56, 3)
         batch = [self.request(scorer, image) for image in (IMAGES[0], reshaped, IMAGES[2])]
-        together = [scores(r)[0] for r in scorer.score(batch)]
+        together = [scores_of(r)[0] for r in scorer.score(batch)]
         assert scorer._model.embeddings.misses == 3
         assert len({round(float(score), 3) for score in together}) == 3
 
@@ -293,7 +289,7 @@ class TestCache:
     def test_what_does_not_fit_is_not_kept(self, size: int, checkpoint: Path) -> None:
         scorer = Scorer(checkpoint, replace(FORGETFUL, embedding_cache_bytes=size))
         request = self.request(scorer, IMAGES[0])
-        first, second = (scores(scorer.score([request])[0]) for _ in range(2))
+        first, second = (scores_of(scorer.score([request])[0]) for _ in range(2))
         np.testing.assert_array_equal(first, second)
         assert scorer._model.embeddings.nbytes == 0
 
@@ -318,7 +314,7 @@ def test_cancelled_requests_cost_nothing_more(
     results = scorer.score(batch, lambda index: index == 1 and 1 in computed)
     assert isinstance(results[1], Cancelled)
     assert computed == [0, 0, 0, 1, 2, 2, 2]
-    assert all(np.isfinite(scores(results[i])).all() for i in (0, 2))
+    assert all(np.isfinite(scores_of(results[i])).all() for i in (0, 2))
 
 
 def test_out_of_memory_halves_and_names_what_does_not_fit(
@@ -350,7 +346,7 @@ def test_out_of_memory_halves_and_names_what_does_not_fit(
     assert set(still_held) == {0}, "a failed pass keeps its tensors while its halves are tried"
     assert isinstance(results[2], Unavailable) and "90 tokens" in str(results[2])
     for index in (0, 1, 3, 4):
-        assert np.isfinite(scores(results[index])).all()
+        assert np.isfinite(scores_of(results[index])).all()
     assert not any(isinstance(result, ForwardError) for result in results)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from triward_server.config import ForwardConfig
 from triward_server.engine import attention
-from triward_server.engine.checkpoint import empty_model, verify
+from triward_server.engine.checkpoint import check_tensors, empty_model
 from triward_server.engine.scoring import Scorer
 from triward_server.engine.weights import read_state
 from triward_server.export import random_checkpoint
@@ -84,7 +84,7 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_widened_tower_is_the_same_function(odd: Path) -> None:
     wide = Scorer(odd, CPU)
-    blueprint = verify(odd)
+    blueprint = check_tensors(odd)
     model = empty_model(blueprint, torch.float32)
     state = read_state(odd, torch.float32, torch.device("cpu"), lambda name: True)
     model.load_state_dict(state, assign=True)

@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.test_engine import CPU, FORGETFUL, IMAGES, batches, build, features, scores
+from tests.engine.test_engine import CPU, FORGETFUL, IMAGES, batches, build, features
+from tests.features import scores_of
 from triward_server.engine import packing
 from triward_server.engine.packing import MediaNumbers
 from triward_server.engine.prefix_cache import PrefixCache, Recall
@@ -52,7 +53,7 @@ def right(oracle: Oracle) -> Check:
         )
         if key not in known:
             known[key] = oracle.score_features(item)
-        for score, expected in zip(scores(result), known[key], strict=True):
+        for score, expected in zip(scores_of(result), known[key], strict=True):
             assert abs(score - expected) <= fp32_budget(expected)
 
     return check
@@ -136,9 +137,9 @@ def test_deterministic_hits_are_bitwise_misses(checkpoint: Path) -> None:
     longer = [*prompt, (7, 8, 9, 1, 4), *LONG]
     for wanted in (group(prompt, 3, 0, image_id), group(longer, 2, 0, image_id)):
         fresh = Scorer(checkpoint, replace(exact, prefix_cache_bytes=0))
-        expected = scores(fresh.score([wanted])[0])
+        expected = scores_of(fresh.score([wanted])[0])
         for _ in range(2):
-            np.testing.assert_array_equal(scores(scorer.score([wanted])[0]), expected)
+            np.testing.assert_array_equal(scores_of(scorer.score([wanted])[0]), expected)
         (seen,) = passes(scorer, wanted)
         assert seen.tokens_reused == len(wanted.prompt_ids), "and the prompt is found whole"
 
@@ -195,8 +196,8 @@ def check_random_batches(
                 elif isinstance(result, ForwardError | Unavailable):
                     assert failing
                 elif deterministic:
-                    expected = scores(forgetful.score([item])[0])
-                    np.testing.assert_array_equal(scores(result), expected)
+                    expected = scores_of(forgetful.score([item])[0])
+                    np.testing.assert_array_equal(scores_of(result), expected)
                 else:
                     right(item, result)
             assert scorer._prefixes.nbytes <= budget(room)
@@ -249,7 +250,7 @@ def test_windows_and_caps_behind_cached_tokens(
         seen: list[Pass] = []
         [result] = scorer.score([item], observe=seen.append)
         reused += sum(each.tokens_reused for each in seen)
-        for ids, ours in zip(answers, scores(result), strict=True):
+        for ids, ours in zip(answers, scores_of(result), strict=True):
             expected = score(np.concatenate([item.prompt_ids, ids]).tobytes())
             assert abs(ours - expected) <= fp32_budget(expected)
     assert reused > 5000

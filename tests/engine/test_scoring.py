@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.features import scores_of
 from triward_server.config import ForwardConfig, from_parameters, on_instance
 from triward_server.engine import attention, packing
 from triward_server.engine.attention import Layout, make_layout, varlen
@@ -24,7 +25,7 @@ from triward_server.errors import (
     NonFiniteScore,
     Unavailable,
 )
-from triward_server.schema import Features, Scores
+from triward_server.schema import Features
 from triward_server.testing.oracle import fp32_budget
 
 
@@ -49,14 +50,9 @@ def with_image(scorer: Scorer, seed: int = 0) -> Features:
     return Features(np.concatenate([text[:50], pad, text[50:100]]), (text[100:],), (image,))
 
 
-def scores(result: Any) -> np.ndarray:
-    assert isinstance(result, Scores), result
-    return result.scores
-
-
 def test_scores_react_to_every_token(scorer: Scorer) -> None:
     features = with_image(scorer)
-    base = scores(scorer.score([features])[0])[0]
+    base = scores_of(scorer.score([features])[0])[0]
     text = np.flatnonzero(features.prompt_ids != scorer.geometry.image_token_id)
     changed = []
     for at in text:
@@ -67,8 +63,8 @@ def test_scores_react_to_every_token(scorer: Scorer) -> None:
         response = features.response_ids[0].copy()
         response[at] = (response[at] + 1) % 700
         changed.append(Features(features.prompt_ids, (response,), features.media))
-    deltas = np.array([abs(scores(r)[0] - base) for r in scorer.score(changed)])
-    noise = abs(scores(scorer.score([features, features])[1])[0] - base)
+    deltas = np.array([abs(scores_of(r)[0] - base) for r in scorer.score(changed)])
+    noise = abs(scores_of(scorer.score([features, features])[1])[0] - base)
     assert deltas.min() > max(1e-4, 10 * noise), f"token {deltas.argmin()} moves nothing"
     assert np.median(deltas) > 0.1
 
@@ -76,7 +72,7 @@ def test_scores_react_to_every_token(scorer: Scorer) -> None:
 def test_scores_react_to_every_pixel(scorer: Scorer) -> None:
     """One channel of one pixel of each 14 x 14 patch, changed by half its range."""
     features = with_image(scorer)
-    base = scores(scorer.score([features])[0])[0]
+    base = scores_of(scorer.score([features])[0])[0]
     rng = np.random.default_rng(5)
     changed = []
     for row in range(10):
@@ -85,8 +81,8 @@ def test_scores_react_to_every_pixel(scorer: Scorer) -> None:
             y, x, channel = 14 * row + rng.integers(14), 14 * column + rng.integers(14), row % 3
             image[y, x, channel] ^= 128
             changed.append(Features(features.prompt_ids, features.response_ids, (image,)))
-    noise = abs(scores(scorer.score([features, features])[1])[0] - base)
-    deltas = np.array([abs(scores(r)[0] - base) for r in scorer.score(changed)])
+    noise = abs(scores_of(scorer.score([features, features])[1])[0] - base)
+    deltas = np.array([abs(scores_of(r)[0] - base) for r in scorer.score(changed)])
     assert deltas.min() > max(1e-5, 10 * noise), f"patch {deltas.argmin()} moves nothing"
     assert np.median(deltas) > fp32_budget(base)
 
@@ -99,17 +95,17 @@ def test_micro_batches_do_not_change_scores(checkpoint: Path, scorer: Scorer) ->
     batch = [with_image(scorer, seed) for seed in range(5)]
     batch += [request(50, 9, 80, 3, 200, 31, seed=9), request(0, 30)]
     for whole, cut in zip(scorer.score(batch), tight.score(batch), strict=True):
-        np.testing.assert_allclose(scores(whole), scores(cut), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scores_of(whole), scores_of(cut), rtol=1e-5, atol=1e-5)
 
 
 def test_bad_requests_leave_their_neighbours_alone(scorer: Scorer) -> None:
     good, unplaced, empty = request(20, 5), request(20, 5, images=1), request(20, 0)
-    expected = scores(scorer.score([good])[0])
+    expected = scores_of(scorer.score([good])[0])
     first, no_place, middle, nothing, last = scorer.score([good, unplaced, good, empty, good])
     assert isinstance(no_place, InvalidRequest) and "placeholders" in str(no_place)
     assert isinstance(nothing, InvalidRequest) and "0 tokens" in str(nothing)
     for result in (first, middle, last):
-        np.testing.assert_allclose(scores(result), expected, rtol=1e-5)
+        np.testing.assert_allclose(scores_of(result), expected, rtol=1e-5)
 
 
 def test_a_score_that_is_not_finite_is_an_error(
@@ -121,7 +117,7 @@ def test_a_score_that_is_not_finite_is_an_error(
     both = Features(np.array([1], np.int32), (np.array([2], np.int32), np.array([5], np.int32)))
     fine, first, second = scorer.score([request(3, 4), poisoned, both])
     assert 5 not in request(3, 4).prompt_ids, "the good request must not hold the poisoned token"
-    assert np.isfinite(scores(fine)).all()
+    assert np.isfinite(scores_of(fine)).all()
     assert isinstance(first, NonFiniteScore)
     assert isinstance(second, NonFiniteScore) and "responses[1]" in str(second)
 
@@ -144,7 +140,7 @@ def test_a_failing_forward_pass_is_one_requests_error(
         if length == 30:
             assert isinstance(result, ForwardError) and "no kernel" in str(result)
         else:
-            assert np.isfinite(scores(result)).all()
+            assert np.isfinite(scores_of(result)).all()
 
 
 def test_a_failed_allocation_on_a_cpu_is_halved_and_then_unavailable(
@@ -169,7 +165,7 @@ def test_a_failed_allocation_on_a_cpu_is_halved_and_then_unavailable(
         if length >= 30:
             assert isinstance(result, Unavailable) and "free memory" in str(result)
         else:
-            assert np.isfinite(scores(result)).all()
+            assert np.isfinite(scores_of(result)).all()
     assert any(each.out_of_memory for each in seen)
 
 

@@ -27,7 +27,7 @@ from triward_server.engine.checkpoint import (
     read_blueprint,
 )
 from triward_server.engine.scoring import Scorer
-from triward_server.engine.streaming import load
+from triward_server.engine.streaming import load_weights
 from triward_server.engine.weights import canonical_name, read_tensors
 from triward_server.errors import CheckpointError, TriwardError
 from triward_server.export.random_checkpoint import make_checkpoint
@@ -127,7 +127,7 @@ class Swept:
         """Of the class and the configuration that are in the folder now."""
         config = AutoConfig.from_pretrained(self.folder)
         model = reference_model(config, self.valued, torch.device("cpu"))
-        load(model, lambda wanted: self.tensors, canonical_name, streamed=False)
+        load_weights(model, lambda wanted: self.tensors, canonical_name, streamed=False)
         ids = np.concatenate([self.features.prompt_ids, self.features.response_ids[0]])
         row = torch.from_numpy(ids.astype(np.int64))[None]
         inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), **self.inputs}

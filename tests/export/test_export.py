@@ -21,7 +21,7 @@ from tritonclient.grpc import model_config_pb2
 from tests.commands import Command
 from tests.conftest import EXPORT, ROOT, Exit
 from triward import RewardClient
-from triward_server.engine.checkpoint import verify
+from triward_server.engine.checkpoint import check_tensors
 
 Export = Callable[..., Exit]
 
@@ -244,7 +244,7 @@ def test_hub_id_is_resolved_through_the_cache(checkpoint: Path, tmp_path: Path) 
     assert manifest["source"] == "Skywork/Skywork-VL-Reward-7B"
     assert manifest["revision"] == commit
     shutil.rmtree(tmp_path / "hub")  # the repository stands by itself
-    verify(output / "reward_forward" / "1" / "checkpoint")
+    check_tensors(output / "reward_forward" / "1" / "checkpoint")
 
 
 def test_hub_id_that_is_not_there(export: Export, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -17,15 +19,16 @@ from triward_server.cli import app
 from triward_server.config import ForwardConfig
 from triward_server.engine import architectures, streaming
 from triward_server.engine.architectures import ARCHITECTURES
+from triward_server.engine.checkpoint import check_tensors as read
 from triward_server.engine.checkpoint import empty_model
-from triward_server.engine.checkpoint import verify as read
 from triward_server.engine.decoder import DecoderConfig
 from triward_server.engine.scoring import Scorer
 from triward_server.engine.weights import read_state
 from triward_server.errors import CheckpointError
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
-from triward_server.export.verify import Comparison, Report, cases, check, verify
+from triward_server.export.reference import fp32_budget
+from triward_server.export.verify import CaseScores, Verification, cases, require_agreement, verify
 
 CPU = torch.device("cpu")
 
@@ -121,17 +124,48 @@ def test_the_command(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) 
     assert "DIFFERS" in result.stdout
     assert run("--checkpoint", folders["llama"] / "nowhere").exit_code == 1
     assert "cpu, cuda or cuda:N" in run("--checkpoint", "x", "--device", "gpu").stderr
+    assert "leave it out" in run("--checkpoint", "x", "--small", "--dtype", "bfloat16").stderr
+
+
+def test_bfloat16_is_judged_by_transformers_own(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = verify(folders["gemma2"], CPU, dtype="bfloat16")
+    assert right.wrong == []
+    [noise] = {row.noise for row in right.rows}
+    assert noise > 0.01 and 10 * fp32_budget(1) < right.largest <= 2 * noise
+    name = mistake(monkeypatch, "offset of norms")
+    arguments = ["--checkpoint", str(folders[name]), "--dtype=bfloat16", "--streamed"]
+    wrong = CliRunner().invoke(app, ["verify", *arguments])
+    assert wrong.exit_code == 1 and "DIFFERS" in wrong.stdout
+    assert "of 7 conversations differ; bfloat16 on cpu, loaded layer by layer" in wrong.stdout
+    assert f"transformers' own bfloat16 scores are up to {noise:.1e} from" in wrong.stdout
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", ["layers.1.mlp.down_proj", "visual.blocks.1.mlp.down_proj"])
+def test_weights_that_are_not_finite_are_no_model(
+    name: str, streamed: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["qwen2_5_vl"], tmp_path / "copy")
+    for file in sorted(tmp_path.glob("copy/*.safetensors")):
+        tensors = load_file(file)
+        for key in (key for key in tensors if name in key and key.endswith("weight")):
+            tensors[key][0, 0] = float("nan")
+            save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=rf"{name}.*1 of .* weights are NaN or infinite"):
+        verify(tmp_path / "copy", CPU, streamed=streamed, small=True)
 
 
 def test_nothing_to_compare_is_no_agreement() -> None:
-    refused = Report([Comparison("system prompt", "refused: a", "refused: b")])
+    refused = Verification([CaseScores("system prompt", "refused: a", "refused: b")])
     with pytest.raises(CheckpointError, match="system prompt"):
-        check(refused)
-    check(Report([*refused.rows, Comparison("other", 2.0, 2.0001)]))
+        require_agreement(refused)
+    require_agreement(Verification([*refused.rows, CaseScores("other", 2.0, 2.0001)]))
     with pytest.raises(CheckpointError, match="1 of 2 conversations differ"):
-        check(Report([*refused.rows, Comparison("other", 2.0, 2.001)]))
-    assert not Comparison("one-sided", 1.0, "refused").agrees
-    assert not Comparison("not finite", float("nan"), 1.0).agrees
+        require_agreement(Verification([*refused.rows, CaseScores("other", 2.0, 2.001)]))
+    assert not CaseScores("one-sided", 1.0, "refused").agrees
+    assert not CaseScores("not finite", float("nan"), 1.0).agrees
 
 
 def test_a_model_that_does_not_fit_is_streamed(
@@ -156,7 +190,7 @@ def test_a_layers_weights_are_there_while_it_runs_alone(folders: dict[str, Path]
     def tensors(wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
         return read_state(folders["qwen2_5_vl"], torch.float32, CPU, wanted)
 
-    streaming.load(model, tensors, str, streamed=True)
+    streaming.load_weights(model, tensors, str, streamed=True)
     resident = {n for n, p in model.named_parameters() if not p.is_meta}
     assert {"language_model.embed_tokens.weight", "visual.merger.mlp.0.weight"} <= resident
     assert not any(".layers." in name or ".blocks." in name for name in resident)

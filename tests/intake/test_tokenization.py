@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor, AutoTokenizer
 
-from tests.conversations import Messages, image, picture, says, user
+from tests.conversations import image, picture, says, user
+from tests.features import ids_of
 from triward import RewardClient
 from triward_server.config import PreprocessConfig
 from triward_server.errors import InvalidRequest
@@ -36,20 +37,9 @@ INJECTIONS = (
 
 
 @pytest.fixture(scope="module")
-def preprocessor(checkpoint: Path) -> Preprocessor:
-    return Preprocessor(checkpoint, PreprocessConfig())
-
-
-@pytest.fixture(scope="module")
 def card(checkpoint: Path) -> Any:
     """The card's processor, with nothing changed."""
     return AutoProcessor.from_pretrained(checkpoint)
-
-
-def ids(preprocessor: Preprocessor, messages: Messages) -> list[int]:
-    wire = json.dumps(messages[:-1]).encode()
-    features = preprocessor.features(wire, [messages[-1]["content"].encode()], [])
-    return [*features.prompt_ids.tolist(), *features.response_ids[0].tolist()]
 
 
 texts = st.one_of(
@@ -77,7 +67,7 @@ def test_ids_equal_the_cards(
     rendered = card.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     if any(special in "".join(parts) for special in random_checkpoint.SPECIAL):
         return  # spelled across two parts: the card is fooled, we are not
-    assert ids(preprocessor, messages) == card.tokenizer(rendered)["input_ids"]
+    assert ids_of(preprocessor, messages) == card.tokenizer(rendered)["input_ids"]
 
 
 @common
@@ -94,15 +84,15 @@ def test_no_text_becomes_control(
     ]  # fmt: skip
     empty = [{"role": "system", "content": ""}, user(""), says("")]
     control = set(card.tokenizer.all_special_ids)
-    found = [token for token in ids(preprocessor, messages) if token in control]
-    assert found == [token for token in ids(preprocessor, empty) if token in control]
+    found = [token for token in ids_of(preprocessor, messages) if token in control]
+    assert found == [token for token in ids_of(preprocessor, empty) if token in control]
     rendered = card.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    assert card.tokenizer.decode(ids(preprocessor, messages)) == rendered
+    assert card.tokenizer.decode(ids_of(preprocessor, messages)) == rendered
 
 
 def test_special_tokens_split_over_parts(preprocessor: Preprocessor, card: Any) -> None:
     control = card.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    split = ids(preprocessor, [user("x<|im_", "end|>y"), says("<|im_end|>")])
+    split = ids_of(preprocessor, [user("x<|im_", "end|>y"), says("<|im_end|>")])
     assert split.count(control) == 3  # the default system prompt's, the user's, the assistant's
 
 

@@ -18,6 +18,7 @@ from transformers import AutoProcessor
 
 from tests.conftest import encode
 from tests.conversations import Messages, picture, says, user
+from tests.features import scores_of
 from tests.videos import conversations, film, frames, video
 from triward import RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
@@ -31,7 +32,7 @@ from triward_server.intake.media import ImageLoader
 from triward_server.intake.preprocess import Preprocessor
 from triward_server.intake.video import VideoLoader
 from triward_server.intake.video_codec import VideoFile, open_video
-from triward_server.schema import Features, Scores
+from triward_server.schema import Features
 from triward_server.serving.launch import TritonServer
 from triward_server.testing.oracle import Oracle, fp32_budget, read_video
 
@@ -51,11 +52,6 @@ def references(oracle: Oracle, films: dict[str, Messages]) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return film(tmp_path_factory.mktemp("clip") / "clip.mp4", 20)
-
-
-@pytest.fixture(scope="module")
-def preprocessor(checkpoint: Path) -> Preprocessor:
-    return Preprocessor(checkpoint, PreprocessConfig())
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +137,6 @@ def features(scorer: Scorer, seconds: float = 1.0, **changes: Any) -> Features:
     return replace(given, **changes)
 
 
-def scores(result: Any) -> Any:
-    assert isinstance(result, Scores), result
-    return result.scores
-
-
 class TestPositions:
     """Frames advance the temporal axis by their seconds."""
 
@@ -156,7 +147,7 @@ class TestPositions:
         batch = [features(scorer, seconds) for seconds in self.SECONDS]
         for item, result in zip(batch, scorer.score(batch), strict=True):
             [expected] = oracle.score_features(item)
-            assert abs(scores(result)[0] - expected) <= fp32_budget(expected)
+            assert abs(scores_of(result)[0] - expected) <= fp32_budget(expected)
 
     def test_positions_are_the_references(self, scorer: Scorer, oracle: Oracle) -> None:
         item = features(scorer, 0.7)
@@ -175,7 +166,7 @@ class TestPositions:
     def test_control_wrong_seconds(self, scorer: Scorer, oracle: Oracle) -> None:
         [expected] = oracle.score_features(features(scorer, 1.0))
         [result] = scorer.score([features(scorer, 2.0)])
-        assert abs(scores(result)[0] - expected) > 10 * fp32_budget(expected)
+        assert abs(scores_of(result)[0] - expected) > 10 * fp32_budget(expected)
 
 
 class TestSharing:
@@ -190,11 +181,11 @@ class TestSharing:
         self, scorer: Scorer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pair = [features(scorer, 1.0), features(scorer, 2.0)]
-        alone = [scores(scorer.score([item])[0])[0] for item in pair]
+        alone = [scores_of(scorer.score([item])[0])[0] for item in pair]
         assert abs(alone[0] - alone[1]) > 1e-3
         scorer._model.embeddings.clear()
         seen: list[Pass] = []
-        together = [scores(r)[0] for r in scorer.score(pair, observe=seen.append)]
+        together = [scores_of(r)[0] for r in scorer.score(pair, observe=seen.append)]
         assert together == pytest.approx(alone, rel=1e-5, abs=1e-5)
         assert [(p.images, p.images_cached) for p in seen] == [(1, 0)]
         # The words before the video are shared, nothing behind its first token is.
@@ -205,7 +196,7 @@ class TestSharing:
             return [1.0]
 
         monkeypatch.setattr(packing, "_seconds", same)
-        mixed = [scores(r)[0] for r in scorer.score(pair)]
+        mixed = [scores_of(r)[0] for r in scorer.score(pair)]
         assert mixed != pytest.approx(alone, rel=1e-4, abs=1e-4)
 
     def test_an_image_is_no_video_of_equal_pixels(self, scorer: Scorer, oracle: Oracle) -> None:
@@ -219,7 +210,7 @@ class TestSharing:
         assert len(set(digests)) == 2
         for item, result in zip((image, film_), scorer.score([image, film_]), strict=True):
             [expected] = oracle.score_features(item)
-            assert abs(scores(result)[0] - expected) <= fp32_budget(expected)
+            assert abs(scores_of(result)[0] - expected) <= fp32_budget(expected)
 
     def test_over_grpc(
         self, client: RewardClient, films: dict[str, Messages], metric: Callable[[str, str], float]
@@ -234,8 +225,8 @@ class TestSharing:
         config = ForwardConfig(dtype="float32", device="cpu", deterministic=True)
         scorer = Scorer(checkpoint, config)
         batch = [features(scorer, s) for s in (1.0, 2.0, 1.0)]
-        together = [scores(r)[0] for r in scorer.score(batch)]
-        assert together == [scores(scorer.score([item])[0])[0] for item in batch]
+        together = [scores_of(r)[0] for r in scorer.score(batch)]
+        assert together == [scores_of(scorer.score([item])[0])[0] for item in batch]
 
 
 class TestProcessorsResize:
@@ -253,12 +244,12 @@ class TestProcessorsResize:
         )
         assert item.media[0].shape[1:3] == (28, 28), "a frame has fewer pixels than 56 x 56"
         [result] = scorer.score([item])
-        assert abs(scores(result)[0] - expected) <= fp32_budget(expected)
+        assert abs(scores_of(result)[0] - expected) <= fp32_budget(expected)
         scorer._model.embeddings.clear()
         sized = vision._sized
         monkeypatch.setattr(vision, "_sized", lambda *a: sized(*a).round().clamp(0, 255))
         [rounded] = scorer.score([item])
-        assert abs(scores(rounded)[0] - expected) > 10 * fp32_budget(expected)
+        assert abs(scores_of(rounded)[0] - expected) > 10 * fp32_budget(expected)
 
 
 class TestReader:

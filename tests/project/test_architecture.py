@@ -98,6 +98,40 @@ def test_files_and_functions_are_short() -> None:
     assert {name: n for name, n in functions.items() if n > 60} == {}
 
 
+# Names that stand for one thing in several modules, with what that is.
+SHARED_NAMES = {
+    "ForwardBackend": "what an adapter imports; the echo's is in its place",
+    "InvalidRequest": "the error, on the server and in the client",
+    "PreprocessBackend": "what an adapter imports; the echo's is in its place",
+    "TensorSpec": "a tensor of the contract, on the server and in the client",
+    "Tls": "encryption of gRPC, on the server and in the client",
+    "TriwardError": "the base of errors, on the server and in the client",
+    "best_of_n": "the same choice, of rows here and of a Ray dataset there",
+    "main": "the entry point of a script",
+    "make_checkpoint": "the command, and what it calls",
+    "measure": "the central loop of a benchmark",
+    "score_parquet": "the same job, on one machine and on a Ray cluster",
+    "serve": "the command; and the loop that `workers.py` calls in a worker",
+    "verify": "the command, and what it calls",
+}
+
+
+def test_no_two_unrelated_things_share_a_name() -> None:
+    roots = ("triward_server", "benchmarks", "client/triward", "tools/triward_tools")
+    defined: dict[str, list[Path]] = {}
+    for path in (path for root in roots for path in sorted((ROOT / root).rglob("*.py"))):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                defined.setdefault(node.name, []).append(path.relative_to(ROOT))
+    shared = {
+        name: paths
+        for name, paths in defined.items()
+        if len(paths) > 1 and not name.startswith("_")
+    }
+    assert {name: paths for name, paths in shared.items() if name not in SHARED_NAMES} == {}
+    assert SHARED_NAMES.keys() <= shared.keys()
+
+
 def test_serving_does_not_import_the_test_code() -> None:
     test_code = {m for m in ORDER if m.parts[0] == "testing" or m.name.startswith("random_")}
     makes_them = Path("export", "commands")  # when `make-checkpoint` is what it was told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from trl import DPOConfig, DPOTrainer
 
 from tests.commands import BIN, Command
 from tests.conversations import image, picture, user
+from tests.rowfiles import read_rows, write_rows
 from triward import RewardClient
 from triward_server.serving.launch import TritonServer
 from triward_server.testing.oracle import fp32_budget
@@ -45,15 +45,6 @@ def rows(shown: bool, folder: Path, count: int = 6) -> Rows:
     return found
 
 
-def write(path: Path, found: Rows) -> Path:
-    path.write_text("\n".join(map(json.dumps, found)), encoding="utf-8")
-    return path
-
-
-def read(path: Path) -> Rows:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture
 def triward(command: Callable[..., Command], server: TritonServer) -> Callable[..., str]:
     """Runs a command in a process of its own; its output."""
@@ -70,13 +61,13 @@ def test_the_commands_choose_by_the_servers_scores(
     triward: Callable[..., str], client: RewardClient, tmp_path: Path
 ) -> None:
     data = rows(True, tmp_path)
-    source = write(tmp_path / "in.jsonl", data)
+    source = write_rows(tmp_path / "in.jsonl", data)
     expected = [client.score_responses(row["messages"], row["responses"]) for row in data]
     every = sorted(score for scores in expected for score in scores)
 
     told = triward("best-of-n", "--input", source, "--output", tmp_path / "best.jsonl")
     assert "6 rows in, 6 rows out" in told
-    for row, scores in zip(read(tmp_path / "best.jsonl"), expected, strict=True):
+    for row, scores in zip(read_rows(tmp_path / "best.jsonl"), expected, strict=True):
         for got, score in zip(row["scores"], scores, strict=True):
             assert got == pytest.approx(score, abs=fp32_budget(score))
         assert row["index"] == scores.index(max(scores))
@@ -93,7 +84,8 @@ def test_the_commands_choose_by_the_servers_scores(
     ]  # fmt: skip
 
     triward("pairs", "--input", source, "--output", tmp_path / "pairs.jsonl")
-    for row, before, scores in zip(read(tmp_path / "pairs.jsonl"), data, expected, strict=True):
+    pairs = read_rows(tmp_path / "pairs.jsonl")
+    for row, before, scores in zip(pairs, data, expected, strict=True):
         best, worst = (before["responses"][scores.index(end)] for end in (max(scores), min(scores)))
         assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == (best, worst)
         margin = max(scores) - min(scores)
@@ -125,7 +117,7 @@ def assert_trained(trainer: DPOTrainer) -> None:
 def test_trl_trains_on_pairs_of_text(
     triward: Callable[..., str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    source = write(tmp_path / "in.jsonl", rows(False, tmp_path))
+    source = write_rows(tmp_path / "in.jsonl", rows(False, tmp_path))
     triward("pairs", "--input", source, "--output", tmp_path / "pairs.jsonl", "--strategy=all")
     dataset = loaded(tmp_path / "pairs.jsonl")
     assert "images" not in dataset.column_names
@@ -149,7 +141,7 @@ def test_trl_trains_on_pairs_of_text(
 def test_trl_trains_on_pairs_with_images(
     triward: Callable[..., str], checkpoint: Path, tmp_path: Path, suffix: str
 ) -> None:
-    source = write(tmp_path / "in.jsonl", rows(True, tmp_path))
+    source = write_rows(tmp_path / "in.jsonl", rows(True, tmp_path))
     triward("pairs", "--input", source, "--output", tmp_path / f"pairs.{suffix}")
     dataset = loaded(tmp_path / f"pairs.{suffix}").cast_column("images", List(Image()))
     shown = [row["images"] for row in dataset]

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import Exit, Served, encode
 from tests.conversations import PROSE, RESPONSES, Messages, image, picture, says, user
+from tests.features import ids_of
 from triward import InvalidRequest, RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
 from triward_server.engine import architectures, attention, decoder
-from triward_server.engine.checkpoint import load_model, verify
+from triward_server.engine.checkpoint import check_tensors, load_model
 from triward_server.engine.scoring import Scorer
 from triward_server.errors import CheckpointError
 from triward_server.errors import InvalidRequest as Refused
@@ -156,12 +157,6 @@ def test_ids_equal_the_tokenizers(
         if kind.bos:
             assert ids.count(oracle.tokenizer.bos_token_id) == 1
             assert ids[0] == oracle.tokenizer.bos_token_id
-
-
-def ids_of(preprocessor: Preprocessor, messages: Messages) -> list[int]:
-    wire = json.dumps(messages[:-1]).encode()
-    features = preprocessor.features(wire, [messages[-1]["content"].encode()], [])
-    return [*features.prompt_ids.tolist(), *features.response_ids[0].tolist()]
 
 
 @settings(
@@ -425,7 +420,7 @@ def test_what_is_not_computed_is_refused_by_name(
 ) -> None:
     other = changed(text_checkpoints[name], tmp_path, **fields)
     with pytest.raises(CheckpointError, match=words):
-        verify(other)
+        check_tensors(other)
     result = export("--checkpoint", other, "--output", tmp_path / "models", "--device=cpu")
     assert result.code == 1 and not (tmp_path / "models").exists()
 
@@ -437,7 +432,7 @@ def test_a_damaged_configuration_is_named(
     other = changed(text_checkpoints["llama"], tmp_path)
     (other / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json: no model_type"):
-        verify(other)
+        check_tensors(other)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
@@ -508,7 +503,7 @@ def test_every_tensor_is_accounted_for(folder: Path, tmp_path: Path) -> None:
         load_model(other, torch.float32, torch.device("cpu"))
     save_file(tensors | {"more.weight": torch.zeros(1)}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"unexpected tensor 'more.weight'"):
-        verify(other)
+        check_tensors(other)
 
 
 def test_compiled_layers_score_the_same(folder: Path, long_features: Features) -> None:

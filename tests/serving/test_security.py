@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as triton
-import trustme
 
+from tests.certificates import write_certificates
 from tests.commands import BIN, Command
 from tests.conftest import LOCAL, brief
 from triward import RewardClient
@@ -110,18 +110,10 @@ class Pki:
 @pytest.fixture(scope="module")
 def make_pki(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Pki]:
     def make() -> Pki:
-        folder = tmp_path_factory.mktemp("pki")
-        authority = trustme.CA()
-        paths = {}
-        for name in ("server", "client"):
-            certificate = authority.issue_cert("127.0.0.1")
-            paths[name] = folder / f"{name}.pem"
-            paths[f"{name}_key"] = folder / f"{name}.key"
-            certificate.private_key_pem.write_to_path(paths[f"{name}_key"])
-            for blob in certificate.cert_chain_pems:
-                blob.write_to_path(paths[name], append=True)
-        authority.cert_pem.write_to_path(folder / "ca.pem")
-        return Pki(folder / "ca.pem", **paths)
+        hosts = {name: ["127.0.0.1"] for name in ("server", "client")}
+        folder = write_certificates(tmp_path_factory.mktemp("pki"), hosts)
+        files = ("ca.pem", "server.pem", "server.key", "client.pem", "client.key")
+        return Pki(*(folder / name for name in files))
 
     return make
 

@@ -29,7 +29,7 @@ from triward_server.schema import REWARD, ModelNames
 from triward_server.serving import watchdog
 from triward_server.serving.canary import Canary
 from triward_server.serving.launch import TritonServer
-from triward_server.serving.repository import models, pinned, serves_on_gpu, versions
+from triward_server.serving.repository import pinned, served_models, serves_on_gpu, versions
 from triward_server.serving.switch import switch_version
 from triward_server.serving.triton_http import HttpError, Series, TritonHttp
 from triward_server.serving.watchdog import Watchdog, _name, check_once
@@ -92,14 +92,14 @@ def running(echoes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 class TestExport:
     def test_a_second_name_is_a_second_model(self, both: Path) -> None:
-        assert models(both) == [JUDGE, REWARD]
-        assert [(versions(both, names), pinned(both, names)) for names in models(both)] == [
+        assert served_models(both) == [JUDGE, REWARD]
+        assert [(versions(both, names), pinned(both, names)) for names in served_models(both)] == [
             (["1"], "1"), (["1"], "1")
         ]  # fmt: skip
         folders = {path.name for path in both.iterdir()}
         steps = {*REWARD.steps, *JUDGE.steps}
         assert folders == {"reward", "judge-2.5", *steps, "reward_draining"}
-        one, two = (Canary.of(both, "1", names) for names in models(both))
+        one, two = (Canary.of(both, "1", names) for names in served_models(both))
         assert one.scores != two.scores
         assert not serves_on_gpu(both)
 
@@ -156,7 +156,7 @@ class TestExport:
             result = export("--checkpoint", checkpoint, "--output", copy, "--name=mine", *flags)
             assert result.code == 1 and "mine is no model of ours" in result.stderr
             assert snapshot(copy) == before
-        assert models(copy) == [JUDGE, REWARD]
+        assert served_models(copy) == [JUDGE, REWARD]
 
     @pytest.mark.parametrize(
         ("flags", "broken_move"),
@@ -186,7 +186,7 @@ class TestExport:
         monkeypatch.setattr(Path, "rename", rename)
         result = export("--checkpoint", checkpoint, "--output", copy, *flags, *FLAGS)
         assert result.code == 1 and "Input/output error" in result.stderr
-        assert snapshot(copy) == before and models(copy) == [JUDGE, REWARD]
+        assert snapshot(copy) == before and served_models(copy) == [JUDGE, REWARD]
         assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
@@ -361,7 +361,7 @@ def test_a_model_is_added_and_removed_while_others_serve(
     for folder in (third.ensemble, *third.steps):
         running.http.unload(folder)
         shutil.rmtree(echoes / folder)
-    assert third not in models(echoes)
+    assert third not in served_models(echoes)
     check_once(running.http, echoes, 20, deep=True)
     wait_until(lambda: not _processes(running, third), "its processes are still there")
 

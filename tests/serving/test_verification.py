@@ -22,7 +22,7 @@ from triward_server.errors import CheckpointError, LaunchError
 from triward_server.schema import REWARD, ModelNames
 from triward_server.serving import integrity
 from triward_server.serving.canary import FILE, Canary
-from triward_server.serving.integrity import MANIFEST, Verify, check, check_served, describe
+from triward_server.serving.integrity import MANIFEST, Verify, check_served, check_version, describe
 from triward_server.serving.repository import Canaries, loads_all, pin, pinned
 
 STEPS = ("reward_preprocess", "reward_forward")
@@ -128,6 +128,24 @@ def mix_up(repository: Path, version: str) -> str:
     return f"reward_preprocess/{version}/checkpoint/tokenizer.json: not what was exported"
 
 
+def add_a_head(repository: Path, version: str) -> str:
+    """A file that changes every score of a model without trl's value head."""
+    file = f"reward_forward/{version}/checkpoint/other_head.safetensors"
+    save_file({"v_head.summary.bias": torch.zeros(1)}, repository / file)
+    return f"{file}: not in the manifest of version {version}; delete it, or export"
+
+
+def add_a_module(repository: Path, version: str) -> str:
+    """Beside the adapter, where Python looks for modules first."""
+    (repository / "reward_preprocess" / version / "json.py").touch()
+    return f"reward_preprocess/{version}/json.py: not in the manifest of version {version}"
+
+
+def add_to_the_public_model(repository: Path, version: str) -> str:
+    (repository / "reward" / version / "notes.txt").symlink_to("nowhere")
+    return f"reward/{version}/notes.txt: not in the manifest of version {version}"
+
+
 def damage_manifest(repository: Path, version: str) -> str:
     path = repository / "reward" / version / MANIFEST
     path.write_text(path.read_text()[:-100])
@@ -152,7 +170,8 @@ def damage_canary(repository: Path, version: str) -> str:
 
 FAULTS = [
     truncate, lose_weights, lose_tokenizer, lose_adapter, lose_a_step, lose_everything, spoil,
-    mix_up, damage_manifest, empty_manifest, wrong_manifest, damage_canary,
+    mix_up, add_a_head, add_a_module, add_to_the_public_model, damage_manifest, empty_manifest,
+    wrong_manifest, damage_canary,
 ]  # fmt: skip
 Damage = Callable[[Path, str], str]
 
@@ -193,10 +212,19 @@ def test_what_is_whole_is_said_with_its_cost(copy: Path) -> None:
     files = [f for step in STEPS for f in (copy / step / "1" / "checkpoint").iterdir()]
     size = sum(file.stat().st_size for file in files)
     for how in (Verify.SAMPLED, Verify.FULL):
-        checked = check(copy, REWARD, "1", how)
+        checked = check_version(copy, REWARD, "1", how)
         assert (checked.files, checked.size, checked.read) == (len(files), size, size)
         assert f"{len(files)} files verified ({how.value}): read {size:,} of" in str(checked)
         assert "earlier release" not in str(checked)
+
+
+def test_what_python_leaves_beside_an_adapter_is_no_fault(copy: Path) -> None:
+    placeholder = copy / "reward_forward/1/__pycache__"
+    assert placeholder.is_file()
+    placeholder.unlink()
+    placeholder.mkdir()
+    (placeholder / "model.cpython-311.pyc").touch()
+    check_version(copy, REWARD, "1", Verify.SAMPLED)
 
 
 class TestLargeFiles:
@@ -237,25 +265,25 @@ class TestEarlierReleases:
 
     def test_only_full_compares(self, copy: Path) -> None:
         forget_sizes(copy, "1")
-        assert "--verify full compares" in str(check(copy, REWARD, "1", Verify.SAMPLED))
-        checked = check(copy, REWARD, "1", Verify.FULL)
+        assert "--verify full compares" in str(check_version(copy, REWARD, "1", Verify.SAMPLED))
+        checked = check_version(copy, REWARD, "1", Verify.FULL)
         assert checked.read == checked.size and "--verify" not in str(checked)
         mix_up(copy, "1")
-        check(copy, REWARD, "1", Verify.SAMPLED)
+        check_version(copy, REWARD, "1", Verify.SAMPLED)
         with pytest.raises(LaunchError, match=r"tokenizer.json: not what was exported: sha256"):
-            check(copy, REWARD, "1", Verify.FULL)
+            check_version(copy, REWARD, "1", Verify.FULL)
 
     def test_a_cut_file_is_found_by_its_header(self, copy: Path) -> None:
         forget_sizes(copy, "1")
         truncate(copy, "1")
         with pytest.raises(LaunchError, match=rf"{SHARD}: [\d,]+ bytes, [\d,]+ by its header"):
-            check(copy, REWARD, "1", Verify.SAMPLED)
+            check_version(copy, REWARD, "1", Verify.SAMPLED)
         (copy / "reward_forward/1" / SHARD).write_bytes(b"x" * 99)
         with pytest.raises(LaunchError, match=rf"{SHARD}: no safetensors header"):
-            check(copy, REWARD, "1", Verify.SAMPLED)
+            check_version(copy, REWARD, "1", Verify.SAMPLED)
         lose_weights(copy, "1")
         with pytest.raises(LaunchError, match=rf"reward_forward/1/{SHARD}: missing"):
-            check(copy, REWARD, "1", Verify.SAMPLED)
+            check_version(copy, REWARD, "1", Verify.SAMPLED)
 
     def test_steps_that_load_everything_are_brought_up_to_date(self, copy: Path) -> None:
         configs = [copy / step / "config.pbtxt" for step in STEPS]

@@ -15,7 +15,7 @@ from tests.conftest import brief
 from triward import RewardClient, ServerError
 from triward_server.schema import REWARD
 from triward_server.serving.canary import Canary
-from triward_server.serving.integrity import Verify, check
+from triward_server.serving.integrity import Verify, check_version
 from triward_server.serving.launch import TritonServer
 from triward_server.serving.triton_http import read_metrics
 from triward_server.serving.watchdog import check_once
@@ -65,7 +65,7 @@ def test_it_says_what_it_is(running: TritonServer, own: Path, log: Path) -> None
 
 def test_health_and_manifest_hold(running: TritonServer, own: Path) -> None:
     check_once(running.http, own, 20, deep=True)
-    assert check(own, REWARD, "1", Verify.FULL).files > 3
+    assert check_version(own, REWARD, "1", Verify.FULL).files > 3
     assert Canary.of(own, "1").scores
 
 

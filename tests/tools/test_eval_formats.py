@@ -8,12 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.benchmarkdata import BENCHMARKS, BESIDE, EMBEDDED, SUFFIXES, png, write, write_rows
+from tests.benchmarkdata import BENCHMARKS, BESIDE, EMBEDDED, SUFFIXES, png, write
+from tests.rowfiles import write_rows
 from triward import InvalidRequest
 from triward_tools import cli_evaluation
 from triward_tools.evaluation.arithmetic import BENCHMARKS as ARITHMETIC
 from triward_tools.evaluation.formats import FORMATS, placed_pairs, read_pairs
-from triward_tools.evaluation.results import Pair, Problem
+from triward_tools.evaluation.results import LabelledPair, Problem
 
 REWARDBENCH = {
     "prompt": "q", "chosen": "yes", "rejected": "no", "subset": "hep-go", "id": 7,
@@ -33,7 +34,7 @@ def check(benchmark, path, data):
     """Each row of what was written is there once, in its place."""
     found = list(read_pairs(benchmark, path))
     assert [row.index for row in found] == list(range(len(data.pairs) + len(data.problems)))
-    assert [row for row in found if isinstance(row, Pair)] == list(data.pairs)
+    assert [row for row in found if isinstance(row, LabelledPair)] == list(data.pairs)
     problems = {row.index: row for row in found if isinstance(row, Problem)}
     assert problems.keys() == data.problems.keys()
     for index, said in data.problems.items():
@@ -50,7 +51,7 @@ def read(tmp_path, benchmark, *changes, suffix=".jsonl"):
     ]
     path = write_rows(tmp_path / f"data{suffix}", rows)
     good, *found = read_pairs(benchmark, path)
-    assert isinstance(good, Pair)
+    assert isinstance(good, LabelledPair)
     return found
 
 
@@ -178,7 +179,7 @@ def test_a_malformed_row_is_a_problem_and_ends_nothing(benchmark, change, said, 
     assert isinstance(problem, Problem)
     assert said in problem.reason
     assert (problem.index, problem.place) == (1, "data.jsonl: row 2")
-    assert isinstance(good, Pair)
+    assert isinstance(good, LabelledPair)
 
 
 def test_long_values_are_shown_in_part(tmp_path):
@@ -207,7 +208,7 @@ def test_a_line_that_is_no_text(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + line + b"\n\n" + b"\xff\n" + line)
     first, problem, last = placed_pairs("rewardbench", path)
-    assert isinstance(first[1], Pair)
+    assert isinstance(first[1], LabelledPair)
     assert "not JSON: 'utf-8' codec" in problem[1].reason
     # Rows have the numbers of their lines, so that they are found; indices have no gaps.
     assert [first[0], problem[0], last[0]] == [f"data.jsonl: row {n}" for n in (1, 3, 4)]
@@ -283,7 +284,7 @@ def test_a_value_that_one_row_lacks_is_no_missing_column(tmp_path):
     for suffix in (".json", ".jsonl"):
         problem, pair = read_pairs("rewardbench", write_rows(tmp_path / f"a{suffix}", rows))
         assert problem.reason == "subset: must be a text, got no value"
-        assert isinstance(pair, Pair)
+        assert isinstance(pair, LabelledPair)
 
 
 @pytest.mark.parametrize(

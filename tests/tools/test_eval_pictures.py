@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.evaluations import bars, results_of
 from triward_tools.evaluation.charts import calibration_chart, margin_chart
-from triward_tools.evaluation.pictures import picture, turns
+from triward_tools.evaluation.pictures import thumbnail, turns
 from triward_tools.evaluation.results import Result
 from triward_tools.evaluation.statistics import calibration
 
@@ -22,28 +22,28 @@ class TestPictures:
         return Image.open(io.BytesIO(base64.b64decode(part.source.partition(",")[2])))
 
     def test_is_made_small(self):
-        part = picture(bars(0, (1200, 900)))
+        part = thumbnail(bars(0, (1200, 900)))
         assert self.opened(part).size == (480, 360)
         assert part.text == "image of 1200 x 900 pixels"
 
     def test_small_one_stays(self):
-        assert self.opened(picture(bars(0, (50, 40)))).size == (50, 40)
+        assert self.opened(thumbnail(bars(0, (50, 40)))).size == (50, 40)
 
     def test_path_and_data_url(self, tmp_path):
         path = tmp_path / "a.png"
         path.write_bytes(bars(3))
         url = "data:image/png;base64," + base64.b64encode(bars(3)).decode()
-        assert picture(str(path)) == picture(path) == picture(url) == picture(bars(3))
+        assert thumbnail(str(path)) == thumbnail(path) == thumbnail(url) == thumbnail(bars(3))
 
     def test_clear_parts_are_white(self):
         packed = io.BytesIO()
         Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(packed, "PNG")
-        assert self.opened(picture(packed.getvalue())).getpixel((10, 10)) == (255, 255, 255)
+        assert self.opened(thumbnail(packed.getvalue())).getpixel((10, 10)) == (255, 255, 255)
 
     def test_image_url_part(self):
         url = "data:image/png;base64," + base64.b64encode(bars(1)).decode()
         [turn] = turns([{"role": "user", "content": [{"image_url": {"url": url}}]}])
-        assert turn.parts[0] == picture(bars(1))
+        assert turn.parts[0] == thumbnail(bars(1))
 
     @pytest.mark.parametrize(
         ("value", "words"),
@@ -58,7 +58,7 @@ class TestPictures:
         ],
     )
     def test_words_for_what_cannot_be_shown(self, value, words):
-        part = picture(value)
+        part = thumbnail(value)
         assert (part.text, part.source, part.is_text) == (words, "", False)
 
     def test_other_parts_in_words(self):

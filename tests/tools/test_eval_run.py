@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import triward.cli
-from tests.benchmarkdata import BENCHMARKS, png, write, write_rows
+from tests.benchmarkdata import BENCHMARKS, png, write
 from tests.fakeserver import Fault
+from tests.rowfiles import write_rows
 from triward import InvalidRequest, RewardClient, ServerError, ServerUnavailable
 from triward_tools.evaluation import run
 from triward_tools.evaluation.asking import results_of
 from triward_tools.evaluation.ledger import Ledger
-from triward_tools.evaluation.results import Pair, Problem, Result
+from triward_tools.evaluation.results import LabelledPair, Problem, Result
 from triward_tools.evaluation.run import evaluate
 from triward_tools.jobs import JobMismatch
 
@@ -376,7 +377,7 @@ def pair_of(index, chosen, rejected="r", image=None):
     if image is not None:
         content.insert(0, {"type": "image", "image": image})
     prompt = [{"role": "user", "content": content}]
-    return f"f: row {index}", Pair(index, f"{index}", "s", prompt, chosen, rejected)
+    return f"f: row {index}", LabelledPair(index, f"{index}", "s", prompt, chosen, rejected)
 
 
 def test_a_pair_that_is_refused_is_a_problem(server, client, tmp_path):

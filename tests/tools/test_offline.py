@@ -23,7 +23,7 @@ from triward import RewardClient, ServerError, ServerUnavailable
 from triward.integrations.rows import RowScorer
 from triward_tools import offline
 from triward_tools.jobs import whole_file
-from triward_tools.offline import JobMismatch, Summary, score_parquet
+from triward_tools.offline import JobMismatch, OutputCounts, score_parquet
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def assert_complete(output, rows):
 def test_each_row_once_in_the_order_of_the_input(server, scorer, tmp_path):
     source = write(tmp_path / "in")
     done = score_parquet(source, tmp_path / "out", scorer, chunk_rows=4)
-    assert done == Summary(rows=50, failed=0)
+    assert done == OutputCounts(rows=50, failed=0)
     assert_complete(tmp_path / "out", 50)
     assert set(server.scored.values()) == {1}
     sizes = [pq.read_metadata(p).num_rows for p in sorted((tmp_path / "out").glob("*.parquet"))]
@@ -110,7 +110,7 @@ def test_a_row_that_cannot_be_scored_has_an_error_and_no_score(server, client, t
     scorer = RowScorer(client, prompt="prompt", responses="responses", score="reward")
     # One row a chunk: the last two hold no score to tell the column's type from.
     done = score_parquet(tmp_path / "in.parquet", tmp_path / "out", scorer, chunk_rows=1)
-    assert done == Summary(rows=3, failed=2)
+    assert done == OutputCounts(rows=3, failed=2)
     found = read(tmp_path / "out")
     assert [row["reward"] for row in found] == [[1.0, 2.0], None, None]
     good, refused, empty = [row["reward_error"] for row in found]
@@ -200,7 +200,7 @@ def test_what_is_hidden_is_no_input(scorer, tmp_path):
     source = write(tmp_path / "in")
     shutil.copytree(source / "part0", source / "_temporary" / "part0")
     (source / ".part.parquet").touch()
-    assert score_parquet(source, tmp_path / "out", scorer) == Summary(rows=50, failed=0)
+    assert score_parquet(source, tmp_path / "out", scorer) == OutputCounts(rows=50, failed=0)
 
 
 def test_a_folder_of_something_else_is_left_alone(scorer, tmp_path):
@@ -392,7 +392,7 @@ def test_a_killed_ray_job_is_resumed(server, driver, tmp_path):
     wait_for_chunks(output, len(list(output.glob("*.parquet"))) + 3)
     driver.actors(second)[0].kill()
     server.delay = 0
-    assert second.wait_for("^done (.*)$")[1] == "Summary(rows=600, failed=0)"
+    assert second.wait_for("^done (.*)$")[1] == "OutputCounts(rows=600, failed=0)"
     assert_complete(output, 600)
     assert all(server.scored[row["response"]] == before[row["response"]] for row in finished)
     assert server.peak <= 6

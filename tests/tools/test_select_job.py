@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import time
@@ -12,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image, List, Value, load_dataset
-from PIL import Image as Pil
 
 import triward.cli
+from tests.client.helpers import png
 from tests.commands import Command
 from tests.fakeserver import Fault
+from tests.rowfiles import read_rows, write_rows
 from triward import InvalidRequest, RewardClient, ServerError, ServerUnavailable
 from triward_tools.jobs import JobMismatch
 from triward_tools.selection import (
@@ -46,20 +46,6 @@ def made(count=30):
     ]
 
 
-def write(path, rows, **options):
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path, **options)
-    else:
-        path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    return path
-
-
-def read(path):
-    if path.suffix == ".parquet":
-        return pq.read_table(path).to_pylist()
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def run(*arguments):
     return triward.cli.main([*map(str, arguments)])
 
@@ -67,10 +53,10 @@ def run(*arguments):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("out", [".jsonl", ".parquet"])
 def test_best_of_n(server, tmp_path, capsys, suffix, out):
-    source, output = write(tmp_path / f"in{suffix}", made()), tmp_path / f"out{out}"
+    source, output = write_rows(tmp_path / f"in{suffix}", made()), tmp_path / f"out{out}"
     options = ["--url", server.url, "--input", source, "--output", output, "--chunk-rows", 7]
     assert run("best-of-n", *options) == 0
-    for row, before in zip(read(output), made(), strict=True):
+    for row, before in zip(read_rows(output), made(), strict=True):
         n = before["id"]
         best = {"response": "x" * (n + 3), "score": n + 3.0, "index": n % 3}
         scores = [float(len(text)) for text in before["responses"]]
@@ -88,16 +74,16 @@ def test_best_of_n(server, tmp_path, capsys, suffix, out):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("out", [".jsonl", ".parquet"])
 def test_filter(server, tmp_path, capsys, suffix, out):
-    source, output = write(tmp_path / f"in{suffix}", made()), tmp_path / f"out{out}"
+    source, output = write_rows(tmp_path / f"in{suffix}", made()), tmp_path / f"out{out}"
     dropped = tmp_path / f"dropped{out}"
     options = ["--url", server.url, "--input", source, "--output", output, "--dropped", dropped]
     assert run("filter", *options, "--min", 10, "--max", 30, "--json", "--no-picture") == 0
-    kept = read(output)
+    kept = read_rows(output)
     assert [row["id"] for row in kept] == list(range(7, 28))
     for row in kept:
         n = row["id"]
         assert (row["responses"], row["scores"]) == (["x" * (n + 3)], [n + 3.0])
-    gone = read(dropped)
+    gone = read_rows(dropped)
     assert [row["id"] for row in gone] == list(range(30))
     assert gone[0]["reasons"] == [f"score {n} is below 10" for n in (3, 1, 2)]
     assert gone[29]["reasons"][1:] == ["score 1 is below 10", "score 32 is above 30"]
@@ -113,10 +99,10 @@ def test_filter(server, tmp_path, capsys, suffix, out):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("out", [".jsonl", ".parquet"])
 def test_pairs(server, tmp_path, capsys, suffix, out):
-    source, output = write(tmp_path / f"in{suffix}", made()), tmp_path / f"out{out}"
+    source, output = write_rows(tmp_path / f"in{suffix}", made()), tmp_path / f"out{out}"
     options = ["--url", server.url, "--input", source, "--output", output]
     assert run("pairs", *options, "--strategy", "all", "--max-pairs", 2, "--min-margin", 3) == 0
-    rows = read(output)
+    rows = read_rows(output)
     assert len(rows) == 57  # rows 0 and 1 have fewer, with margins of 3 and more
     best, second = [row for row in rows if row["id"] == 10]
     prompt = [{"role": "user", "content": "q10"}]
@@ -138,11 +124,11 @@ def test_rows_that_are_one_conversation(client, server, tmp_path):
                                {"role": "assistant", "content": "x" * n}]}
         for n in range(20)
     ]  # fmt: skip
-    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.parquet"
+    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.parquet"
     rule = Threshold(5, 9)
     done = filter_file(source, output, rule, client, dropped=tmp_path / "gone.jsonl")
-    assert read(output) == [{**rows[n], "score": float(n)} for n in range(5, 10)]
-    assert read(tmp_path / "gone.jsonl")[0] == {
+    assert read_rows(output) == [{**rows[n], "score": float(n)} for n in range(5, 10)]
+    assert read_rows(tmp_path / "gone.jsonl")[0] == {
         **rows[0], "score": 0.0, "reason": "score 0 is below 5",
     }  # fmt: skip
     assert (done.rows, done.written) == (20, 5)
@@ -152,29 +138,29 @@ def test_rows_that_are_one_conversation(client, server, tmp_path):
 
 def test_scores_that_are_there_are_used_and_nobody_is_asked(server, tmp_path, capsys):
     scored = [{**row, "reward": [1.0, -1.0, 0.5]} for row in made()]
-    source, output = write(tmp_path / "in.jsonl", scored), tmp_path / "out.jsonl"
+    source, output = write_rows(tmp_path / "in.jsonl", scored), tmp_path / "out.jsonl"
     options = ["--url", server.url, "--input", source, "--output", output, "--scores", "reward"]
     assert run("best-of-n", *options) == 0
-    assert {row["index"] for row in read(output)} == {0}
+    assert {row["index"] for row in read_rows(output)} == {0}
     # Other thresholds, with the same output.
     assert run("filter", *options, "--min", 0, "--force") == 0
-    assert [row["reward"] for row in read(output)] == [[1.0, 0.5]] * 30
-    assert [len(row["responses"]) for row in read(output)] == [2] * 30
+    assert [row["reward"] for row in read_rows(output)] == [[1.0, 0.5]] * 30
+    assert [len(row["responses"]) for row in read_rows(output)] == [2] * 30
     assert run("pairs", *options, "--force") == 0
-    assert [row["margin"] for row in read(output)] == [2.0] * 30
-    assert "reward" not in read(output)[0]
+    assert [row["margin"] for row in read_rows(output)] == [2.0] * 30
+    assert "reward" not in read_rows(output)[0]
     assert server.calls == 0
 
 
 def test_a_filter_without_a_rule_scores_for_a_filter_with_one(client, server, tmp_path):
     rows = [*made(), {**made(1)[0], "responses": ["x" * 500, "y" * 10]}]
-    source, scored = write(tmp_path / "in.jsonl", rows), tmp_path / "scored.jsonl"
+    source, scored = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "scored.jsonl"
     filter_file(source, scored, Threshold(), client)
     calls = server.calls
     held = Columns(scores="scores")
     done = filter_file(scored, tmp_path / "out.jsonl", RobustOutliers(50), columns=held)
     assert done.figures["dropped for a high score"] == 1
-    assert read(tmp_path / "out.jsonl")[-1]["responses"] == ["y" * 10]
+    assert read_rows(tmp_path / "out.jsonl")[-1]["responses"] == ["y" * 10]
     assert server.calls == calls
 
 
@@ -195,8 +181,8 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reason(server, tmp_path, c
     source.write_text("\n".join(lines), encoding="utf-8")
     options = ["--url", server.url, "--input", source, "--output", output]
     assert run("best-of-n", *options) == 2
-    assert [row["id"] for row in read(output)] == [0, 1]
-    rejected = read(tmp_path / "out.jsonl.rejected.jsonl")
+    assert [row["id"] for row in read_rows(output)] == [0, 1]
+    rejected = read_rows(tmp_path / "out.jsonl.rejected.jsonl")
     assert [row["place"] for row in rejected] == [f"line {n}" for n in range(2, 8)]
     assert all(row["error"] for row in rejected)
     assert rejected[0]["row"] == {"line": "{\n"}
@@ -206,15 +192,9 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reason(server, tmp_path, c
     assert "without a score: 6" in out
     assert err.startswith("triward: 6 of 8 rows have no score; the first:\ntriward: line 2: not JS")
     # A later run that rejects nothing leaves no old file behind.
-    write(source, made())
+    write_rows(source, made())
     assert run("best-of-n", *options, "--force") == 0
     assert not (tmp_path / "out.jsonl.rejected.jsonl").exists()
-
-
-def png(color="red"):
-    buffer = io.BytesIO()
-    Pil.new("RGB", (4, 3), color).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def with_images(path):
@@ -241,7 +221,7 @@ def test_images_in_parquet(server, client, tmp_path):
     assert sorted(map(len, media)) == [0, 1, 2]
     assert [each["bytes"] for each in held] == max(media, key=len)
     pairs_file(source, tmp_path / "pairs.parquet", Pairing(), client, columns=SHOWN)
-    row = read(tmp_path / "pairs.parquet")[2]
+    row = read_rows(tmp_path / "pairs.parquet")[2]
     text = {"type": "text", "text": "q"}
     assert [part["type"] for part in row["prompt"][0]["content"]] == ["image", "image", "text"]
     assert row["prompt"][0]["content"][2] == text
@@ -272,7 +252,7 @@ def test_parquet_cannot_hold_mixed_types_and_says_so_before_anything_is_asked(
     server, client, tmp_path
 ):
     rows = [{**made()[0], "note": 3}, {**made()[1], "note": "three"}]
-    source = write(tmp_path / "in.jsonl", rows)
+    source = write_rows(tmp_path / "in.jsonl", rows)
     with pytest.raises(InvalidRequest, match="note: Parquet cannot hold it"):
         filter_file(source, tmp_path / "out.parquet", Threshold(), client)
     assert server.calls == 0
@@ -280,16 +260,16 @@ def test_parquet_cannot_hold_mixed_types_and_says_so_before_anything_is_asked(
     with pytest.raises(InvalidRequest, match="Parquet cannot hold the rows"):
         filter_file(source, tmp_path / "out.parquet", Threshold(), client, chunk_rows=1)
     filter_file(source, tmp_path / "out.jsonl", Threshold(), client)
-    assert [row["note"] for row in read(tmp_path / "out.jsonl")] == [3, "three"]
+    assert [row["note"] for row in read_rows(tmp_path / "out.jsonl")] == [3, "three"]
 
 
 def test_columns_that_only_some_rows_have(client, tmp_path):
     rows = made()
     rows[20]["extra"] = {"a": 1}
     rows[25]["extra"] = {"b": 0.5}
-    source = write(tmp_path / "in.jsonl", rows)
+    source = write_rows(tmp_path / "in.jsonl", rows)
     filter_file(source, tmp_path / "out.parquet", Threshold(), client, chunk_rows=4)
-    found = read(tmp_path / "out.parquet")
+    found = read_rows(tmp_path / "out.parquet")
     assert found[20]["extra"] == {"a": 1, "b": None}
     assert found[0]["extra"] is None
     assert [row["id"] for row in found] == list(range(30))
@@ -298,10 +278,10 @@ def test_columns_that_only_some_rows_have(client, tmp_path):
 def test_a_folder_of_parquet_files(client, tmp_path):
     folder = tmp_path / "in"
     (folder / "b").mkdir(parents=True)
-    write(folder / "a.parquet", made()[:11], row_group_size=4)
-    write(folder / "b" / "a.parquet", made()[11:])
+    write_rows(folder / "a.parquet", made()[:11], row_group_size=4)
+    write_rows(folder / "b" / "a.parquet", made()[11:])
     done = best_of_n_file(folder, tmp_path / "out.parquet", client, chunk_rows=5)
-    assert [row["id"] for row in read(tmp_path / "out.parquet")] == list(range(30))
+    assert [row["id"] for row in read_rows(tmp_path / "out.parquet")] == list(range(30))
     assert done.rows == 30
 
 
@@ -320,7 +300,7 @@ JOBS = {
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("name", JOBS)
 def test_a_failure_keeps_what_is_finished(server, client, tmp_path, name, suffix):
-    source = write(tmp_path / f"in{suffix}", made())
+    source = write_rows(tmp_path / f"in{suffix}", made())
     (tmp_path / "whole").mkdir()
     whole, output = tmp_path / "whole" / f"out{suffix}", tmp_path / f"out{suffix}"
     JOBS[name](source, whole, client, chunk_rows=4, picture=whole.with_suffix(".svg"))
@@ -345,7 +325,7 @@ def test_a_failure_keeps_what_is_finished(server, client, tmp_path, name, suffix
 
 
 def test_a_killed_process_is_resumed(server, tmp_path):
-    source = write(tmp_path / "in.jsonl", made(200))
+    source = write_rows(tmp_path / "in.jsonl", made(200))
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert run("pairs", "--url", server.url, "--input", source, "--output", whole) == 0
     server.scored.clear()
@@ -375,7 +355,7 @@ def test_a_killed_process_is_resumed(server, tmp_path):
 
 
 def test_a_job_that_differs_is_refused(server, client, tmp_path, capsys):
-    source, output = write(tmp_path / "in.jsonl", made()), tmp_path / "out.jsonl"
+    source, output = write_rows(tmp_path / "in.jsonl", made()), tmp_path / "out.jsonl"
     server.fault = lambda call: Fault.INTERNAL
     with pytest.raises(ServerError):
         best_of_n_file(source, output, client)
@@ -387,13 +367,13 @@ def test_a_job_that_differs_is_refused(server, client, tmp_path, capsys):
     other = RewardClient(server.url, model="other")
     with pytest.raises(JobMismatch, match="begun with model = 'reward', now it is 'other'"):
         best_of_n_file(source, output, other)
-    write(source, made()[:-1])
+    write_rows(source, made()[:-1])
     assert run("best-of-n", "--url", server.url, "--input", source, "--output", output) == 2
     assert "was begun with file 0 in.jsonl = " in capsys.readouterr().err
 
 
 def test_another_rule_goes_on_with_the_scores_of_the_first(server, client, tmp_path):
-    source, output = write(tmp_path / "in.jsonl", made(3)), tmp_path / "out.jsonl"
+    source, output = write_rows(tmp_path / "in.jsonl", made(3)), tmp_path / "out.jsonl"
     with pytest.raises(InvalidRequest, match="there are 9 scores"):
         filter_file(source, output, _by_length(), client)
     calls = server.calls
@@ -431,7 +411,7 @@ def _by_length():
 )
 def test_arguments_that_cannot_be_used(server, tmp_path, monkeypatch, capsys, arguments, error):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "in.jsonl", made())
+    write_rows(tmp_path / "in.jsonl", made())
     (tmp_path / "in.txt").touch()
     given = ["--url", server.url]
     given += [] if "--input" in arguments else ["--input", "in.jsonl"]
@@ -472,7 +452,7 @@ def test_an_empty_table(client, tmp_path):
             picture=tmp_path / f"{name}.svg",
         )  # fmt: skip
         assert (done.rows, done.written, done.failed) == (0, 0, 0)
-        assert read(tmp_path / f"{name}.parquet") == []
+        assert read_rows(tmp_path / f"{name}.parquet") == []
 
 
 @pytest.mark.parametrize(
@@ -491,13 +471,13 @@ def test_a_picture_of_scores_that_differ_by_rounding_or_by_all_that_a_float_hold
 def test_files_of_other_jobs_are_left_alone(server, client, tmp_path):
     """Two outputs differ by their suffix, and a file of somebody else's looks like one of ours."""
     server.fault = lambda call: Fault.INVALID_ARGUMENT if b"bad" in call.responses else None
-    bad = write(tmp_path / "bad.jsonl", [made()[0], {**made()[1], "responses": ["bad"]}])
-    good = write(tmp_path / "good.jsonl", made(2))
+    bad = write_rows(tmp_path / "bad.jsonl", [made()[0], {**made()[1], "responses": ["bad"]}])
+    good = write_rows(tmp_path / "good.jsonl", made(2))
     foreign = tmp_path / "out.rejected.jsonl"
     foreign.write_text("mine")
     assert best_of_n_file(bad, tmp_path / "out.jsonl", client).failed == 1
     assert best_of_n_file(good, tmp_path / "out.parquet", client).failed == 0
-    assert len(read(tmp_path / "out.jsonl.rejected.jsonl")) == 1
+    assert len(read_rows(tmp_path / "out.jsonl.rejected.jsonl")) == 1
     assert not (tmp_path / "out.parquet.rejected.jsonl").exists()
     assert foreign.read_text() == "mine"
 
@@ -506,9 +486,9 @@ def test_what_was_rejected_before_stays_until_there_is_a_new_output(server, clie
     server.fault = lambda call: Fault.INVALID_ARGUMENT if b"bad" in call.responses else None
     output, rejected = tmp_path / "out.jsonl", tmp_path / "out.jsonl.rejected.jsonl"
     best_of_n_file(
-        write(tmp_path / "in.jsonl", [{**made()[0], "responses": ["bad"]}]), output, client
+        write_rows(tmp_path / "in.jsonl", [{**made()[0], "responses": ["bad"]}]), output, client
     )
-    source = write(tmp_path / "in.jsonl", made(3))
+    source = write_rows(tmp_path / "in.jsonl", made(3))
     server.fault = lambda call: Fault.INTERNAL
     with pytest.raises(ServerError):
         best_of_n_file(source, output, client)
@@ -520,7 +500,7 @@ def test_what_was_rejected_before_stays_until_there_is_a_new_output(server, clie
 
 def test_what_is_not_yet_an_output_lies_in_the_parts(client, tmp_path, monkeypatch):
     """So that nothing is left of a process that was killed while it wrote."""
-    source, there = write(tmp_path / "in.jsonl", made(3)), []
+    source, there = write_rows(tmp_path / "in.jsonl", made(3)), []
 
     def seen(*arguments):
         there.extend(path.name for path in tmp_path.iterdir())
@@ -533,7 +513,7 @@ def test_what_is_not_yet_an_output_lies_in_the_parts(client, tmp_path, monkeypat
 
 
 def test_no_server_at_all_is_said_at_once(tmp_path):
-    source, start = write(tmp_path / "in.jsonl", made(1)), time.monotonic()
+    source, start = write_rows(tmp_path / "in.jsonl", made(1)), time.monotonic()
     client = RewardClient("127.0.0.1:1", timeout=20, max_attempts=1)
     with (
         client,
@@ -546,42 +526,43 @@ def test_no_server_at_all_is_said_at_once(tmp_path):
 
 @pytest.mark.parametrize("column", ["response", "score", "index", "scores"])
 def test_columns_of_the_input_are_not_replaced(server, client, tmp_path, column):
-    taken = write(tmp_path / "in.jsonl", [{**row, column: 7} for row in made(3)])
+    taken = write_rows(tmp_path / "in.jsonl", [{**row, column: 7} for row in made(3)])
     with pytest.raises(InvalidRequest, match=f"{column}: the input has this column, and best-of"):
         best_of_n_file(taken, tmp_path / "out.jsonl", client)
     assert server.calls == 0
     # Where only a later row of JSONL has it, that row is rejected.
-    later = write(tmp_path / "later.jsonl", [made(2)[0], {**made(2)[1], column: 7}])
+    later = write_rows(tmp_path / "later.jsonl", [made(2)[0], {**made(2)[1], column: 7}])
     done = best_of_n_file(later, tmp_path / "out.jsonl", client)
     assert (done.written, done.failed) == (1, 1)
 
 
 def test_a_filter_replaces_no_column_but_the_one_that_is_named(server, client, tmp_path):
     rows = [{**row, "scores": [1.0, 2.0, 3.0], "reasons": "mine"} for row in made(3)]
-    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     with pytest.raises(InvalidRequest, match="scores: the input has this column, and filter"):
         filter_file(source, output, Threshold(), client)
     held = Columns(scores="scores")
     with pytest.raises(InvalidRequest, match="reasons: the input has this column, and filter"):
         filter_file(source, output, Threshold(), columns=held, dropped=tmp_path / "gone.jsonl")
     filter_file(source, output, Threshold(2), columns=held)
-    assert [(row["scores"], row["reasons"]) for row in read(output)] == [([2.0, 3.0], "mine")] * 3
+    kept = [(row["scores"], row["reasons"]) for row in read_rows(output)]
+    assert kept == [([2.0, 3.0], "mine")] * 3
     assert server.calls == 0
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_pairs_of_text_have_no_columns_of_images(client, tmp_path, suffix):
     rows = [{**row, "images": ["a.png"], "image": "b.png"} for row in made(3)]
-    source = write(tmp_path / f"in{suffix}", rows)
+    source = write_rows(tmp_path / f"in{suffix}", rows)
     pairs_file(source, tmp_path / f"out{suffix}", Pairing(), client)
-    assert [{"image", "images"} & row.keys() for row in read(tmp_path / f"out{suffix}")] == [
+    assert [{"image", "images"} & row.keys() for row in read_rows(tmp_path / f"out{suffix}")] == [
         set()
     ] * 3
 
 
 def test_scores_that_no_float_holds_are_their_rows_error(tmp_path):
     rows = [{**row, "scores": [10**400, 1.0, 1e39]} for row in made(1)]
-    source = write(tmp_path / "in.jsonl", [*rows, {**made(1)[0], "scores": [1.0, 2, 3e38]}])
+    source = write_rows(tmp_path / "in.jsonl", [*rows, {**made(1)[0], "scores": [1.0, 2, 3e38]}])
     done = best_of_n_file(source, tmp_path / "out.jsonl", columns=Columns(scores="scores"))
     assert (done.written, done.failed) == (1, 1)
     assert "scores[0]: must be a finite number, got 1000" in done.first_error
@@ -593,7 +574,7 @@ def test_scores_that_no_float_holds_are_their_rows_error(tmp_path):
      ("\ud800", "note: Parquet cannot hold it"), (10**400, "note: Parquet cannot hold it")],
 )  # fmt: skip
 def test_what_parquet_cannot_hold(server, client, tmp_path, note, error):
-    source = write(tmp_path / "in.jsonl", [{**row, "note": note} for row in made(2)])
+    source = write_rows(tmp_path / "in.jsonl", [{**row, "note": note} for row in made(2)])
     with pytest.raises(InvalidRequest, match=error):
         filter_file(source, tmp_path / "out.parquet", Threshold(), client)
     assert server.calls == 0
@@ -601,13 +582,13 @@ def test_what_parquet_cannot_hold(server, client, tmp_path, note, error):
 
 def test_integers_that_a_column_of_floats_cannot_hold(client, tmp_path):
     rows = [{**row, "note": note} for row, note in zip(made(2), (2**60 + 1, 0.5), strict=True)]
-    source = write(tmp_path / "in.jsonl", rows)
+    source = write_rows(tmp_path / "in.jsonl", rows)
     with pytest.raises(InvalidRequest, match="note: Parquet cannot hold it"):
         filter_file(source, tmp_path / "out.parquet", Threshold(), client, chunk_rows=1)
 
 
 def test_a_damaged_file_is_named(client, tmp_path):
-    source = write(tmp_path / "in.parquet", made(300), compression="gzip")
+    source = write_rows(tmp_path / "in.parquet", made(300), compression="gzip")
     content = bytearray(source.read_bytes())
     content[50:90] = b"?" * 40
     source.write_bytes(content)
@@ -625,7 +606,7 @@ def test_lines_that_are_no_utf_8_and_a_byte_order_mark(client, tmp_path):
 
 def test_a_column_that_the_first_line_lacks(tmp_path):
     rows = [made(3)[0], *({**row, "reward": [1.0, 2.0, 3.0]} for row in made(3)[1:])]
-    source, held = write(tmp_path / "in.jsonl", rows), Columns(scores="reward")
+    source, held = write_rows(tmp_path / "in.jsonl", rows), Columns(scores="reward")
     done = best_of_n_file(source, tmp_path / "out.jsonl", columns=held)
     assert (done.written, done.failed) == (2, 1)
 
@@ -645,7 +626,7 @@ def test_outputs_that_cannot_be_written_are_found_before_anything_is_asked(
 ):
     folder = tmp_path / "in"
     folder.mkdir()
-    source, output = write(folder / "in.parquet", made(3)), tmp_path / "out.jsonl"
+    source, output = write_rows(folder / "in.parquet", made(3)), tmp_path / "out.jsonl"
     with pytest.raises(InvalidRequest, match="lies in the input"):
         filter_file(folder, output, Threshold(), client, dropped=folder / "gone.parquet")
     for name in ("out.jsonl", "gone.jsonl", "a.svg"):
@@ -662,21 +643,21 @@ def test_outputs_that_cannot_be_written_are_found_before_anything_is_asked(
 
 def test_json_has_no_nan(tmp_path):
     rows = [{**row, "note": float("nan"), "scores": [1.0, 2.0, 3.0]} for row in made(2)]
-    source = write(tmp_path / "in.parquet", rows)
+    source = write_rows(tmp_path / "in.parquet", rows)
     with pytest.raises(InvalidRequest, match=r"note: .*; write Parquet"):
         best_of_n_file(source, tmp_path / "out.jsonl", columns=Columns(scores="scores"))
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_filter_without_a_limit_tells_of_none(client, tmp_path):
-    source = write(tmp_path / "in.jsonl", made(3))
+    source = write_rows(tmp_path / "in.jsonl", made(3))
     done = filter_file(source, tmp_path / "out.jsonl", Threshold(), client)
     assert done.figures["limits"] == {}
     assert done.figures["responses kept"] == 9
 
 
 def test_a_server_that_is_away(tmp_path, capsys):
-    source = write(tmp_path / "in.jsonl", made(1))
+    source = write_rows(tmp_path / "in.jsonl", made(1))
     # RowScorer waits for servers for minutes; a timeout that is over ends the job at once.
     options = ["--url", "127.0.0.1:1", "--timeout", "0.001"]
     code = run("best-of-n", *options, "--input", source, "--output", tmp_path / "out.jsonl")
@@ -686,7 +667,7 @@ def test_a_server_that_is_away(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_an_output_that_is_there_is_not_replaced(server, client, tmp_path, name):
-    source, output = write(tmp_path / "in.jsonl", made()), tmp_path / "out.jsonl"
+    source, output = write_rows(tmp_path / "in.jsonl", made()), tmp_path / "out.jsonl"
     options = {"picture": tmp_path / "out.svg"}
     JOBS[name](source, output, client, **options)
     calls, there = server.calls, {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -703,7 +684,7 @@ def test_an_output_that_is_there_is_not_replaced(server, client, tmp_path, name)
 
 
 def test_a_job_that_may_replace_goes_on_without_being_told_again(server, client, tmp_path):
-    source, output = write(tmp_path / "in.jsonl", made()), tmp_path / "out.jsonl"
+    source, output = write_rows(tmp_path / "in.jsonl", made()), tmp_path / "out.jsonl"
     best_of_n_file(source, output, client)
     server.fault = lambda call: Fault.INTERNAL
     with pytest.raises(ServerError):
@@ -713,7 +694,7 @@ def test_a_job_that_may_replace_goes_on_without_being_told_again(server, client,
 
 
 def test_the_flag(server, tmp_path, capsys):
-    source, output = write(tmp_path / "in.jsonl", made(2)), tmp_path / "out.jsonl"
+    source, output = write_rows(tmp_path / "in.jsonl", made(2)), tmp_path / "out.jsonl"
     command = ["best-of-n", "--url", server.url, "--input", source, "--output", output]
     assert [run(*command), run(*command), run(*command, "--force")] == [0, 2, 0]
     assert "--force" in capsys.readouterr().err

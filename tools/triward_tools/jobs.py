@@ -21,7 +21,7 @@ class JobMismatch(InvalidRequest):
     """The output folder was begun with other input or other settings, or is no job's at all."""
 
 
-def pin(output: Path, name: str, manifest: Mapping[str, Any]) -> None:
+def pin_manifest(output: Path, name: str, manifest: Mapping[str, Any]) -> None:
     """Write the manifest into a new folder, or compare with the one that is there.
 
     One of a job that has finished nothing, as when it was begun with a wrong model, is replaced.
@@ -119,6 +119,13 @@ def whole_file(path: Path, scratch: Path | None = None) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def row_bar(wanted: bool, done: int = 0, total: int | None = None) -> Any:
+    """Return a bar of tqdm's on standard error that counts rows, from what is done on."""
+    from tqdm.auto import tqdm
+
+    return tqdm(initial=done, total=total, unit="row", disable=not wanted)
 
 
 def _nothing_finished(output: Path, manifest: Path) -> bool:

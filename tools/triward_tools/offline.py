@@ -24,9 +24,23 @@ import pyarrow.parquet as pq
 from triward.integrations.rows import RowScorer
 
 from triward_tools.inputs import files_below, parquet_file
-from triward_tools.jobs import JobMismatch, check_apart, footer_fingerprint, pin, whole_file
+from triward_tools.jobs import (
+    JobMismatch,
+    check_apart,
+    footer_fingerprint,
+    pin_manifest,
+    whole_file,
+)
 
-__all__ = ["Job", "JobMismatch", "RowGroup", "Summary", "begin", "score_parquet", "score_table"]
+__all__ = [
+    "JobMismatch",
+    "OutputCounts",
+    "RowGroup",
+    "ScoringJob",
+    "begin",
+    "score_parquet",
+    "score_table",
+]
 
 AnyPath = str | os.PathLike[str]
 
@@ -37,7 +51,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Summary:
+class OutputCounts:
     """Counts of a finished job's output.
 
     Attributes:
@@ -73,7 +87,7 @@ def score_parquet(
     *,
     keep: Sequence[str] | None = None,
     chunk_rows: int = 1000,
-) -> Summary:
+) -> OutputCounts:
     """Score the rows of Parquet files on this machine. Goes on with a job that was interrupted.
 
     Args:
@@ -96,7 +110,7 @@ def score_parquet(
 
 
 @dataclass(frozen=True)
-class Job:
+class ScoringJob:
     """A job that was begun. Workers may run its row groups in any order, and more than once."""
 
     source: Path
@@ -128,7 +142,7 @@ class Job:
                     with whole_file(path) as chunk:
                         pq.write_table(scored, chunk)
 
-    def finish(self) -> Summary:
+    def finish(self) -> OutputCounts:
         """Check that the output has every row once, and count.
 
         Raises:
@@ -148,7 +162,7 @@ class Job:
             failed += pc.sum(pc.not_equal(errors, "")).as_py()
         for left in self.output.glob(".*.tmp"):
             left.unlink()
-        return Summary(sum(due.values()), failed)
+        return OutputCounts(sum(due.values()), failed)
 
     def _chunks(self, group: RowGroup) -> dict[str, int]:
         """Name of the file -> number of rows, in order."""
@@ -167,7 +181,7 @@ def begin(
     *,
     keep: Sequence[str] | None = None,
     chunk_rows: int = 1000,
-) -> Job:
+) -> ScoringJob:
     """Look at the input, and write the output's manifest or compare with it.
 
     Arguments and errors are those of `score_parquet`.
@@ -192,8 +206,8 @@ def begin(
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         groups += [RowGroup(name, place, number, count) for number, count in enumerate(rows)]
         manifest[f"file {name}"] = footer_fingerprint(path)
-    pin(output, MANIFEST, manifest)
-    return Job(root, output, scorer, keep, chunk_rows, groups)
+    pin_manifest(output, MANIFEST, manifest)
+    return ScoringJob(root, output, scorer, keep, chunk_rows, groups)
 
 
 def score_table(scorer: RowScorer, table: pa.Table, keep: Sequence[str] | None = None) -> pa.Table:

@@ -14,11 +14,11 @@ import ray.data
 from triward.errors import InvalidRequest, TriwardError
 from triward.integrations.rows import RowScorer
 
-from triward_tools.offline import AnyPath, Job, RowGroup, Summary, begin, score_table
+from triward_tools.offline import AnyPath, OutputCounts, RowGroup, ScoringJob, begin, score_table
 from triward_tools.selection import Columns, Pairing
 from triward_tools.selection.files import filtering, pairing_of
 from triward_tools.selection.rules import Rule
-from triward_tools.selection.sink import Shape, table_of
+from triward_tools.selection.sink import ColumnTypes, table_of
 from triward_tools.selection.tasks import BestOfN, Chooser, Task
 from triward_tools.selection.verdicts import Judge, Row, Seen, Verdict
 
@@ -63,7 +63,7 @@ def score_parquet(
     actors: int,
     keep: Sequence[str] | None = None,
     chunk_rows: int = 1000,
-) -> Summary:
+) -> OutputCounts:
     """Score Parquet files as `offline.score_parquet` does, by `actors` actors of a Ray cluster.
 
     Input and output lie where all nodes find them under the same path. An actor that is lost is
@@ -191,7 +191,7 @@ class _Judged:
             for made in chooser.choose(row.values, scorer.conversations(row.values), verdict).rows
         ]
         gone = {*self.task.removes, *self.task.writes}
-        shape = Shape(pa.schema([field for field in batch.schema if field.name not in gone]))
+        shape = ColumnTypes(pa.schema([field for field in batch.schema if field.name not in gone]))
         shape.see(rows)
         return table_of(rows, shape.schema())
 
@@ -222,7 +222,7 @@ _VERDICT = pa.schema(
 class _Worker:
     """Runs row groups until one fails. Ray's own error would keep of a failure only its text."""
 
-    def __init__(self, job: Job, groups: Sequence[RowGroup]) -> None:
+    def __init__(self, job: ScoringJob, groups: Sequence[RowGroup]) -> None:
         self._job, self._groups = job, groups
         self._error = b""
 

@@ -157,7 +157,7 @@ def read_blueprint(checkpoint: Path, config: Any) -> Blueprint:
     return Blueprint(geometry, decoder, tower, None if pixels is None else pixels.cut, head)
 
 
-def verify(checkpoint: Path) -> Blueprint:
+def check_tensors(checkpoint: Path) -> Blueprint:
     """Check the configuration, and names and shapes of all tensors, without reading any data.
 
     Raises:
@@ -209,7 +209,7 @@ def load_model(
     Raises:
         CheckpointError: see `verify`; or a weight is not finite.
     """
-    blueprint = verify(checkpoint).aligned()
+    blueprint = check_tensors(checkpoint).aligned()
     model = empty_model(blueprint, dtype, deterministic, cache_bytes, encoder)
     state = read_state(checkpoint, dtype, device, lambda name: not (encoder and _is(_VISION, name)))
     if blueprint.tower is not None:
@@ -257,7 +257,7 @@ def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
     Raises:
         CheckpointError: see `verify`; or it is a text model.
     """
-    blueprint = verify(checkpoint)
+    blueprint = check_tensors(checkpoint)
     with torch.device("meta"):
         tower, head = blueprint.vision(), ValueHead(blueprint.decoder.hidden)
     if tower is None:

@@ -24,7 +24,9 @@ _ENTRIES = ("forward", "at")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def load(model: nn.Module, tensors: Load, name_of: Callable[[str], str], streamed: bool) -> None:
+def load_weights(
+    model: nn.Module, tensors: Load, name_of: Callable[[str], str], streamed: bool
+) -> None:
     """Give a model without weights its own, at once or layer by layer.
 
     Args:
@@ -109,7 +111,7 @@ def _fill(module: nn.Module, names: dict[str, str], tensors: Load) -> None:
     wanted = set(names.values())
     found = tensors(wanted.__contains__)
     missing = wanted - found.keys()
-    assert not missing, f"checkpoint.verify has found all, now there is no {missing}"
+    assert not missing, f"checkpoint.check_tensors has found all, now there is no {missing}"
     state = {key: found[name] for key, name in names.items()}
     module.load_state_dict(state, strict=False, assign=True)
 

@@ -110,9 +110,9 @@ def widen_gated_mlps(state: dict[str, Tensor], prefix: str, inner: int) -> None:
 def read_tensors(
     checkpoint: Path, dtype: torch.dtype, device: torch.device, wanted: Callable[[str], bool]
 ) -> dict[str, Tensor]:
-    """Return the wanted tensors by `canonical_name`, none of them joined with another."""
+    """Return the wanted tensors by `canonical_name`, none joined; trl's value head is float32."""
     tensors = _tensors(weight_files(checkpoint), device, wanted)
-    return {name: tensor.to(dtype) for name, tensor in tensors}
+    return {n: t.to(torch.float32 if n.startswith("v_head.") else dtype) for n, t in tensors}
 
 
 def _is_head(name: str) -> bool:

@@ -42,10 +42,10 @@ from ..intake.preprocess import Preprocessor
 from ..schema import ModelNames
 from ..serving.canary import TOLERANCE, Canary
 from ..serving.integrity import MANIFEST, describe, read_manifest
-from ..serving.repository import models, pin, versions
+from ..serving.repository import pin, served_models, versions
 from . import verify
 from .configuration import configure, configure_vision
-from .draft import copy_source, folders, place, written_whole
+from .draft import copy_source, folders, link_or_copy, written_whole
 from .onnx import export_vision
 from .options import Options, Weights
 
@@ -72,7 +72,7 @@ def build(options: Options) -> None:
     _say_where(options.forward.device)
     _check_output(wanted.output, names, version, wanted.force)
     folder, commit = _resolve(wanted.checkpoint, wanted.revision)
-    checkpoint.verify(folder)
+    checkpoint.check_tensors(folder)
     # Here the processor's files are tried, wherever they will run.
     preprocessor = Preprocessor(folder, replace(options.preprocess, device="cpu"))
     preprocessor.warm_up()
@@ -98,10 +98,10 @@ def _place_files(
     tensors = weights.weight_files(folder)
     files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
     index = [p for p in [folder / weights.INDEX_FILE] if p.is_file()]
-    place(files, draft / names.preprocess / version / CHECKPOINT_DIRECTORY, Weights.COPY)
+    link_or_copy(files, draft / names.preprocess / version / CHECKPOINT_DIRECTORY, Weights.COPY)
     target = draft / names.forward / version / CHECKPOINT_DIRECTORY
-    place([*files, *index], target, Weights.COPY)
-    place(tensors, target, how)
+    link_or_copy([*files, *index], target, Weights.COPY)
+    link_or_copy(tensors, target, how)
     read = {"preprocess": files, "forward": [*files, *index, *tensors]}
     return [
         (f"{role}/{CHECKPOINT_DIRECTORY}/{file.name}", file)
@@ -143,7 +143,7 @@ def model_names(name: str) -> ModelNames:
 def _check_output(output: Path, names: ModelNames, version: str, force: bool) -> None:
     if not output.exists():
         return
-    ours = [each for each in models(output) if _is_ours(output, each)]
+    ours = [each for each in served_models(output) if _is_ours(output, each)]
     if not ours:
         raise ConfigError(f"{output} is not a repository (no {MANIFEST} of ours) and is left alone")
     taken = folders(names, output)
@@ -203,7 +203,7 @@ def _canary(folder: Path, preprocessor: Preprocessor, options: Options) -> Canar
 def _verify(folder: Path, options: Options) -> None:
     """Compare a few scores with transformers' own; raise `CheckpointError` if they differ."""
     report = verify.verify(folder, torch.device(_device(options)), small=True)
-    verify.check(report)
+    verify.require_agreement(report)
     typer.echo(
         f"verified: {len(report.rows)} scores are transformers' own to {report.largest:.0e}, in "
         f"{report.seconds:.1f} s; triward-server verify asks more, --no-verify none",

@@ -15,7 +15,7 @@ import typer
 from .. import schema
 from ..errors import ConfigError
 from ..schema import ModelNames
-from ..serving.repository import models
+from ..serving.repository import served_models
 from .configuration import comparable
 from .options import OnnxBackend, Options, Weights
 
@@ -69,7 +69,7 @@ def written_whole(output: Path, names: ModelNames, version: str | None) -> Itera
         yield draft
         if not output.exists():
             draft.rename(output)
-        elif version and names in models(output):
+        elif version and names in served_models(output):
             _add_version(draft, output, names, version)
         else:
             _put_model(draft, output, names)
@@ -115,7 +115,7 @@ def _move(source: Path, target: Path, undo: ExitStack) -> None:
     undo.callback(target.rename, source)
 
 
-def place(files: Iterable[Path], folder: Path, how: Weights) -> None:
+def link_or_copy(files: Iterable[Path], folder: Path, how: Weights) -> None:
     """Link or copy files into a folder; what cannot be linked is copied."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:

@@ -1,4 +1,4 @@
-"""The reference score: transformers' own class, with the checkpoint's head, in float32.
+"""The reference score: transformers' own class, with the checkpoint's head.
 
 `Reference` is a model card's code without what costs memory and packages and changes no score:
 trl's wrapper, whose head is one affine map, and the logits of a vocabulary.
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ..engine.checkpoint import architecture_of, head_of, load_config
-from ..engine.streaming import load, parameters_on_meta
+from ..engine.streaming import load_weights, parameters_on_meta
 from ..engine.weights import canonical_name, read_tensors
 from ..schema import Int32Array
 
@@ -34,24 +34,31 @@ class Reference:
     """Scores one conversation at a time.
 
     Args:
-        checkpoint: a folder that `checkpoint.verify` has passed.
+        checkpoint: a folder that `checkpoint.check_tensors` has passed.
         device: where it runs.
         streamed: with one layer's weights at a time in memory.
+        dtype: of weights and activations; trl's value head is float32 always, as on the cards.
     """
 
-    def __init__(self, checkpoint: Path, device: torch.device, streamed: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        device: torch.device,
+        streamed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         config = load_config(checkpoint)
         self._sees = architecture_of(config).vision is not None
         auto = AutoProcessor if self._sees else AutoTokenizer
         self._processor: Any = auto.from_pretrained(checkpoint)
         self._device = device
         valued = head_of(checkpoint, config) == "v_head"
-        self._model = reference_model(config, valued, device)
+        self._model = reference_model(config, valued, device, dtype)
 
         def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-            return read_tensors(checkpoint, torch.float32, device, wanted)
+            return read_tensors(checkpoint, dtype, device, wanted)
 
-        load(self._model, tensors, canonical_name, streamed)
+        load_weights(self._model, tensors, canonical_name, streamed)
 
     def score(self, messages: Messages) -> float:
         """Return the number for one conversation whose last message is the assistant's."""
@@ -75,7 +82,7 @@ def score_inputs(model: Any, inputs: dict[str, Tensor]) -> float:
         if not isinstance(model, _Valued):
             return float(model(**inputs, use_cache=False).logits[0, 0])
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
-        return float(model.v_head["summary"](hidden[0, -1]))
+        return float(model.v_head["summary"](hidden[0, -1].float()))
 
 
 class _Valued(nn.Module):

@@ -26,7 +26,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def prepare(parent: int, ipv4_only: bool, max_memory: int | None) -> Callable[[], None]:
+def set_up_child(parent: int, ipv4_only: bool, max_memory: int | None) -> Callable[[], None]:
     """Set up the child: take signals, get SIGTERM when the parent dies, keep to some limits.
 
     Args:

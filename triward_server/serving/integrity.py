@@ -9,7 +9,9 @@
              where that is no more
 
 `full` compares whole contents; `sampled` sizes and blocks, which takes milliseconds for any size
-and finds files that are cut short, mixed up or of another checkpoint, not every flipped bit.
+and finds files that are cut short, mixed up or of another checkpoint, not every flipped bit. A file
+that the manifest does not name is an error, too: a `value_head.safetensors` that appears in a
+checkpoint's folder would change all scores.
 A manifest of an earlier release has `sha256` by file name alone.
 """
 
@@ -17,10 +19,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
@@ -30,14 +33,17 @@ from typing import Any
 from .. import __version__
 from ..errors import LaunchError
 from ..schema import DRAINING, ModelNames
-from .canary import Canary
-from .repository import loads_all, models, pin, pinned
+from .canary import FILE, Canary
+from .repository import loads_all, pin, pinned, served_models
 
 MANIFEST = "manifest.json"
 
 _BLOCKS, _BLOCK = 64, 1 << 16
 _IMPORT = re.compile(r"^from (triward_server[\w.]*) import", re.MULTILINE)
 _ROLES = ("preprocess", "forward", "vision")
+# What a version's folders hold besides: the adapter; and what Python makes, or an export puts there
+# so that Python does not.
+_UNNAMED = {"model.py", "__pycache__"}
 
 
 class Verify(str, Enum):
@@ -109,7 +115,7 @@ def read_manifest(repository: Path, names: ModelNames, version: str) -> dict[str
     return fields
 
 
-def check(repository: Path, names: ModelNames, version: str, how: Verify) -> Checked:
+def check_version(repository: Path, names: ModelNames, version: str, how: Verify) -> Checked:
     """Compare a version's files with its manifest.
 
     Args:
@@ -129,7 +135,10 @@ def check(repository: Path, names: ModelNames, version: str, how: Verify) -> Che
             raise LaunchError(f"{step}/{version}/model.py: missing")
     _check_imports(repository, names, version)
     count = size = read = 0
-    for file, expected in _expected(repository, names, version, manifest):
+    named = [*_expected(repository, names, version, manifest)]
+    if "files" in manifest:
+        _check_nothing_else(repository, names, version, {file for file, _ in named})
+    for file, expected in named:
         where = file.relative_to(repository)
         try:
             read += _compare(file, expected, how)
@@ -174,7 +183,7 @@ def check_served(repository: Path, how: Verify, say: Callable[[str], None]) -> N
     Raises:
         LaunchError: a served version is broken, or Triton would load a broken one beside it.
     """
-    for names in models(repository):
+    for names in served_models(repository):
         served = pinned(repository, names)
         broken: dict[str, LaunchError] = {}
         checked = None
@@ -182,7 +191,7 @@ def check_served(repository: Path, how: Verify, say: Callable[[str], None]) -> N
             if how is Verify.OFF:
                 _check_imports(repository, names, served)
             else:
-                checked = check(repository, names, served, how)
+                checked = check_version(repository, names, served, how)
         except LaunchError as error:
             raise LaunchError(
                 f"{names.ensemble}: version {served}, which is served, is broken: {error}"
@@ -203,7 +212,7 @@ def _broken(repository: Path, names: ModelNames, served: str) -> dict[str, Launc
     broken = {}
     for version in sorted(found - {served}, key=int):
         try:
-            check(repository, names, version, Verify.SAMPLED)
+            check_version(repository, names, version, Verify.SAMPLED)
         except LaunchError as error:
             broken[version] = error
     return broken
@@ -244,6 +253,25 @@ def _expected(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         where = f"{names.ensemble}/{version}/{MANIFEST}"
         raise LaunchError(f"{where}: {type(error).__name__}: {error}") from None
+
+
+def _check_nothing_else(
+    repository: Path, names: ModelNames, version: str, named: Collection[Path]
+) -> None:
+    """Raise `LaunchError` for a file in a version's folders that its manifest does not name."""
+    known = {repository / names.ensemble / version / name for name in (MANIFEST, FILE)} | {*named}
+    for model in (names.ensemble, *names.steps, names.vision):
+        top = repository / model / version
+        for folder, directories, files in os.walk(top, followlinks=True):
+            if Path(folder) == top:
+                directories[:] = {*directories} - _UNNAMED
+                files = [name for name in files if name not in _UNNAMED]
+            unknown = sorted({Path(folder, name) for name in files} - known)
+            if unknown:
+                raise LaunchError(
+                    f"{unknown[0].relative_to(repository)}: not in the manifest of version "
+                    f"{version}; delete it, or export the version again"
+                )
 
 
 def _compare(file: Path, expected: dict[str, Any], how: Verify) -> int:

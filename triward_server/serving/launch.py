@@ -20,7 +20,7 @@ from .. import schema
 from ..backend.metrics import WORKING
 from ..errors import LaunchError, Unhealthy
 from ..schema import ModelNames
-from .child import prepare
+from .child import set_up_child
 from .ending import describe_exit, explained, why_it_ended
 from .endpoints import ANY, CHUNKS_FIXED, Endpoints, Tls
 from .gpu import check_gpus
@@ -28,7 +28,7 @@ from .installation import Installation, find_triton
 from .integrity import Verify, check_served
 from .log import LineWriter, LogPump
 from .progress import Progress
-from .repository import DRAINING_VERSION, draining, gpu_models, models
+from .repository import DRAINING_VERSION, draining, gpu_models, served_models
 from .signals import STOP_SIGNALS
 from .triton_http import ADMIN_HEADER, HttpError, TritonHttp, read_metrics
 
@@ -249,7 +249,7 @@ class TritonServer:
 
     def _read_stand_ins(self) -> None:
         """Of every model that is there now; raises `LaunchError` if none is."""
-        for names in models(self.repository):
+        for names in served_models(self.repository):
             self._stand_ins[names] = draining(self.repository, names)
 
     def _refuse(self, names: ModelNames, deadline: float) -> None:
@@ -325,7 +325,7 @@ class TritonServer:
                 text=True,
                 errors="replace",
                 start_new_session=True,  # Ctrl-C in a terminal is the launcher's to handle
-                preexec_fn=prepare(os.getpid(), e.host == ANY, self.max_memory),
+                preexec_fn=set_up_child(os.getpid(), e.host == ANY, self.max_memory),
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -26,7 +26,7 @@ from .log import LineWriter
 DRAINING_VERSION = 2**31 - 1  # no export's
 
 
-def models(repository: Path) -> list[ModelNames]:
+def served_models(repository: Path) -> list[ModelNames]:
     """Return the models that are served, by name.
 
     Raises:
@@ -133,14 +133,16 @@ def draining(repository: Path, names: ModelNames = REWARD) -> tuple[str, dict[st
 
 def serves_on_gpu(repository: Path) -> bool:
     """Return True if every forward model is for a GPU."""
-    configs = [_parse(repository / names.forward / "config.pbtxt") for names in models(repository)]
+    configs = [
+        _parse(repository / names.forward / "config.pbtxt") for names in served_models(repository)
+    ]
     return all(config.parameters["device"].string_value != "cpu" for config in configs)
 
 
 def gpu_models(repository: Path) -> dict[str, tuple[int, ...]]:
     """Return the steps that need a GPU, each with the GPUs' numbers; none listed: all of them."""
     needed = {}
-    for names in models(repository):
+    for names in served_models(repository):
         for step in names.steps:
             for group in _parse(repository / step / "config.pbtxt").instance_group:
                 if group.kind == group.KIND_GPU:
@@ -165,13 +167,13 @@ class Canaries:
         self._served: dict[ModelNames, Canary] = {}
         self._known: dict[tuple[ModelNames, str], Canary] = {}
         self._unread: set[tuple[ModelNames, str]] = set()
-        for names in models(repository):
+        for names in served_models(repository):
             self._learn(names)
 
     def models(self) -> list[ModelNames]:
         """All that have been there; one that is just being copied comes when it is complete."""
         with suppress(LaunchError):  # the folder is gone
-            for names in models(self._repository):
+            for names in served_models(self._repository):
                 if names not in self._served:
                     with suppress(LaunchError):
                         self._learn(names)

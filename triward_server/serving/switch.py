@@ -10,8 +10,8 @@ from pathlib import Path
 from ..errors import LaunchError
 from ..schema import REWARD, ModelNames
 from .canary import Canary
-from .integrity import Verify, check
-from .repository import candidate, loading, models, pin, pinned, step_folders, versions
+from .integrity import Verify, check_version
+from .repository import candidate, loading, pin, pinned, served_models, step_folders, versions
 from .triton_http import HttpError, TritonHttp
 
 _CANARY_TIMEOUT = 30.0
@@ -54,7 +54,8 @@ def switch_version(
     before = pinned(repository, names)
     if verify is not Verify.OFF:
         try:
-            say(f"{names.ensemble}: version {version}: {check(repository, names, version, verify)}")
+            checked = check_version(repository, names, version, verify)
+            say(f"{names.ensemble}: version {version}: {checked}")
         except LaunchError as error:
             raise LaunchError(
                 f"{names.ensemble}: version {version} is broken and was not loaded: {error}"
@@ -76,7 +77,7 @@ def switch_version(
 
 
 def _check_arguments(repository: Path, version: str, names: ModelNames) -> None:
-    known = models(repository)
+    known = served_models(repository)
     if names not in known:
         others = ", ".join(each.ensemble for each in known)
         raise LaunchError(f"{repository} has no model {names.ensemble!r}, only {others}")

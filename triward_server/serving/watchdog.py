@@ -22,7 +22,7 @@ import psutil
 from ..backend.metrics import WORKING
 from ..errors import LaunchError, Unhealthy
 from ..schema import REWARD, ModelNames
-from .repository import Canaries, models
+from .repository import Canaries, served_models
 from .triton_http import HttpError, TritonHttp, read_metrics
 
 CANARY_TIMEOUT = 4.0
@@ -219,7 +219,7 @@ def check_once(
 
 def _listed(repository: Path) -> list[ModelNames]:
     try:
-        return models(repository)
+        return served_models(repository)
     except LaunchError as error:
         raise LaunchError(
             f"{error}; a health check reads there what to ask, whatever the server has loaded"

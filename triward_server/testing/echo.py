@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..schema import REWARD, ModelNames
 from ..serving.canary import Canary
-from ..serving.integrity import MANIFEST, read_manifest
+from ..serving.integrity import MANIFEST, describe, read_manifest
 from . import echo_models
 
 _BACKEND = re.compile(r"from triward_server\.\S+ import (\w+Backend)$", re.MULTILINE)
@@ -36,6 +36,7 @@ def make_echo(repository: Path, names: ModelNames = REWARD, version: str = "1") 
     checkpoint = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
     settings = repository / names.forward / version / echo_models.SETTINGS
     settings.write_text(json.dumps({"checkpoint": checkpoint}))
+    manifest["files"] |= describe([(f"forward/{settings.name}", settings)])
     for step in names.steps:
         adapter = repository / step / version / "model.py"
         text, count = _BACKEND.subn(rf"from {echo_models.__name__} import \1", adapter.read_text())
@@ -44,16 +45,16 @@ def make_echo(repository: Path, names: ModelNames = REWARD, version: str = "1") 
     public = repository / names.ensemble / version
     (public / MANIFEST).write_text(json.dumps({**manifest, "echo": True}, indent=2) + "\n")
     canary = Canary.of(repository, version, names)
-    replace(canary, scores=scores(canary, checkpoint)).write(public)
+    replace(canary, scores=echo_scores(canary, checkpoint)).write(public)
 
 
-def scores(canary: Canary, checkpoint: str) -> tuple[float, ...]:
+def echo_scores(canary: Canary, checkpoint: str) -> tuple[float, ...]:
     """Return what an echo answers to a canary."""
-    found = echo_models.features(
+    found = echo_models.digest_features(
         canary.messages.encode(), [text.encode() for text in canary.responses], canary.media
     )
     return tuple(
-        echo_models.score(checkpoint, found.prompt_ids, each) for each in found.response_ids
+        echo_models.digest_score(checkpoint, found.prompt_ids, each) for each in found.response_ids
     )
 
 

@@ -42,7 +42,9 @@ CODES = {
 logger = logging.getLogger(__name__)
 
 
-def features(messages: bytes, responses: Sequence[bytes], media: Sequence[bytes]) -> Features:
+def digest_features(
+    messages: bytes, responses: Sequence[bytes], media: Sequence[bytes]
+) -> Features:
     """Eight token ids for the prompt and eight for each response: their digests.
 
     Raises:
@@ -58,7 +60,7 @@ def features(messages: bytes, responses: Sequence[bytes], media: Sequence[bytes]
     return Features(_ids(messages, *media), tuple(_ids(response) for response in responses))
 
 
-def score(checkpoint: str, prompt: Int32Array, response: Int32Array) -> float:
+def digest_score(checkpoint: str, prompt: Int32Array, response: Int32Array) -> float:
     """Return a number within +-10; another input has another one."""
     digest = hashlib.sha256(checkpoint.encode() + prompt.tobytes() + b"|" + response.tobytes())
     return 20 * int.from_bytes(digest.digest()[:4], "little") / 2**32 - 10
@@ -96,7 +98,7 @@ class PreprocessBackend:
     def _respond(self, request: Any) -> dict[TensorSpec, Array]:
         check_caller(request.parameters())
         messages, responses, media = (_row(self._pb, request, s) for s in schema.REWARD_INPUTS)
-        found = features(messages[0], list(responses), list(media))
+        found = digest_features(messages[0], list(responses), list(media))
         segments = [found.prompt_ids, *found.response_ids]
         return {
             schema.INPUT_IDS: np.concatenate(segments),
@@ -144,7 +146,7 @@ class ForwardBackend:
         self._metrics.progress()
         ids, lengths = (_row(self._pb, request, s) for s in schema.FORWARD_INPUTS[:2])
         prompt, *responses = np.split(ids, np.cumsum(lengths)[:-1])
-        scores = [score(self._checkpoint, prompt, response) for response in responses]
+        scores = [digest_score(self._checkpoint, prompt, response) for response in responses]
         if (message := self._fault("error")) is not None:
             raise RuntimeError(message)
         if self._fault("nan") is not None:

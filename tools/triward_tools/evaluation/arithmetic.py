@@ -70,7 +70,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Scores:
+class BenchmarkScores:
     """All numbers of a benchmark that its data allow; a score without any pair is left out.
 
     Attributes:
@@ -107,7 +107,7 @@ class Benchmark:
     part_of: Callable[[Result], str]
     subsets: frozenset[str]
 
-    def scores(self, results: Sequence[Result]) -> Scores:
+    def scores(self, results: Sequence[Result]) -> BenchmarkScores:
         """Return the numbers of these pairs.
 
         Raises:
@@ -124,7 +124,7 @@ class Benchmark:
             )
             for name, kind in self.totals.items()
         ]
-        return Scores(tallies, _present(sections), _present(totals))
+        return BenchmarkScores(tallies, _present(sections), _present(totals))
 
     def tallies(self, results: Sequence[Result]) -> dict[str, Tally]:
         """Return the counts of each subset that has a pair, in the benchmark's order."""

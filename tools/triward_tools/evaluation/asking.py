@@ -11,12 +11,12 @@ from triward.conversation import Messages
 from triward.errors import InvalidRequest
 from triward.retries import Answered, until_answered
 
-from triward_tools.evaluation.results import Pair, Problem, Result
+from triward_tools.evaluation.results import LabelledPair, Problem, Result
 
 
 def results_of(
     client: RewardClient,
-    rows: Iterable[tuple[str, Pair | Problem]],
+    rows: Iterable[tuple[str, LabelledPair | Problem]],
     *,
     concurrency: int = 32,
     patience: float = 600.0,
@@ -37,12 +37,12 @@ def results_of(
             all, and no server is ready.
         TriwardError: a server failed, or the client's timeout ran out.
     """
-    taken: deque[tuple[str, Pair | Problem]] = deque()
+    taken: deque[tuple[str, LabelledPair | Problem]] = deque()
 
     def conversations() -> Iterator[Messages]:
         for place, row in rows:
             taken.append((place, row))
-            if isinstance(row, Pair):
+            if isinstance(row, LabelledPair):
                 for response in (row.chosen, row.rejected):
                     yield [*row.prompt, {"role": "assistant", "content": response}]
 
@@ -64,7 +64,9 @@ def results_of(
     yield from (row for _, row in taken if isinstance(row, Problem))
 
 
-def _result(place: str, pair: Pair, chosen: Answered, rejected: Answered) -> Result | Problem:
+def _result(
+    place: str, pair: LabelledPair, chosen: Answered, rejected: Answered
+) -> Result | Problem:
     if isinstance(chosen, float) and isinstance(rejected, float):
         return Result(pair.index, pair.id, pair.subset, chosen, rejected)
     said = {

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from triward_tools.evaluation.arithmetic import BENCHMARKS, Benchmark, Score, Scores
+from triward_tools.evaluation.arithmetic import BENCHMARKS, Benchmark, BenchmarkScores, Score
 from triward_tools.evaluation.published import PUBLISHED, Published
 from triward_tools.evaluation.results import Problem, Result
 from triward_tools.evaluation.statistics import (
@@ -22,7 +22,7 @@ WORST = 20
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreLine:
     """A line of the table of scores.
 
     Attributes:
@@ -82,13 +82,13 @@ class Facts:
     ties: int
     problems: tuple[Problem, ...]
     absent: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ScoreLine, ...]
     margins: Margins | None
     calibration: Calibration | None
     worst: tuple[Result, ...]
     published: tuple[Published, ...]
 
-    def of(self, level: str) -> list[Row]:
+    def of(self, level: str) -> list[ScoreLine]:
         """Return the rows of one level."""
         return [row for row in self.rows if row.level == level]
 
@@ -143,8 +143,8 @@ def gather(
 
 
 def _rows(
-    benchmark: Benchmark, scores: Scores, results: Sequence[Result], seed: int
-) -> tuple[Row, ...]:
+    benchmark: Benchmark, scores: BenchmarkScores, results: Sequence[Result], seed: int
+) -> tuple[ScoreLine, ...]:
     subsets = {
         subset: Score(subset, {subset: 1.0}, (), tally.accuracy)
         for subset, tally in scores.subsets.items()
@@ -162,7 +162,7 @@ def _rows(
         tallies = [scores.subsets[subset] for subset in score.weights]
         pairs = sum(tally.pairs for tally in tallies)
         rows.append(
-            Row(
+            ScoreLine(
                 level=level,
                 name=score.name,
                 value=score.value,

@@ -14,9 +14,9 @@ from triward.conversation import Message
 from triward.errors import InvalidRequest
 
 from triward_tools.evaluation.images import picture
-from triward_tools.evaluation.results import Pair, Problem
+from triward_tools.evaluation.results import LabelledPair, Problem
 from triward_tools.evaluation.sections import MULTIMODAL_CATEGORIES, REWARDBENCH
-from triward_tools.evaluation.tables import Columns, Row, data_files, read_rows
+from triward_tools.evaluation.tables import Columns, DataRow, data_files, read_rows
 
 _REWARDBENCH_SUBSETS = [subset for section in REWARDBENCH.values() for subset in section]
 
@@ -46,7 +46,7 @@ class Format:
 
     columns: Columns
     split: str
-    pair: Callable[[Row], Pair]
+    pair: Callable[[DataRow], LabelledPair]
 
 
 def files_of(benchmark: str, data: Path) -> list[Path]:
@@ -60,7 +60,7 @@ def files_of(benchmark: str, data: Path) -> list[Path]:
     return split or files
 
 
-def read_pairs(benchmark: str, data: Path) -> Iterator[Pair | Problem]:
+def read_pairs(benchmark: str, data: Path) -> Iterator[LabelledPair | Problem]:
     """Yield every row of the files, in order: a pair, or the problem why it is none.
 
     Args:
@@ -73,7 +73,7 @@ def read_pairs(benchmark: str, data: Path) -> Iterator[Pair | Problem]:
     return (row for _, row in placed_pairs(benchmark, data))
 
 
-def placed_pairs(benchmark: str, data: Path) -> Iterator[tuple[str, Pair | Problem]]:
+def placed_pairs(benchmark: str, data: Path) -> Iterator[tuple[str, LabelledPair | Problem]]:
     """Yield the same, each with its file and row in front."""
     format_ = FORMATS[benchmark]
     for row in read_rows(files_of(benchmark, data), format_.columns):
@@ -85,7 +85,7 @@ def placed_pairs(benchmark: str, data: Path) -> Iterator[tuple[str, Pair | Probl
             yield row.place, Problem(row.index, row.place, str(error))
 
 
-def _rewardbench(row: Row) -> Pair:
+def _rewardbench(row: DataRow) -> LabelledPair:
     """Read a row of allenai/reward-bench, which has no pictures.
 
     `prompt`, `chosen`, `rejected` and `subset` are texts, `id` is a number. In some variants
@@ -96,13 +96,13 @@ def _rewardbench(row: Row) -> Pair:
     prompt = row.values.get("prompt")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    return Pair(
+    return LabelledPair(
         row.index, _id(row, "id"), subset, _messages(prompt), _text(row, "chosen"),
         _text(row, "rejected"),
     )  # fmt: skip
 
 
-def _vl_rewardbench(row: Row) -> Pair:
+def _vl_rewardbench(row: DataRow) -> LabelledPair:
     """Read a row of MMInstruction/VL-RewardBench, or of vl-rewardbench/VL_RewardBench's data.jsonl.
 
     `response` has two texts and `human_ranking` their ranks, 0 for the better one. The picture
@@ -118,10 +118,10 @@ def _vl_rewardbench(row: Row) -> Pair:
     beside = row.values.get("image") is None and "image_path" in row.values
     column = "image_path" if beside else "image"
     prompt = _illustrated(row, column, _text(row, "query"))
-    return Pair(row.index, _id(row, "id"), _vl_subset(row), prompt, chosen, rejected)
+    return LabelledPair(row.index, _id(row, "id"), _vl_subset(row), prompt, chosen, rejected)
 
 
-def _vl_subset(row: Row) -> str:
+def _vl_subset(row: DataRow) -> str:
     """Return the subset, which stands before the first hyphen or underscore of the id.
 
     As the benchmark's cal.py does it, but that `hallucination` is povid, upper or lower case is the
@@ -136,7 +136,7 @@ def _vl_subset(row: Row) -> str:
     return _VL_PREFIXES.get(prefix[0].lower(), "vlfeedback")
 
 
-def _multimodal_rewardbench(row: Row) -> Pair:
+def _multimodal_rewardbench(row: DataRow) -> LabelledPair:
     """Read a row of all_data.json, as facebookresearch/multimodal_rewardbench's scripts write it.
 
     `Text`, `Output1`, `Output2` and `Category` are texts, `Better` is "Output1" or "Output2", and
@@ -149,10 +149,10 @@ def _multimodal_rewardbench(row: Row) -> Pair:
     chosen, rejected = outputs if better.lower() == "output1" else reversed(outputs)
     category = _known(_text(row, "Category"), "Category", MULTIMODAL_CATEGORIES)
     prompt = _illustrated(row, "Image", _text(row, "Text"))
-    return Pair(row.index, _id(row, "ID"), category, prompt, chosen, rejected)
+    return LabelledPair(row.index, _id(row, "ID"), category, prompt, chosen, rejected)
 
 
-def _illustrated(row: Row, column: str, text: str) -> list[Message]:
+def _illustrated(row: DataRow, column: str, text: str) -> list[Message]:
     """Return the user's message: the picture, then the text without markers for a picture."""
     shown = picture(row.values.get(column), row.folder, column)
     text = text.replace(f"{_MARKER}\n", "").replace(_MARKER, "")
@@ -170,14 +170,14 @@ def _messages(value: object) -> list[Message]:
     return [{key: each for key, each in message.items() if each is not None} for message in value]
 
 
-def _text(row: Row, column: str) -> str:
+def _text(row: DataRow, column: str) -> str:
     value = row.values.get(column)
     if not isinstance(value, str):
         raise InvalidRequest(f"{column}: must be a text, got {_shown(value)}")
     return value
 
 
-def _id(row: Row, column: str) -> str:
+def _id(row: DataRow, column: str) -> str:
     value = row.values.get(column)
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise InvalidRequest(f"{column}: must be a text or a number, got {_shown(value)}")

@@ -67,13 +67,13 @@ def _part(part: object) -> Part:
     for key in _IMAGE_KEYS:
         if part.get(key) is not None:
             value = part[key]
-            return picture(value.get("url") if isinstance(value, Mapping) else value)
+            return thumbnail(value.get("url") if isinstance(value, Mapping) else value)
     if isinstance(part.get("text"), str):
         return Part(visible(part["text"]), is_text=True)
     return Part(visible(f"{part.get('type', 'part of unknown type')}, not shown"))
 
 
-def picture(value: object) -> Part:
+def thumbnail(value: object) -> Part:
     """Return a small copy of an image, or words that say why there is none."""
     if isinstance(value, str) and value[:8].lower().startswith(("http://", "https://")):
         return Part(visible(f"image at {value[:200]}, not fetched"))

@@ -13,11 +13,11 @@ from typing import Any
 
 from triward_tools.evaluation.comparison import compare
 from triward_tools.evaluation.facts import Facts, gather
-from triward_tools.evaluation.results import Pair, Problem, Result
+from triward_tools.evaluation.results import LabelledPair, Problem, Result
 from triward_tools.evaluation.text import fenced, markdown, visible
 from triward_tools.jobs import naming
 
-PairOf = Callable[[Sequence[int]], Mapping[int, Pair]]
+PairOf = Callable[[Sequence[int]], Mapping[int, LabelledPair]]
 
 
 @dataclass(frozen=True)

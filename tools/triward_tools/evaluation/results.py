@@ -9,7 +9,7 @@ from triward.conversation import Message
 
 
 @dataclass(frozen=True)
-class Pair:
+class LabelledPair:
     """A pair that people, or a rule, have decided.
 
     Attributes:

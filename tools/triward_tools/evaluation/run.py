@@ -22,8 +22,8 @@ from triward_tools.evaluation.asking import results_of
 from triward_tools.evaluation.formats import files_of, placed_pairs, read_pairs
 from triward_tools.evaluation.ledger import Ledger
 from triward_tools.evaluation.report import Report, write_report
-from triward_tools.evaluation.results import Pair
-from triward_tools.jobs import check_apart, fingerprint, pin
+from triward_tools.evaluation.results import LabelledPair
+from triward_tools.jobs import check_apart, fingerprint, pin_manifest, row_bar
 
 MANIFEST = "manifest.json"
 
@@ -68,20 +68,20 @@ def evaluate(
     total = sum(1 for _ in read_pairs(benchmark, data))
     if not total:
         raise InvalidRequest(f"{data}: holds no row")
-    pin(output, MANIFEST, _manifest(client, benchmark, data))
+    pin_manifest(output, MANIFEST, _manifest(client, benchmark, data))
     with Ledger(output) as ledger:
         done = len(ledger.entries)
         rows = islice(placed_pairs(benchmark, data), done, None)
         entries = results_of(client, rows, concurrency=concurrency, patience=patience)
-        with closing(entries), _bar(progress, done, total) as bar:
+        with closing(entries), row_bar(progress, done, total) as bar:
             for entry in entries:
                 ledger.append(entry)
                 bar.update()
 
-    def pair_of(indices: Sequence[int]) -> Mapping[int, Pair]:
+    def pair_of(indices: Sequence[int]) -> Mapping[int, LabelledPair]:
         wanted = set(indices)
         found = (pair for pair in read_pairs(benchmark, data) if pair.index in wanted)
-        return {pair.index: pair for pair in found if isinstance(pair, Pair)}
+        return {pair.index: pair for pair in found if isinstance(pair, LabelledPair)}
 
     return write_report(
         output, benchmark, ledger.results(), ledger.problems(), pair_of,
@@ -99,10 +99,3 @@ def _manifest(client: RewardClient, benchmark: str, data: Path) -> dict[str, Any
         "model": client.model,
         **{f"file {path.relative_to(root).as_posix()}": fingerprint(path) for path in files},
     }
-
-
-def _bar(wanted: bool, done: int, total: int) -> Any:
-    """Return a bar that begins at what is done."""
-    from tqdm.auto import tqdm
-
-    return tqdm(initial=done, total=total, unit="row", disable=not wanted)

@@ -28,7 +28,7 @@ _BATCH = 32
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """A row of a file.
 
     Attributes:
@@ -71,7 +71,7 @@ def data_files(data: Path) -> list[Path]:
     return files
 
 
-def read_rows(files: Sequence[Path], columns: Columns) -> Iterator[Row]:
+def read_rows(files: Sequence[Path], columns: Columns) -> Iterator[DataRow]:
     """Yield the rows of all files.
 
     Raises:
@@ -83,9 +83,9 @@ def read_rows(files: Sequence[Path], columns: Columns) -> Iterator[Row]:
             for number, values in _READERS[path.suffix.lower()](path, columns):
                 place = f"{path.name}: row {number}"
                 if isinstance(values, str):
-                    yield Row(index, place, path.parent, error=values)
+                    yield DataRow(index, place, path.parent, error=values)
                 else:
-                    yield Row(index, place, path.parent, values)
+                    yield DataRow(index, place, path.parent, values)
                 index += 1
         except OSError as error:
             raise InvalidRequest(f"{path}: {error.strerror or error}") from error

@@ -8,7 +8,7 @@ from math import comb
 
 import numpy as np
 
-from triward_tools.selection.limits import Floats, Numbers, finite
+from triward_tools.selection.limits import Floats, Numbers, finite_scores
 
 
 def best_of(scores: Numbers) -> int:
@@ -17,7 +17,7 @@ def best_of(scores: Numbers) -> int:
     Raises:
         ValueError: there is none, or one is not finite.
     """
-    found = finite(scores)
+    found = finite_scores(scores)
     if not len(found):
         raise ValueError("there are no scores to choose from")
     return int(np.argmax(found))
@@ -42,7 +42,7 @@ def best_of_n_curve(groups: Iterable[Numbers], ks: Sequence[int]) -> list[float]
     if not len(ks) or min(ks) < 1:
         raise ValueError(f"ks must be numbers from 1 on, got {list(ks)}")
     totals, count = np.zeros(len(ks)), 0
-    for found in map(finite, groups):
+    for found in map(finite_scores, groups):
         if len(found) >= max(ks):
             ordered = np.sort(found)
             totals += [ordered @ _weights(len(found), k) for k in ks]

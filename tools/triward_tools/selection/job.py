@@ -18,10 +18,10 @@ from typing import Any
 from triward.arguments import check_free
 from triward.errors import InvalidRequest
 
-from triward_tools.jobs import check_apart
+from triward_tools.jobs import check_apart, row_bar
 from triward_tools.selection.parts import Parts
 from triward_tools.selection.picture import check_picture, draw
-from triward_tools.selection.sink import Shape, Write, check_json, writing
+from triward_tools.selection.sink import ColumnTypes, Write, check_json, writing
 from triward_tools.selection.source import JSONL, PARQUET, Source, check_suffix
 from triward_tools.selection.summary import Summary, quantiles
 from triward_tools.selection.tasks import Chooser, Task, Values
@@ -125,7 +125,9 @@ class Job:
         self._check_formats()
         parts = Parts(self.files.parts, self.source, self.judge, self.chunk_rows)
         parts.pin()
-        _count(parts.fill(), progress)
+        with row_bar(progress) as bar:
+            for rows in parts.fill():
+                bar.update(rows)
         seen = Seen.of(parts.all())
         chooser, written, failed, first = self._write(parts, seen)
         rows = len(seen.counts) + failed
@@ -143,7 +145,7 @@ class Job:
         if any(path.suffix in JSONL for path in outputs):
             check_json(self.source.schema)
         if self.source.schema is None and any(path.suffix == PARQUET for path in outputs):
-            shape = Shape()
+            shape = ColumnTypes()
             for chunk in self.source.chunks(self.chunk_rows):
                 shape.see([row.values for row in chunk.rows() if not row.error])
             shape.schema()
@@ -181,7 +183,7 @@ class Job:
         paths = [self.files.output, self.files.dropped]
         if not any(path and path.suffix == PARQUET for path in paths):
             return [None, None]
-        shapes = [Shape(self._known()), Shape(self._known())]
+        shapes = [ColumnTypes(self._known()), ColumnTypes(self._known())]
         for made in self._made(parts, self.task.begin(seen)):
             for shape, rows in zip(shapes, made[:2], strict=True):
                 shape.see(rows)
@@ -211,19 +213,6 @@ class Job:
                 made[0].extend(choice.rows)
                 made[1].extend(choice.dropped)
             yield made
-
-
-def _count(chunks: Iterator[int], progress: bool) -> None:
-    """Go through the chunks, with a bar on standard error if it is wanted."""
-    if not progress:
-        for _ in chunks:
-            pass
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(unit="row") as bar:
-        for rows in chunks:
-            bar.update(rows)
 
 
 def _rejected(row: Row, verdict: Verdict) -> Values:

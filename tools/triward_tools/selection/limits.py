@@ -29,7 +29,7 @@ class Limits:
 
     def keep(self, scores: Numbers, lengths: Numbers = ()) -> NDArray[np.bool_]:
         """Return True for each score that is kept; several ranges need lengths."""
-        found = finite(scores)
+        found = finite_scores(scores)
         place = np.searchsorted(self.edges, lengths_of(found, lengths, self.edges), side="right")
         inside = (found >= np.asarray(self.low)[place]) & (found <= np.asarray(self.high)[place])
         return np.asarray(inside, dtype=np.bool_)
@@ -60,7 +60,7 @@ class Limits:
         return f", of responses with {first:.0f}{last} characters"
 
 
-def finite(scores: Numbers) -> Floats:
+def finite_scores(scores: Numbers) -> Floats:
     """Scores as an array [n].
 
     Raises:

@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from triward_tools.selection.limits import Floats, Numbers, finite
+from triward_tools.selection.limits import Floats, Numbers, finite_scores
 
 STRATEGIES = ("best-worst", "adjacent", "all")
 
@@ -96,7 +96,7 @@ class Pairing:
             ValueError: responses and scores differ in number, a score is not finite, or the
                 penalty is "auto" and there is no slope.
         """
-        found = finite(scores)
+        found = finite_scores(scores)
         if len(found) != len(responses):
             raise ValueError(f"{len(responses)} responses have {len(found)} scores")
         lengths = np.array([len(text) for text in responses])
@@ -204,4 +204,4 @@ def _flat(
     groups = [(each, counted) for each, counted in zip(scores, lengths, strict=True) if len(each)]
     flat = [float(value) for each, _ in groups for value in each]
     long = [float(value) for _, counted in groups for value in counted]
-    return finite(flat), long, [len(each) for each, _ in groups]
+    return finite_scores(flat), long, [len(each) for each, _ in groups]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from triward_tools.jobs import fingerprint, pin, whole_file
+from triward_tools.jobs import fingerprint, pin_manifest, whole_file
 from triward_tools.selection.source import Source
 from triward_tools.selection.verdicts import Judge, Verdict
 
@@ -56,7 +56,7 @@ class Parts:
                 for number, path in enumerate(self.source.files())
             },
         }
-        pin(self.folder, _MANIFEST, manifest)
+        pin_manifest(self.folder, _MANIFEST, manifest)
 
     def fill(self) -> Iterator[int]:
         """Give the verdicts that are missing; yields the number of rows of each chunk.

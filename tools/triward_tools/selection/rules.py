@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from triward_tools.selection.limits import Floats, Limits, Numbers, finite, lengths_of
+from triward_tools.selection.limits import Floats, Limits, Numbers, finite_scores, lengths_of
 
 SIDES = ("low", "high", "both")
 
@@ -152,7 +152,7 @@ class LengthConditioned:
 
 
 def _some(scores: Numbers) -> Floats:
-    found = finite(scores)
+    found = finite_scores(scores)
     if not len(found):
         raise ValueError("there are no scores to fit a rule to")
     return found

@@ -59,7 +59,7 @@ def check_json(schema: Any) -> None:
             )
 
 
-class Shape:
+class ColumnTypes:
     """The columns of rows, and the types that can hold what is in them.
 
     Args:
