@@ -30,7 +30,7 @@ def status(name):
 attention._CPU_BLOCK = 10**9  # as on CUDA: the whole row at once, which takes the most
 checkpoint, budget = Path(sys.argv[1]), int(sys.argv[2])
 config = ForwardConfig(dtype="float32", device="cpu", max_batch_bytes=budget,
-                       embedding_cache_bytes=0, threads=2)
+                       embedding_cache_bytes=0, prefix_cache_bytes=0, threads=2)
 scorer = Scorer(checkpoint, config)
 scorer.warm_up()
 rng = np.random.default_rng(0)
