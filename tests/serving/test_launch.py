@@ -506,7 +506,7 @@ def test_a_crash_that_comes_again_is_told(
 
 @pytest.mark.slow
 def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Path) -> None:
-    """Triton 24.10 gives a model's process up that is silent for a second, and waits for its end."""
+    """Triton 24.10 gives a model's process up after a silent second, and waits for its end."""
     done, others = threading.Event(), {*psutil.Process().children(recursive=True)}
 
     def is_loading(process: psutil.Process) -> bool:
