@@ -4,19 +4,23 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
 PERF ?=
+# Tests run in so many processes, which share two cores well; tests/groups.py says which tests where.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest
+SPREAD := -n $(WORKERS) --dist loadgroup
 
 .PHONY: demo test test-all interpreters soak lint audit docs site bench perf clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# A quarter of an hour: every module, a real server, parity on every conversation and architecture.
+# Ten minutes: every module, a real server, parity on every conversation and architecture.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) $(SPREAD)
 
 # And what is marked `slow`.
-test-all: $(READY)
-	$(BIN)/python -m pytest -m 'not soak'
+test-all: test
+	$(PYTEST) -m 'slow and not soak'
 
 # The client's tests on every Python from 3.10 to 3.13 that is on this machine.
 interpreters:
@@ -25,7 +29,7 @@ interpreters:
 # What takes too long for every change: an hour. Nobody cancels, since Triton 24.10
 # can abort over that; leave --patient out where a newer one runs.
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak
+	$(PYTEST) -m soak
 	$(BIN)/python -m benchmarks.soak --patient --output benchmarks/results/$$(date +%F)-soak.json
 
 lint: $(READY)

@@ -18,12 +18,15 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a model hub
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import psutil
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests import groups
 from tests.commands import BIN, Command
 from tests.conversations import Messages, conversations
 from triward import RewardClient
@@ -48,6 +51,10 @@ TAIL = 60  # lines of each log that a failing test shows
 FOLDER = pytest.StashKey[Path]()  # the session's temporary one
 COMMANDS = pytest.StashKey[list[Command]]()  # a test's
 BEGUN = pytest.StashKey[float]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(groups)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -209,6 +209,7 @@ def target(request: pytest.FixtureRequest) -> TritonServer:
 
 
 at_ports = pytest.mark.parametrize("target", ["ports"], indirect=True)
+at_the_model = pytest.mark.usefixtures("server")  # so that it belongs to the server's group
 
 
 @pytest.fixture
@@ -254,6 +255,7 @@ def test_bytes(port: str, target: TritonServer, alive: Callable[[str], None]) ->
     print(f"{port}: {len(attempts)} attempts")
 
 
+@at_the_model
 def test_messages(target: TritonServer, alive: Callable[[str], None]) -> None:
     with grpc.insecure_channel(target.endpoints.grpc, loadgen.NO_LIMIT) as channel:
         ask = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
@@ -263,6 +265,7 @@ def test_messages(target: TritonServer, alive: Callable[[str], None]) -> None:
 
 
 @pytest.mark.slow
+@at_the_model
 def test_streams(target: TritonServer, alive: Callable[[str], None]) -> None:
     with grpc.insecure_channel(target.endpoints.grpc, loadgen.NO_LIMIT) as channel:
         ask: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
