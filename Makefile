@@ -18,7 +18,7 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST) $(SPREAD)
 
-# And what is marked `slow`.
+# And what is marked `slow`: in one process, since some of it measures what the machine can do.
 test-all: test
 	$(PYTEST) -m 'slow and not soak'
 

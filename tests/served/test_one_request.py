@@ -23,6 +23,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests import loadgen
+from tests.commands import has_ended
 from tests.conftest import brief
 from triward_server.serving.launch import TritonServer
 
@@ -212,10 +213,16 @@ at_ports = pytest.mark.parametrize("target", ["ports"], indirect=True)
 at_the_model = pytest.mark.usefixtures("server")  # so that it belongs to the server's group
 
 
+def running(server: TritonServer) -> set[int]:
+    """Its models' processes and theirs."""
+    family = psutil.Process(server.pid).children(recursive=True)
+    return {process.pid for process in family if not has_ended(process)}
+
+
 @pytest.fixture
 def alive(target: TritonServer) -> Iterator[Callable[[str], None]]:
     """Says whether the server still is what it was; asked after each attempt."""
-    processes = {p.pid for p in psutil.Process(target.pid).children(recursive=True)}
+    processes = running(target)
     good = loadgen.message("reward", loadgen.conversation(ASK, [b"yes"]))
     with grpc.insecure_channel(target.endpoints.grpc) as channel:
         infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
@@ -223,8 +230,7 @@ def alive(target: TritonServer) -> Iterator[Callable[[str], None]]:
 
         def check(attempt: str) -> None:
             assert psutil.pid_exists(target.pid), f"{attempt}: tritonserver is gone"
-            there = {p.pid for p in psutil.Process(target.pid).children(recursive=True)}
-            assert there == processes, f"{attempt}: a model's process is gone"
+            assert running(target) == processes, f"{attempt}: a model's process is gone"
             scores = loadgen.scores_of(infer(good, timeout=120, wait_for_ready=True))
             np.testing.assert_allclose(scores, expected, rtol=1e-5, err_msg=attempt)
 
