@@ -14,6 +14,7 @@ CONFTEST = """
 import os
 from pathlib import Path
 import pytest
+from tests.groups import SERVER, group
 
 @pytest.fixture(scope="session")
 def server():
@@ -30,6 +31,9 @@ def client(server): pass
 def record(request):
     with Path(os.environ["PYTEST_XDIST_WORKER"]).open("a") as file:
         print(request.node.nodeid, file=file)
+    if group(request.node) == SERVER:
+        with Path("served").open("a") as file:
+            print(request.node.nodeid, file=file)
 """
 TESTS = {
     "test_a": "def test_quick(): pass\ndef test_served(server): pass",
@@ -59,6 +63,9 @@ def run(folder: Path) -> dict[str, list[str]]:
 def test_a_group_stays_together(tmp_path: Path) -> None:
     workers = run(tmp_path)
     assert (tmp_path / "starts").read_text() == "x", "the server started once"
+    assert (tmp_path / "served").read_text().split() == [
+        "test_a.py::test_served", "test_c.py::test_asked",
+    ]  # fmt: skip
     groups = [
         ["test_a.py::test_served", "test_c.py::test_asked"],
         ["test_d.py::test_read", "test_d.py::test_more"],
