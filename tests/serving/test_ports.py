@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LOCAL
+from tests.ports import fixed
 from triward import RewardClient
 from triward_server.errors import LaunchError
 from triward_server.serving import launch
@@ -88,7 +89,7 @@ def test_another_port_is_chosen(
 def test_a_port_that_was_asked_for_is_not_replaced(
     echo_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = replace(LOCAL, grpc_port=LOCAL.with_ports().grpc_port)
+    asked = replace(LOCAL, grpc_port=fixed().grpc_port)
     with (tmp_path / "triton.log").open("w") as file:
         server = TritonServer(echo_repository, asked, log=file)
         with (
@@ -103,3 +104,15 @@ def test_a_port_that_was_asked_for_is_not_replaced(
 def test_how_triton_says_it(service: str) -> None:
     assert lost_a_port(["I1126 18:20:58 9 a.cc:1] ready", LOST.format(service)])
     assert not lost_a_port(["error: creating server: Internal - failed to load all models"])
+
+
+def test_fixed_ports_are_no_other_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor may an outgoing connection get them."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    of_workers = []
+    for worker in ("gw0", "gw1"):
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
+        ports = [fixed() for _ in range(400)]
+        of_workers.append({e.grpc_port for e in ports} | {e.metrics_port for e in ports})
+    assert of_workers[0].isdisjoint(of_workers[1])
+    assert max(set.union(*of_workers)) < lowest
