@@ -107,6 +107,14 @@ def http1(port: str) -> dict[str, bytes]:
     }  # fmt: skip
 
 
+def resets(count: int) -> bytes:
+    """Calls that are cancelled at once."""
+    return start(*[
+        frame(HEADERS, 4, 2 * n + 1, call_headers()) + frame(RESET, 0, 2 * n + 1, bytes(4))
+        for n in range(count)
+    ])  # fmt: skip
+
+
 def http2() -> dict[str, bytes]:
     """For the gRPC port, below gRPC."""
     header_frame = frame(HEADERS, 4, 1, call_headers())
@@ -123,10 +131,7 @@ def http2() -> dict[str, bytes]:
             frame(HEADERS, 0, 1, b"\x40\x01a\x7f\x21" + b"b" * 160),
             *[frame(CONTINUATION, 0, 1, b"\xbe" * 16_000)] * 600,
         ),
-        "resets": start(*[
-            frame(HEADERS, 4, 2 * n + 1, call_headers()) + frame(RESET, 0, 2 * n + 1, bytes(4))
-            for n in range(40_000)
-        ]),
+        "resets": resets(5_000),
         "pings": start(*[frame(PING, 0, 0, bytes(8))] * 500_000),
         "settings": start(*[frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 99))] * 500_000),
         "windows": start(*[frame(WINDOW, 0, 0, struct.pack(">I", 2**31 - 1))] * 600_000),
@@ -259,6 +264,13 @@ def test_bytes(port: str, target: TritonServer, alive: Callable[[str], None]) ->
         send(number, data[:MOST])
         alive(name)
     print(f"{port}: {len(attempts)} attempts")
+
+
+@pytest.mark.slow  # half a minute of the server's time
+@at_ports
+def test_many_resets(target: TritonServer, alive: Callable[[str], None]) -> None:
+    send(target.endpoints.grpc_port, resets(40_000))
+    alive("resets")
 
 
 @at_the_model
