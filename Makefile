@@ -6,19 +6,23 @@ READY := .venv/.ready
 PERF ?=
 # Where the wheels for a GPU machine go.
 WHEELS ?= .wheels
+# Tests run in so many processes, which share two cores well; tests/groups.py says which tests where.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest
+SPREAD := -n $(WORKERS) --dist loadgroup
 
 .PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# A quarter of an hour: every module, a real server, parity on every conversation and architecture.
+# Ten minutes: every module, a real server, parity on every conversation and architecture.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) $(SPREAD)
 
-# And what is marked `slow`.
-test-all: $(READY)
-	$(BIN)/python -m pytest -m 'not soak'
+# And what is marked `slow`: in one process, since some of it measures what the machine can do.
+test-all: test
+	$(PYTEST) -m 'slow and not soak'
 
 # The client's tests on every Python from 3.10 to 3.13 that is on this machine.
 interpreters:
@@ -27,7 +31,7 @@ interpreters:
 # What takes too long for every change: an hour. Nobody cancels, since Triton 24.10
 # can abort over that; leave --patient out where a newer one runs.
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak
+	$(PYTEST) -m soak
 	$(BIN)/python -m benchmarks.soak --patient --output benchmarks/results/$$(date +%F)-soak.json
 
 lint: $(READY)

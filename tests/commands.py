@@ -70,6 +70,14 @@ class Command:
                 region.unlink(missing_ok=True)
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it does nothing any more, waited for by its parent or not."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def assert_gone(family: list[psutil.Process]) -> None:
     """No process of a launcher and none of its shared memory is there any more."""
     _, alive = psutil.wait_procs(family, timeout=60)

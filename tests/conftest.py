@@ -18,13 +18,17 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a model hub
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import psutil
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.commands import BIN, Command
+from tests import groups
+from tests.asking import wait_until
+from tests.commands import BIN, Command, has_ended
 from tests.conversations import Messages, conversations
 from triward import RewardClient
 from triward_server.export.random_checkpoint import make_checkpoint
@@ -48,6 +52,10 @@ TAIL = 60  # lines of each log that a failing test shows
 FOLDER = pytest.StashKey[Path]()  # the session's temporary one
 COMMANDS = pytest.StashKey[list[Command]]()  # a test's
 BEGUN = pytest.StashKey[float]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(groups)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -279,8 +287,16 @@ def _load(server: TritonServer, models: Sequence[str]) -> None:
 
 def _take_away(server: TritonServer, rack: Path, names: ModelNames) -> None:
     folders = [names.ensemble, *reversed(step_folders(rack, names))]
+    stubs = [
+        process for process in psutil.Process(server.pid).children()
+        if not has_ended(process)
+        and any(f"/{model}/" in argument for argument in process.cmdline() for model in folders)
+    ]  # fmt: skip
+    family = [each for stub in stubs for each in (stub, *stub.children(recursive=True))]
     for model in folders:
         server.http.unload(model)
+    # They end a moment after Triton says so, and the next test may look whether any is gone.
+    wait_until(lambda: all(map(has_ended, family)))
     for model in folders:
         shutil.rmtree(rack / model)
 

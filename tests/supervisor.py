@@ -14,7 +14,7 @@ from typing import IO
 import psutil
 
 from tests.commands import BIN, assert_gone
-from triward_server.serving.launch import Endpoints
+from tests.ports import fixed
 
 ADMIN_KEY = "soak"
 RECONNECTING = 1.0  # seconds for which gRPC may repeat its last error, with a backoff of half of it
@@ -45,7 +45,7 @@ class Supervised:
     """
 
     def __init__(self, repository: Path, folder: Path, noticed_within: float) -> None:
-        self.endpoints = Endpoints("127.0.0.1", 0, 0, 0).with_ports()
+        self.endpoints = fixed()
         self.outages: list[Outage] = []
         self.exits: list[int] = []
         self.ready = threading.Event()

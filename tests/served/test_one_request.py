@@ -23,6 +23,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests import loadgen
+from tests.commands import has_ended
 from tests.conftest import brief
 from triward_server.serving.launch import TritonServer
 
@@ -106,6 +107,14 @@ def http1(port: str) -> dict[str, bytes]:
     }  # fmt: skip
 
 
+def resets(count: int) -> bytes:
+    """Calls that are cancelled at once."""
+    return start(*[
+        frame(HEADERS, 4, 2 * n + 1, call_headers()) + frame(RESET, 0, 2 * n + 1, bytes(4))
+        for n in range(count)
+    ])  # fmt: skip
+
+
 def http2() -> dict[str, bytes]:
     """For the gRPC port, below gRPC."""
     header_frame = frame(HEADERS, 4, 1, call_headers())
@@ -122,10 +131,7 @@ def http2() -> dict[str, bytes]:
             frame(HEADERS, 0, 1, b"\x40\x01a\x7f\x21" + b"b" * 160),
             *[frame(CONTINUATION, 0, 1, b"\xbe" * 16_000)] * 600,
         ),
-        "resets": start(*[
-            frame(HEADERS, 4, 2 * n + 1, call_headers()) + frame(RESET, 0, 2 * n + 1, bytes(4))
-            for n in range(40_000)
-        ]),
+        "resets": resets(5_000),
         "pings": start(*[frame(PING, 0, 0, bytes(8))] * 500_000),
         "settings": start(*[frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 99))] * 500_000),
         "windows": start(*[frame(WINDOW, 0, 0, struct.pack(">I", 2**31 - 1))] * 600_000),
@@ -209,12 +215,19 @@ def target(request: pytest.FixtureRequest) -> TritonServer:
 
 
 at_ports = pytest.mark.parametrize("target", ["ports"], indirect=True)
+at_the_model = pytest.mark.usefixtures("server")  # so that it belongs to the server's group
+
+
+def running(server: TritonServer) -> set[int]:
+    """Its models' processes and theirs."""
+    family = psutil.Process(server.pid).children(recursive=True)
+    return {process.pid for process in family if not has_ended(process)}
 
 
 @pytest.fixture
 def alive(target: TritonServer) -> Iterator[Callable[[str], None]]:
     """Says whether the server still is what it was; asked after each attempt."""
-    processes = {p.pid for p in psutil.Process(target.pid).children(recursive=True)}
+    processes = running(target)
     good = loadgen.message("reward", loadgen.conversation(ASK, [b"yes"]))
     with grpc.insecure_channel(target.endpoints.grpc) as channel:
         infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
@@ -222,8 +235,7 @@ def alive(target: TritonServer) -> Iterator[Callable[[str], None]]:
 
         def check(attempt: str) -> None:
             assert psutil.pid_exists(target.pid), f"{attempt}: tritonserver is gone"
-            there = {p.pid for p in psutil.Process(target.pid).children(recursive=True)}
-            assert there == processes, f"{attempt}: a model's process is gone"
+            assert running(target) == processes, f"{attempt}: a model's process is gone"
             scores = loadgen.scores_of(infer(good, timeout=120, wait_for_ready=True))
             np.testing.assert_allclose(scores, expected, rtol=1e-5, err_msg=attempt)
 
@@ -254,6 +266,14 @@ def test_bytes(port: str, target: TritonServer, alive: Callable[[str], None]) ->
     print(f"{port}: {len(attempts)} attempts")
 
 
+@pytest.mark.slow  # half a minute of the server's time
+@at_ports
+def test_many_resets(target: TritonServer, alive: Callable[[str], None]) -> None:
+    send(target.endpoints.grpc_port, resets(40_000))
+    alive("resets")
+
+
+@at_the_model
 def test_messages(target: TritonServer, alive: Callable[[str], None]) -> None:
     with grpc.insecure_channel(target.endpoints.grpc, loadgen.NO_LIMIT) as channel:
         ask = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
@@ -263,6 +283,7 @@ def test_messages(target: TritonServer, alive: Callable[[str], None]) -> None:
 
 
 @pytest.mark.slow
+@at_the_model
 def test_streams(target: TritonServer, alive: Callable[[str], None]) -> None:
     with grpc.insecure_channel(target.endpoints.grpc, loadgen.NO_LIMIT) as channel:
         ask: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.asking import wait_until
 from tests.conftest import Served
 from tests.conversations import Messages
 from triward import RewardClient
@@ -25,6 +26,21 @@ from triward_server.schema import Features
 from triward_server.testing.oracle import Oracle, fp32_budget
 
 THREADS = 32
+
+
+class Counted:
+    """Triton's counters of the forward model, from now on."""
+
+    def __init__(self, metric: Callable[[str, str], float]) -> None:
+        self._read = lambda name: metric(f"nv_inference_{name}", "reward_forward")
+        self._executions, self._inferences = self._read("exec_count"), self._read("count")
+
+    def executions(self, inferences: int) -> float:
+        """Those of so many requests. Triton counts a batch after it has sent its answers."""
+        wait_until(lambda: self._read("count") - self._inferences >= inferences)
+        # One that was answered before may have been counted since.
+        assert self._read("count") - self._inferences <= inferences + 1
+        return self._read("exec_count") - self._executions
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +82,11 @@ def test_single_equals_batch(
     names = list(cases)
     if order == "shuffled":
         random.Random(7).shuffle(names)
-    executions = metric("nv_inference_exec_count", "reward_forward")
-    inferences = metric("nv_inference_count", "reward_forward")
+    counted = Counted(metric)
     with ThreadPoolExecutor(THREADS) as pool:
         together = dict(zip(names, pool.map(client.score, map(cases.get, names)), strict=True))
-    executions = metric("nv_inference_exec_count", "reward_forward") - executions
-    inferences = metric("nv_inference_count", "reward_forward") - inferences
-
-    assert inferences == len(names)
-    assert executions < inferences, "nothing was batched, so nothing was compared"
+    executions = counted.executions(len(names))
+    assert executions < len(names), "nothing was batched, so nothing was compared"
     for name in names:
         assert together[name] == pytest.approx(one_by_one[name], rel=1e-5, abs=1e-5), name
 
@@ -85,13 +97,10 @@ def test_dynamic_batching_is_real(
     """Mixed shapes from 32 threads share forward passes: fewer than half as many as requests."""
     mixed = [m for name, m in cases.items() if name.split("/")[0] in ("format", "images", "turns")]
     load = [mixed[index % len(mixed)] for index in range(8 * THREADS)]
-    executions = metric("nv_inference_exec_count", "reward_forward")
-    inferences = metric("nv_inference_count", "reward_forward")
+    counted = Counted(metric)
     scores = client.score_many(load, concurrency=THREADS)
-    executions = metric("nv_inference_exec_count", "reward_forward") - executions
-    inferences = metric("nv_inference_count", "reward_forward") - inferences
-    assert len(scores) == inferences == len(load)
-    assert executions < inferences / 2
+    assert len(scores) == len(load)
+    assert counted.executions(len(load)) < len(load) / 2
 
 
 def test_responses_of_one_request_score_as_alone(

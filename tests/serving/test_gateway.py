@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from tritonclient.grpc import service_pb2
 
-from tests.conftest import LOCAL, ROOT, encode
+from tests.conftest import ROOT, encode
+from tests.ports import fixed
 from triward import RewardClient, ServerUnavailable
 from triward_server.serving.launch import TritonServer
 
@@ -30,14 +31,14 @@ def gateway(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture
 def deserted(tmp_path: Path) -> Iterator[str]:
     """A gateway behind which nothing listens."""
-    yield from run(LOCAL.with_ports().grpc, tmp_path)
+    yield from run(fixed().grpc, tmp_path)
 
 
 def run(behind: str, folder: Path) -> Iterator[str]:
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if nginx is None:
         pytest.skip("nginx (Debian: nginx) is not installed")
-    url = LOCAL.with_ports().grpc
+    url = fixed().grpc
     text = (ROOT / "docker" / "gateway" / "nginx.conf").read_text()
     changes = {"triward:8001": behind, "listen 8001": f"listen {url}", "/tmp/": f"{folder}/"}
     for there, here in changes.items():

@@ -30,6 +30,7 @@ from triward_server.serving.repository import Canaries
 from triward_server.serving.triton_http import HttpError, Loaded, Series, TritonHttp
 from triward_server.serving.watchdog import Watchdog
 from triward_server.testing.echo import fault
+from triward_server.testing.oracle import fp32_budget
 
 NOTICED_WITHIN = 15.0  # seconds
 UTILS = "triton_python_" + "backend_utils"  # which only adapters may import
@@ -86,7 +87,8 @@ def test_a_process_dies_or_stops_under_load(
     serve: Callable[..., Command],
     request: pytest.FixtureRequest,
 ) -> None:
-    expected = request.getfixturevalue("client" if real else "echo").score(ASK)
+    expected = request.getfixturevalue("oracle" if real else "echo").score(ASK)
+    budget = fp32_budget(expected)
     repository = request.getfixturevalue("repository" if real else "faulty")
     running = serve(repository=repository)
     url = ready(running)
@@ -101,7 +103,7 @@ def test_a_process_dies_or_stops_under_load(
             for _ in range(4)
         ]
         with RewardClient(url, timeout=60, max_attempts=1) as warm:
-            assert warm.score(ASK) == pytest.approx(expected, rel=1e-5)
+            assert abs(warm.score(ASK) - expected) <= budget
         hit = time.monotonic()
         victim.send_signal(number)
         reason = ended(running, hit)
@@ -110,7 +112,7 @@ def test_a_process_dies_or_stops_under_load(
     assert_gone(family)
     for answer in itertools.chain.from_iterable(caller.result() for caller in callers):
         if isinstance(answer, float):
-            assert answer == pytest.approx(expected, rel=1e-5), "no answer may be a wrong score"
+            assert abs(answer - expected) <= budget, "no answer may be a wrong score"
         else:
             assert isinstance(answer, (ServerUnavailable, ServerError)), answer
 

@@ -17,6 +17,7 @@ import pytest
 
 from tests.commands import BIN
 from tests.conftest import LOCAL
+from tests.ports import fixed
 from triward import RewardClient
 from triward_server.serving.launch import TritonServer
 from triward_server.serving.log import LineWriter
@@ -146,7 +147,7 @@ def test_a_full_disk(echo_repository: Path, echo: RewardClient) -> None:
 
 def test_nobody_reads_any_of_it(echo_repository: Path, echo: RewardClient) -> None:
     """Standard output and error are one pipe, as under many supervisors, and its reader dies."""
-    ports = LOCAL.with_ports()
+    ports = fixed()
     flags = [f"--{name}-port={getattr(ports, f'{name}_port')}"
              for name in ("grpc", "http", "metrics")]  # fmt: skip
     with pipe() as (reader, out):

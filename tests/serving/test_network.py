@@ -20,6 +20,7 @@ from tritonclient.grpc import service_pb2
 from tests.asking import conversation
 from tests.commands import BIN, Command, assert_gone
 from tests.conftest import LOCAL
+from tests.ports import fixed
 from triward import RewardClient
 from triward.integrations.rows import RowScorer
 from triward_server.errors import LaunchError
@@ -188,7 +189,7 @@ def test_a_bomb_costs_a_restart_and_no_score(
     """gRPC unpacks a message before anything of ours could refuse it."""
     asked = [conversation(n) for n in range(6)]
     expected = echo.score_many(asked)
-    endpoints = replace(LOCAL, grpc_port=LOCAL.with_ports().grpc_port)
+    endpoints = replace(LOCAL, grpc_port=fixed().grpc_port)
     deaths: list[str] = []
     rounds: list[list[float]] = []
     done = threading.Event()

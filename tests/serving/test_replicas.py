@@ -16,6 +16,7 @@ import pytest
 
 from tests.asking import conversation, wait_until
 from tests.conftest import LOCAL
+from tests.ports import fixed
 from triward import RewardClient, ServerUnavailable, TriwardError
 from triward_server.errors import LaunchError
 from triward_server.serving.launch import TritonServer
@@ -99,4 +100,4 @@ def test_no_server_is_left(free_ports: list[int]) -> None:
 
 @pytest.fixture
 def free_ports() -> list[int]:
-    return [LOCAL.with_ports().grpc_port for _ in range(2)]
+    return [fixed().grpc_port for _ in range(2)]

@@ -19,6 +19,7 @@ _FAILURES = (
     # Every start without a GPU has one of these that means nothing.
     re.compile(r"^E\d+ .*?\] (?P<reason>(?!\"CudaDriverHelper has not been initialized).+)"),
 )
+_PORT_TAKEN = re.compile(r"failed to start \w+ service: .*Socket '[^']+' already in use")
 
 
 def why_it_ended(code: int, log: Sequence[str]) -> str:
@@ -44,6 +45,11 @@ def explained(log: Iterable[str]) -> Iterator[None]:
         if not reasons:
             raise
         raise type(error)(f"{reasons[-1].strip()} ({error})") from None
+
+
+def lost_a_port(log: Sequence[str]) -> bool:
+    """Return True if Triton could not bind a port because another process has it."""
+    return any(map(_PORT_TAKEN.search, log))
 
 
 def describe_exit(code: int) -> str:

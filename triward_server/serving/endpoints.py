@@ -77,10 +77,13 @@ class Endpoints:
         """Return where a process really listens, as the kernel has it: `grpc` -> `0.0.0.0:8001`.
 
         Args:
-            pid: of a tritonserver that is ready. It opens the metrics port a moment later.
+            pid: of a tritonserver that is ready. It opens the metrics port a moment later. One
+                that has ended, and was not waited for, listens nowhere.
         """
         deadline = time.monotonic() + _ALL_OPEN
         while len(found := self._open(pid)) < 3 and time.monotonic() < deadline:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return {}
             time.sleep(0.05)
         return found
 

@@ -6,10 +6,9 @@ import os
 import secrets
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..backend.metrics import WORKING
 from ..errors import LaunchError, Unhealthy
 from ..schema import ModelNames
 from .child import set_up_child
-from .ending import describe_exit, explained, why_it_ended
+from .ending import describe_exit, explained, lost_a_port, why_it_ended
 from .endpoints import ANY, CHUNKS_FIXED, Endpoints, Tls
 from .gpu import check_gpus
 from .installation import Installation, find_triton
@@ -29,7 +28,7 @@ from .integrity import Verify, check_served
 from .log import LineWriter, LogPump
 from .progress import Progress
 from .repository import DRAINING_VERSION, draining, gpu_models, served_models
-from .signals import STOP_SIGNALS
+from .signals import STOP_SIGNALS, signals_ignored
 from .triton_http import ADMIN_HEADER, HttpError, TritonHttp, read_metrics
 
 __all__ = ["STOP_SIGNALS", "Endpoints", "Tls", "TritonServer"]
@@ -48,10 +47,12 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 _ADMIN_PROTOCOLS = "model-repository,model-config,shared-memory,trace,logging"
 
 
-class _Crash(LaunchError):
-    """Ended, or stands still, by a fault of its own while models were loading.
+class _Transient(LaunchError):
+    """A failed start after which the next one may succeed.
 
-    That happens on an overloaded machine (`progress.py`); what is wrong with a model comes again.
+    Triton ended or stood still by a fault of its own while models were loading, as it does on an
+    overloaded machine (`progress.py`), or somebody took a port between its choice and Triton's
+    bind, which comes when all models are loaded. What is wrong with a model comes again.
     """
 
 
@@ -112,7 +113,8 @@ class TritonServer:
         if self.tls and not self.endpoints.http_is_local:
             host = self.endpoints.http_host
             raise LaunchError(f"HTTP cannot be encrypted: with TLS it cannot listen on {host}")
-        self.endpoints = self.endpoints.with_ports()
+        asked = self.endpoints
+        self.endpoints = asked.with_ports()
         self._writer = LineWriter(self.log)
         if used := check_gpus(gpu_models(self.repository)):
             self._say(f"uses {', '.join(map(str, used))}")
@@ -121,8 +123,9 @@ class TritonServer:
             try:
                 self._start()
                 return self
-            except _Crash as crash:
-                self._say(f"{crash}; it is started again")
+            except _Transient as failure:
+                self._say(f"{failure}; it is started again")
+                self.endpoints = asked.with_ports()
         self._start()
         return self
 
@@ -207,7 +210,7 @@ class TritonServer:
 
         After `drain_timeout`, or when it does not answer, it ends with what is in flight.
         """
-        with _signals_ignored():
+        with signals_ignored():
             if self._process:
                 if self._ready and self._process.poll() is None:
                     drained = self._drain()
@@ -341,20 +344,26 @@ class TritonServer:
         while time.monotonic() < deadline:
             code = process.poll()
             if code is not None:
-                kind = _Crash if -code in _CRASHES else LaunchError
-                raise kind(self._why_it_ended(code) + self._where_the_log_is())
-            if all(self.http.is_ready(names.ensemble) for names in served):
+                raise self._ended(code)
+            if (
+                all(self.http.is_ready(names.ensemble) for names in served)
+                # Else another server answers on a port that was free a moment ago.
+                and "http" in self.endpoints.listening(process.pid)
+                and process.poll() is None
+            ):
                 return
             if progress.stands_still():
-                raise _Crash("tritonserver stands still" + self._where_the_log_is())
+                raise _Transient("tritonserver stands still" + self._where_the_log_is())
             time.sleep(0.1)
         waited = f"not ready after {self.startup_timeout:.0f} s; the log says why"
         raise LaunchError(waited + self._where_the_log_is())
 
-    def _why_it_ended(self, code: int) -> str:
+    def _ended(self, code: int) -> LaunchError:
         assert self._pump
         self._pump.join()
-        return why_it_ended(code, self._pump.tail)
+        log = self._pump.tail
+        kind = _Transient if -code in _CRASHES or lost_a_port(log) else LaunchError
+        return kind(why_it_ended(code, log) + self._where_the_log_is())
 
     def _where_the_log_is(self) -> str:
         """Nothing for standard error: there it stands above."""
@@ -383,17 +392,3 @@ def _trace_flags(endpoint: str) -> list[str]:
         "--trace-config=mode=opentelemetry", f"--trace-config=opentelemetry,url={endpoint}",
         "--trace-config=level=TIMESTAMPS", "--trace-config=rate=1",
     ]  # fmt: skip
-
-
-@contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """While stopping, a second Ctrl-C must not leave half a server behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread receives signals, and only it may set handlers
-        return
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

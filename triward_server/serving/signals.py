@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -17,6 +20,20 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def farewell(number: int) -> str:
     """Return the line that says why `serve` ends."""
     return f"triward-server: told to stop by {signal.Signals(number).name}\n"
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """While stopping, a second Ctrl-C must not leave half a server behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread receives signals, and only it may set handlers
+        return
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, frame: object) -> NoReturn:
