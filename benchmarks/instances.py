@@ -1,0 +1,79 @@
+"""Throughput of two forward processes of one thread each beside one: `export --devices cpu,cpu`.
+
+    python -m benchmarks.instances --output benchmarks/results/DATE-instances.json
+
+Two servers score the same conversations, in turns. Callers send token ids, so that the forward
+model alone has work: preprocessing would take a core of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import typer
+
+from benchmarks.measure import features, in_turns, machine, row, serving, writable
+from benchmarks.tokens import by_tokens
+from benchmarks.workloads import TEXT, workloads
+from triward_server.config import PreprocessConfig
+from triward_server.export.options import Size
+from triward_server.export.random_text_checkpoint import make_text_checkpoint
+from triward_server.intake.preprocess import Preprocessor
+
+DEVICES = ("cpu", "cpu,cpu")
+_TOLERANCE = 1e-4
+
+
+def main(
+    size: Annotated[Size, typer.Option(help="Size of the random checkpoint.")] = "small",
+    repeats: Annotated[int, typer.Option(min=1)] = 7,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Measure both on this machine's CPU, in float32, a batch of at most 1,024 tokens a pass."""
+    writable(output)
+    results: dict[str, Any] = {"machine": machine(), "size": size, "dtype": "float32"}
+    # Passes are short, so that no process waits long for the other's last one.
+    flags = ("--dtype=float32", "--threads=1", "--max-batch-tokens=1024", "--no-verify")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder, "checkpoint")
+        make_text_checkpoint("qwen3", size, 0, checkpoint)
+        preprocessor = Preprocessor(checkpoint, PreprocessConfig())
+        requests = [features(preprocessor, g) for g in workloads(TEXT)["text-only"].groups] * 2
+        with (
+            serving(checkpoint, f"--devices={DEVICES[0]}", *flags) as one,
+            serving(checkpoint, f"--devices={DEVICES[1]}", *flags) as two,
+        ):
+            runs: dict[str, Callable[[], list[float]]] = {
+                name: partial(by_tokens, client, requests)
+                for name, client in zip(DEVICES, (one, two), strict=True)
+            }
+            first, second = (np.array(run()) for run in runs.values())
+            distance = float(np.max(np.abs(first - second) / np.maximum(1, np.abs(first))))
+            if distance > _TOLERANCE:
+                raise RuntimeError(f"two instances score {distance:.1e} from one")
+            results["load_average_before"] = os.getloadavg()[0]
+            seconds = in_turns(dict(runs), repeats)
+            results["load_average_after"] = os.getloadavg()[0]
+    turns = [a / b for a, b in zip(seconds["cpu"], seconds["cpu,cpu"], strict=True)]
+    results |= {
+        "conversations": len(first),
+        "max_relative_distance": distance,
+        "speedup_of_each_turn": [round(turn, 3) for turn in turns],
+        "devices": {name: row(taken, len(first)) for name, taken in seconds.items()},
+    }
+    typer.echo(json.dumps(results, indent=2))
+    if output:
+        output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
