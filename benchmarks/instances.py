@@ -3,7 +3,8 @@
     python -m benchmarks.instances --output benchmarks/results/DATE-instances.json
 
 Two servers score the same conversations, in turns. Callers send token ids, so that the forward
-model alone has work: preprocessing would take a core of its own.
+model alone has work: preprocessing would take a core of its own. A process takes two requests at
+once, so that none has much left to do when the other has done all.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import typer
 
 from benchmarks.measure import features, in_turns, machine, row, serving, writable
 from benchmarks.tokens import by_tokens
-from benchmarks.workloads import TEXT, workloads
+from benchmarks.workloads import Group, Writer
 from triward_server.config import PreprocessConfig
 from triward_server.export.options import Size
 from triward_server.export.random_text_checkpoint import make_text_checkpoint
 from triward_server.intake.preprocess import Preprocessor
 
 DEVICES = ("cpu", "cpu,cpu")
+REQUESTS = 48
 _TOLERANCE = 1e-4
 
 
@@ -38,16 +40,19 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Measure both on this machine's CPU, in float32, a batch of at most 1,024 tokens a pass."""
+    """Measure both on this machine's CPU, in float32."""
     writable(output)
     results: dict[str, Any] = {"machine": machine(), "size": size, "dtype": "float32"}
-    # Passes are short, so that no process waits long for the other's last one.
-    flags = ("--dtype=float32", "--threads=1", "--max-batch-tokens=1024", "--no-verify")
+    flags = ("--dtype=float32", "--threads=1", "--forward-batch-size=2", "--no-verify")
+    write = Writer(np.random.default_rng(0))
+    groups = [
+        Group(write.prompt(write.between(60, 140)), (write.text(20, 60),)) for _ in range(REQUESTS)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "checkpoint")
         make_text_checkpoint("qwen3", size, 0, checkpoint)
         preprocessor = Preprocessor(checkpoint, PreprocessConfig())
-        requests = [features(preprocessor, g) for g in workloads(TEXT)["text-only"].groups] * 2
+        requests = [features(preprocessor, group) for group in groups]
         with (
             serving(checkpoint, f"--devices={DEVICES[0]}", *flags) as one,
             serving(checkpoint, f"--devices={DEVICES[1]}", *flags) as two,

@@ -44,10 +44,15 @@ FIRST, SECOND = "reward_forward_0_0", "reward_forward_0_1"
 # What an export writes
 
 
+def values(folder: Path, **given: Any) -> dict[str, Any]:
+    """What the command gets."""
+    defaults = {each.name: each.default for each in export_parameters()}
+    return {**defaults, "checkpoint": "none", "output": folder, **given}
+
+
 def written(folder: Path, **given: Any) -> Path:
     """A repository without a model in it, as the options have it."""
-    values = {each.name: each.default for each in export_parameters()}
-    options = read_options({**values, "checkpoint": "none", "output": folder, **given})
+    options = read_options(values(folder, **given))
     copy_source(folder, REWARD, "1", options)
     configure(folder, REWARD, options)
     return folder
@@ -78,11 +83,21 @@ def test_devices_become_instances(
     folder = written(tmp_path, **given)
     assert group(folder, "reward_forward") == forward
     assert group(folder, "reward_preprocess") == ("KIND_CPU", preprocess, [])
+    sizes = [_read_config(folder / name / "config.pbtxt").max_batch_size
+             for name in ("reward_preprocess", "reward_forward", "reward")]  # fmt: skip
+    share = 64 // max(forward[1], len(forward[2]))
+    assert sizes == [64, share, share], "what waits is for all of them"
     parameters = _read_config(folder / "reward_forward/config.pbtxt").parameters
     assert parameters["device"].string_value == device
     assert parameters["compile"].string_value == str(device != "cpu")
     if forward[0] == "KIND_GPU":
         assert gpu_models(folder) == {"reward_forward": tuple(forward[2])}
+
+
+def test_a_batch_stays_large_enough_for_a_gpu(tmp_path: Path) -> None:
+    options = read_options(values(tmp_path, devices=",".join(f"cuda:{n}" for n in range(16))))
+    assert options.triton.forward_batch_size == 8
+    assert options.triton.preprocess_instances == 64
 
 
 @pytest.mark.parametrize("devices", ["", "cpu,cuda:0", "cuda,cuda", "cuda:0,cuda:0", "tpu", "2"])

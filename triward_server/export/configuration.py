@@ -34,7 +34,8 @@ def configure(draft: Path, names: ModelNames, options: Options) -> None:
     model.name = names.ensemble
     for step, name in zip(model.ensemble_scheduling.step, names.steps, strict=True):
         step.model_name = name
-    model.max_batch_size = options.triton.preprocess_batch_size  # at most its steps'
+    sizes = options.triton.preprocess_batch_size, options.triton.forward_batch_size
+    model.max_batch_size = min(sizes)  # at most its steps'
     _write_config(path, model)
 
     path = draft / names.forward / "config.pbtxt"
@@ -43,6 +44,7 @@ def configure(draft: Path, names: ModelNames, options: Options) -> None:
     _set_parameters(model, asdict(options.forward))
     _set_parameters(model, {contract.PARAMETER: schema.CONTRACT_VERSION})
     options.placement.apply(model, options.placement.count)
+    model.max_batch_size = options.triton.forward_batch_size
     model.dynamic_batching.max_queue_delay_microseconds = options.triton.queue_delay_us
     _bound_queue(model, options)
     _write_config(path, model)

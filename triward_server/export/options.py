@@ -66,6 +66,15 @@ class TritonConfig:
             "request.",
         ),
     ] = schema.MAX_BATCH_SIZE
+    forward_batch_size: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=schema.MAX_BATCH_SIZE,
+            description="Requests that one forward process takes at once; 64 divided by the "
+            "devices named, at least 8.",
+        ),
+    ] = schema.MAX_BATCH_SIZE
     queue_delay_us: Annotated[
         int, Field(ge=0, description="How long the forward model waits to fill a batch.")
     ] = 1000
@@ -141,8 +150,9 @@ class Options:
 # Both models have a device. Fields of the same name that mean the same are one option.
 _RENAMED: dict[tuple[type, str], str] = {(PreprocessConfig, "device"): "preprocess_device"}
 _UNSAID: dict[str, Any] = {  # the devices decide
-    "compile": None, "device": None, "preprocess_instances": None
+    "compile": None, "device": None, "preprocess_instances": None, "forward_batch_size": None
 }  # fmt: skip
+_LEAST_BATCH = 8  # of requests: as many tokens as make matrix products efficient
 
 
 def export_parameters() -> list[Parameter]:
@@ -171,6 +181,10 @@ def read_options(values: Mapping[str, Any]) -> Options:
         derived["compile"] = str(placed.device != "cpu")
     if values["preprocess_instances"] is None:
         derived["preprocess_instances"] = TritonConfig.preprocess_instances * placed.named
+    if values["forward_batch_size"] is None:
+        # One process would take what waits for all, and the others would have nothing to do.
+        share = schema.MAX_BATCH_SIZE // placed.named
+        derived["forward_batch_size"] = max(_LEAST_BATCH, share)
     given = {**values, **derived}
 
     def of(config: type) -> dict[str, Any]:
