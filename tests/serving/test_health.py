@@ -341,7 +341,11 @@ class TestProgress:
                 now[0] += seconds
                 idle = {"idle": now[0]}
                 page[:] = [
-                    Series(WORKING, {"instance": name, "model": name[:-4]}, now[0] - age)
+                    Series(
+                        WORKING,
+                        {"instance": name, "model": name[:-4], "version": "1"},
+                        now[0] - age,
+                    )
                     for name, age in (idle if ages is None else idle | ages).items()
                 ]
                 if ages is None:

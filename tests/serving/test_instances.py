@@ -257,8 +257,8 @@ def test_a_deep_health_check_finds_the_one_that_drifts(echoes: Path, tmp_path: P
 
 def page(*rows: tuple[str, str, float], **labels: str) -> list[Series]:
     return [
-        Series(name, {"instance": instance, "model": "reward_forward", "version": "1", **labels}, n)
-        for name, instance, n in rows
+        Series(name, {"model": "reward_forward", "version": "1", "instance": each, **labels}, n)
+        for name, each, n in rows
     ]
 
 
@@ -287,14 +287,30 @@ def test_an_instance_without_an_answer(
 def test_a_round_asks_once_for_each_instance(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the first of eight answers all."""
     asked: list[object] = []
-    read = page(*[(CANARIES, f"reward_forward_0_{n}", 0.0) for n in range(8)])
+
+    def read(*_: object) -> list[Series]:
+        counts = [float(len(asked)), *[0.0] * 7]
+        return page(*[(CANARIES, f"reward_forward_0_{n}", each) for n, each in enumerate(counts)])
+
     monkeypatch.setattr(watchdog, "ask_canary", lambda *_: asked.append(_))
-    monkeypatch.setattr(watchdog, "read_metrics", lambda *_: read)
+    monkeypatch.setattr(watchdog, "read_metrics", read)
     monkeypatch.setattr(watchdog.Watchdog, "_check_processes", lambda self: None)
     dog = watchdog.Watchdog(TritonHttp("h", 1), 2, repository, os.getpid(), hang_timeout=10)
     dog.check()
     assert len(asked) == 8
+
+
+def test_versions_are_told_apart() -> None:
+    """While they change, two have instances of one name, and one of them gets nothing."""
+    other = page((CANARIES, FIRST, 5.0), version="2")
+    before = instances.answered(page((CANARIES, FIRST, 1.0)) + other, REWARD)
+    assert instances.silent(page((CANARIES, FIRST, 2.0)) + other, before, REWARD) == []
+    both = page((CANARIES, FIRST, 2.0), (CANARIES, SECOND, 0.0))
+    assert instances.silent(both, instances.answered(both, REWARD), REWARD) == []
+    before = instances.answered(page((CANARIES, FIRST, 1.0), (CANARIES, SECOND, 0.0)), REWARD)
+    assert instances.silent(both, before, REWARD) == [SECOND]
 
 
 def test_who_is_wrong_is_read_by_response(repository: Path) -> None:

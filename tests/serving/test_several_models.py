@@ -281,7 +281,8 @@ class TestHealth:
             raise HttpError(503, "overloaded")
 
         def page(*_: object) -> list[Series]:
-            labels = {"instance": f"{busy.forward}_0_0", "model": busy.forward}
+            instance = f"{busy.forward}_0_0"
+            labels = {"instance": instance, "model": busy.forward, "version": "1"}
             return [Series(WORKING, labels, now[0] - 1)]
 
         monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from ..backend.metrics import CANARIES, CANARY, WORKING
 from ..schema import ModelNames
@@ -17,29 +18,44 @@ from .triton_http import Series
 Page = Callable[[], Sequence[Series]]  # reads the metrics; an empty one if there are none
 
 
-def answered(page: Sequence[Series], names: ModelNames) -> dict[str, float]:
+class Place(NamedTuple):
+    """An instance; those of two versions have one name."""
+
+    version: str
+    instance: str
+
+
+def answered(page: Sequence[Series], names: ModelNames) -> dict[Place, float]:
     """Return a model's instances, each with the canaries that it has answered."""
-    return {m.labels["instance"]: m.value for m in _of(page, CANARIES, names)}
+    return {_place(each): each.value for each in _of(page, CANARIES, names)}
 
 
-def silent(page: Sequence[Series], before: dict[str, float], names: ModelNames) -> list[str]:
-    """Return the instances that have answered no canary since `before`, though they are free."""
-    busy = {m.labels["instance"] for m in _of(page, WORKING, names) if m.value}
+def silent(page: Sequence[Series], before: dict[Place, float], names: ModelNames) -> list[str]:
+    """Return the instances that have answered no canary since `before`, though they are free.
+
+    Only of versions that have answered some: others may be loaded that nobody is sent to.
+    """
+    busy = {_place(each) for each in _of(page, WORKING, names) if each.value}
     now = answered(page, names)
-    return sorted({name for name, count in before.items() if now.get(name) == count} - busy)
+    idle = {place for place, count in before.items() if now.get(place) == count}
+    served = {place.version for place in before.keys() - idle}
+    return sorted(place.instance for place in idle - busy if place.version in served)
 
 
 def wrong(page: Sequence[Series], canaries: Canaries, names: ModelNames) -> list[str]:
     """Return the instances whose last canary scored otherwise than at export."""
-    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    found: dict[Place, dict[str, float]] = defaultdict(dict)
     for each in _of(page, CANARY, names):
-        labels = each.labels
-        found[labels["instance"], labels["version"]][labels["response"]] = each.value
+        found[_place(each)][each.labels["response"]] = each.value
     return sorted(
-        instance
-        for (instance, version), scores in found.items()
-        if canaries.of(names, version).problem([scores[place] for place in sorted(scores)])
+        place.instance
+        for place, scores in found.items()
+        if canaries.of(names, place.version).problem([scores[name] for name in sorted(scores)])
     )
+
+
+def _place(series: Series) -> Place:
+    return Place(series.labels["version"], series.labels["instance"])
 
 
 def _of(page: Sequence[Series], name: str, names: ModelNames) -> list[Series]:
