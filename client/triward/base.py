@@ -154,8 +154,10 @@ class BaseClient:
         """Ask whoever the routing chooses; the key of a prompt takes a moment."""
         if self._routing == "round_robin":
             return (yield from send(None))
-        attempts = self._address.max_attempts
-        return (yield from routed(self._router.get(), (yield key), deadline, attempts, send))
+        attempts, router = self._address.max_attempts, self._router.get()
+        return (
+            yield from routed(router, (yield key), deadline, attempts, send, lambda: self._closed)
+        )
 
     def _send(
         self,

@@ -103,8 +103,8 @@ class Router:
             key: of the prompt.
             passed: servers that have not taken this call; at least one has not been asked.
         """
+        left = [server for server in self.order(key) if server not in passed]
         with self._lock:
-            left = [server for server in self.order(key) if server not in passed]
             bound = max(_ALWAYS, ceil(_SHARE * (self._flying.total() + 1) / len(self.servers)))
             server = next((each for each in left if self._flying[each] < bound), left[0])
             self._flying[server] += 1
@@ -121,6 +121,7 @@ def routed(
     deadline: Deadline,
     attempts: int,
     send: Callable[[str], Generator[Any, Any, T]],
+    closed: Callable[[], bool],
 ) -> Generator[Any, Any, T]:
     """Ask the prompt's server, and the next ones while it is full or away.
 
@@ -130,6 +131,7 @@ def routed(
         deadline: of the whole.
         attempts: how often each server is asked, with gRPC's pauses between two rounds.
         send: the steps that ask one server.
+        closed: whether nobody is to be asked any more.
 
     Raises:
         ServerUnavailable: no server took the call; the error of the last.
@@ -142,12 +144,16 @@ def routed(
                 try:
                     return (yield from send(server))
                 except ServerUnavailable as error:
+                    if closed():
+                        raise
                     passed.append(server)
                     last = error
         pause = next(pausing, None)
         if pause is None:
             raise last
         yield Pause(min(pause, deadline.left))
+        if closed():
+            raise last
 
 
 def prompt_key(request: RewardRequest) -> bytes:

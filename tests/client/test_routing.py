@@ -109,7 +109,7 @@ def steps(router, answers, attempts):
         return answer
         yield
 
-    call = routed(router, KEYS[0], Deadline(60), attempts, send)
+    call = routed(router, KEYS[0], Deadline(60), attempts, send, lambda: False)
     try:
         while True:
             step = next(call)
@@ -314,6 +314,38 @@ def test_a_hot_prompt_is_spread_by_the_client(trio):
         released.set()
         assert [call.result(30) for call in calls] == [4.0] * 12
     assert counts == [routing._ALWAYS, 4, 0]
+
+
+def test_a_closed_client_asks_nobody_else(trio):
+    first, *others = home(trio, "question")
+    asked, released = threading.Event(), threading.Event()
+
+    def hold(call):
+        asked.set()
+        assert released.wait(30)
+
+    first.fault = hold
+    client = RewardClient(list(trio), routing="prompt")
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.score, conversation("question"))
+        assert asked.wait(30)
+        client.close()
+        assert isinstance(call.exception(30), ServerUnavailable)
+        released.set()
+
+    async def ask():
+        asking = AsyncRewardClient(list(trio), routing="prompt")
+        call = asyncio.ensure_future(asking.score(conversation("question")))
+        while first.calls < 2:
+            await asyncio.sleep(0.01)
+        await asking.close()
+        with pytest.raises(ServerUnavailable, match="closed"):
+            await call
+
+    released.clear()
+    asyncio.run(ask())
+    released.set()
+    assert [each.calls for each in others] == [0, 0]
 
 
 @pytest.mark.parametrize("kind", [RewardClient, AsyncRewardClient])
