@@ -179,7 +179,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Simulate, print and write."""
-    writable(output)
+    writable(output, ".svg")
     results: dict[str, Any] = {
         "machine": machine(),
         "seed": seed,

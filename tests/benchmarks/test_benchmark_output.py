@@ -40,7 +40,10 @@ def run(module: ModuleType, *arguments: object) -> tuple[int, str]:
 
 
 def test_all_are_found() -> None:
-    names = "compare deadlines gpu heap perf_analyzer.__main__ perf_analyzer.inputs soak tokens"
+    names = (
+        "compare deadlines gpu heap instances perf_analyzer.__main__ perf_analyzer.inputs routing "
+        "soak tokens"
+    )
     assert {f"benchmarks.{name}" for name in names.split()} == set(ENTRY_POINTS)
 
 
