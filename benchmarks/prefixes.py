@@ -107,7 +107,7 @@ def measure(clients: dict[str, RewardClient], rounds: int) -> dict[str, Any]:
     return rows
 
 
-def show(console: Console, rows: dict[str, Any]) -> None:
+def show_rows(console: Console, rows: dict[str, Any]) -> None:
     """Print the rows."""
     table = Table(title="time without the prefix cache over time with it")
     for column in ("requests", WITH, WITHOUT, "speedup", "score distance / budget"):
@@ -136,7 +136,7 @@ def main(
             serving(checkpoint, *FLAGS, "--prefix-cache-bytes=0") as forgets,
         ):
             rows = measure({WITH: remembers, WITHOUT: forgets}, rounds)
-    show(Console(), rows)
+    show_rows(Console(), rows)
     if output:
         results = {"machine": machine(), "size": size, "dtype": "float32", "rounds": rounds}
         output.write_text(json.dumps(results | {"rows": rows}, indent=2) + "\n")

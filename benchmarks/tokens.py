@@ -105,7 +105,12 @@ def main(
     writable(output)
     results: dict[str, Any] = {"machine": machine(), "size": size, "dtype": "float32"}
     results |= {"repeats": repeats, "workloads": {}}
-    flags = ("--dtype=float32", "--device=cpu", "--embedding-cache-bytes=0")
+    flags = (
+        "--dtype=float32",
+        "--device=cpu",
+        "--embedding-cache-bytes=0",
+        "--prefix-cache-bytes=0",
+    )
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "checkpoint")
         make_checkpoint(size, 0, checkpoint)

@@ -49,6 +49,7 @@ Host = Annotated[
     typer.Option(help="Where its HTTP listens; by default only on its own machine."),
 ]
 HttpPort = Annotated[int, typer.Option(help="The server's, for HTTP.")]
+MetricsPort = Annotated[int, typer.Option(help="The server's, for metrics.")]
 AdminKeyFile = Annotated[
     Path | None,
     typer.Option(envvar="TRIWARD_ADMIN_KEY_FILE", help="File with the key of the admin protocols."),
@@ -137,9 +138,10 @@ def serve(
 def health(
     host: Host = "127.0.0.1",
     http_port: HttpPort = Endpoints.http_port,
+    metrics_port: MetricsPort = Endpoints.metrics_port,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds.")] = 10.0,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also score the repository's canaries.")
+        bool, typer.Option("--deep", help="Also score the repository's canaries, on each instance.")
     ] = False,
     repository: Annotated[
         Path | None,
@@ -152,7 +154,7 @@ def health(
     with _errors():
         if deep and repository is None:
             raise LaunchError("--deep needs --repository, where the canaries are")
-        check_once(TritonHttp(host, http_port), repository, timeout, deep)
+        check_once(TritonHttp(host, http_port), repository, timeout, deep, metrics_port)
     typer.echo("well")
 
 

@@ -104,7 +104,9 @@ class ForwardConfig(RequestLimits):
     """
 
     dtype: Annotated[Dtype, Field(description="bfloat16 or float32.")] = "bfloat16"
-    device: Annotated[Device, Field(description="cuda, cuda:N or cpu.")] = "cuda"
+    device: Annotated[Device, Field(description="cuda (each GPU; the default), cuda:N or cpu.")] = (
+        "cuda"
+    )
     max_batch_tokens: Annotated[Positive, Field(description="Tokens of one forward pass.")] = 32_768
     max_batch_patches: Annotated[
         Positive, Field(description="Vision patches of one forward pass.")

@@ -16,7 +16,7 @@ BOUNDS = {torch.bfloat16: 8e-3, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     """Sequences of one call.
 
     Attributes:
@@ -38,13 +38,13 @@ class Case:
 
 # Qwen2.5-VL-7B's heads; lengths that are no multiple of any block.
 CASES = {
-    "vision, windows": Case((64,) * 9 + (32, 16), 16, 16, 80, False),
-    "vision, images": Case((1000, 36), 16, 16, 80, False),
-    "decoder, grouped heads": Case((517, 1, 64), 28, 4, 128, True),
-    "decoder, shared prefix": Case((517, 90, 33), 28, 4, 128, True, 517),
-    "decoder, last tokens": Case((300, 1, 1, 1), 28, 4, 128, True, 300),
-    "decoder, equal heads": Case((517, 90), 8, 8, 128, True, 200),
-    "vision, grouped heads": Case((130, 70), 8, 2, 80, True, 130),
+    "vision, windows": AttentionCase((64,) * 9 + (32, 16), 16, 16, 80, False),
+    "vision, images": AttentionCase((1000, 36), 16, 16, 80, False),
+    "decoder, grouped heads": AttentionCase((517, 1, 64), 28, 4, 128, True),
+    "decoder, shared prefix": AttentionCase((517, 90, 33), 28, 4, 128, True, 517),
+    "decoder, last tokens": AttentionCase((300, 1, 1, 1), 28, 4, 128, True, 300),
+    "decoder, equal heads": AttentionCase((517, 90), 8, 8, 128, True, 200),
+    "vision, grouped heads": AttentionCase((130, 70), 8, 2, 80, True, 130),
 }
 
 
@@ -59,7 +59,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return results | {"bound": BOUNDS[dtype], "passed": bool(worst <= BOUNDS[dtype])}
 
 
-def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[float, bool]:
+def check_case(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> tuple[float, bool]:
     """Relative distance from float64, and whether deterministic mode forgets the company."""
     random = torch.Generator("cpu").manual_seed(0)
     total = sum(case.queries)
@@ -89,7 +89,7 @@ def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[fl
     return error, torch.equal(together[0], first)
 
 
-def _key_rows(case: Case) -> list[Any]:
+def _key_rows(case: AttentionCase) -> list[Any]:
     """Rows of the keys of each sequence."""
     ends = np.cumsum(case.queries)
     own = [np.arange(end - n, end) for end, n in zip(ends, case.queries, strict=True)]
@@ -97,7 +97,9 @@ def _key_rows(case: Case) -> list[Any]:
     return [own[0], *(np.concatenate([prefix, rows]) for rows in own[1:])]
 
 
-def _exact(query: Tensor, key: Tensor, value: Tensor, case: Case, index: int, rows: Any) -> Tensor:
+def _exact(
+    query: Tensor, key: Tensor, value: Tensor, case: AttentionCase, index: int, rows: Any
+) -> Tensor:
     """One sequence, written out in float64."""
     first = sum(case.queries[:index])
     q = query[first : first + case.queries[index]].double()

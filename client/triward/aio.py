@@ -21,6 +21,7 @@ from triward.grouping import Group
 from triward.many import Answer, OnError, Outcome, ProgressBar, Schedule, ask_group, ranked
 from triward.patience import AsyncPatient
 from triward.process import PerProcess, check_not_forked
+from triward.routing import Channels, Pause, Routing
 from triward.shelf import Shelf
 from triward.tokens import token_request
 
@@ -47,16 +48,17 @@ class AsyncRewardClient(BaseClient):
         headers: Mapping[str, str] | None = None,
         max_attempts: int = MAX_ATTEMPTS,
         wait_ready: float = 0.0,
+        routing: Routing = "round_robin",
         _transport: Any = None,
     ) -> None:
         super().__init__(
-            url, timeout, model, tls, headers, max_attempts, wait_ready, transport=_transport
+            url, timeout, model, tls, headers, max_attempts, wait_ready, routing, _transport
         )
         self._given = _transport
         self._starting: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[None]] = (
             WeakKeyDictionary()
         )
-        self._transports: PerProcess[WeakKeyDictionary[asyncio.AbstractEventLoop, Any]] = (
+        self._looped: PerProcess[WeakKeyDictionary[asyncio.AbstractEventLoop, Channels[Any]]] = (
             PerProcess(WeakKeyDictionary)
         )
 
@@ -152,12 +154,12 @@ class AsyncRewardClient(BaseClient):
         await self._run(self._check_ready(await self._begin(timeout)))
 
     async def close(self) -> None:
-        """Close this event loop's channel; calls in flight fail. Closing twice is fine."""
+        """Close this event loop's channels; calls in flight fail. Closing twice is fine."""
         self._closed = True
-        transports = self._transports.take()
-        mine = transports.pop(asyncio.get_running_loop(), None) if transports else None
-        if mine is not None:
-            await mine.close()
+        looped = self._looped.take()
+        mine = looped.pop(asyncio.get_running_loop(), None) if looped else None
+        for channel in mine.made() if mine else []:
+            await channel.close()
 
     async def __aenter__(self) -> AsyncRewardClient:
         """Return the client itself."""
@@ -172,20 +174,20 @@ class AsyncRewardClient(BaseClient):
         """Close the client."""
         await self.close()
 
-    def _transport(self) -> Any:
+    def _channels(self) -> Channels[Any]:
         # asyncio's channels belong to the event loop in which they are made.
-        transports, loop = self._transports.get(), asyncio.get_running_loop()
-        if loop not in transports:
+        looped, loop = self._looped.get(), asyncio.get_running_loop()
+        if loop not in looped:
             check_not_forked()
-            for other in [each for each in transports if each.is_closed()]:
-                del transports[other]
-            transports[loop] = self._given or self._connect()
-        return transports[loop]
+            for other in [each for each in looped if each.is_closed()]:
+                del looped[other]
+            looped[loop] = Channels(self._connect)
+        return looped[loop]
 
-    def _connect(self) -> AsyncPatient:
+    def _connect(self, server: str | None) -> Any:
         from tritonclient.grpc.aio import InferenceServerClient
 
-        return AsyncPatient(self._address.connect(InferenceServerClient))
+        return self._given or AsyncPatient(self._address.at(server).connect(InferenceServerClient))
 
     async def _begin(self, timeout: float | None) -> Deadline:
         """Wait for the server, if that is wanted, and begin the call's deadline."""
@@ -233,8 +235,10 @@ class AsyncRewardClient(BaseClient):
 
     async def _carry_out(self, step: Step) -> Any:
         if isinstance(step, Call):
-            method = getattr(self._transport(), step.method)
+            method = getattr(self._channels().get(step.server), step.method)
             return await self._unless_closed(method(**step.arguments))
+        if isinstance(step, Pause):
+            return await asyncio.sleep(step.seconds)
         return await asyncio.get_running_loop().run_in_executor(None, step)
 
     async def _unless_closed(self, call: Awaitable[T]) -> T:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,15 @@ from triward.conversation import RewardRequest
 from triward.deadline import Deadline
 from triward.errors import ServerUnavailable, TriwardError, code_of, from_triton
 from triward.process import PerProcess
+from triward.routing import (
+    Pause,
+    Router,
+    Routing,
+    check_routing,
+    prompt_key,
+    routed,
+    tokens_key,
+)
 from triward.tokens import TokenRequest
 from triward.wire import infer_arguments, read_scores, token_arguments
 
@@ -41,14 +50,16 @@ class Call:
     Attributes:
         method: of its client: `infer`, or one that asks about servers, models or shared memory.
         arguments: of the method.
+        server: who is asked; None leaves it to gRPC.
     """
 
     method: str
     arguments: Mapping[str, Any]
+    server: str | None = None
 
 
-# A call, or a function that may block for a moment.
-Step = Call | Callable[[], Any]
+# A call, a pause, or a function that may block for a moment.
+Step = Call | Pause | Callable[[], Any]
 Steps = Generator[Step, Any, T]
 
 
@@ -80,12 +91,16 @@ class BaseClient:
         headers: Mapping[str, str] | None,
         max_attempts: int,
         wait_ready: float,
+        routing: Routing,
         transport: object,
     ) -> None:
         Deadline(timeout)  # raises for a timeout that no call could use
         if not 0 <= wait_ready <= threading.TIMEOUT_MAX:
             raise ValueError(f"wait_ready must be 0 or more seconds and finite, got {wait_ready!r}")
+        check_routing(routing, url)
         self._address = Address(url, tls, max_attempts)
+        self._routing: Routing = routing
+        self._router = PerProcess(lambda: Router(self._address.urls))
         self._timeout = timeout
         self._model = model
         self._headers = dict(headers or {})
@@ -112,6 +127,7 @@ class BaseClient:
             "headers": self._headers,
             "max_attempts": self._address.max_attempts,
             "wait_ready": self._wait_ready,
+            "routing": self._routing,
         }
 
     def __repr__(self) -> str:
@@ -126,30 +142,56 @@ class BaseClient:
     def _infer(self, request: RewardRequest, deadline: Deadline) -> Steps[list[float]]:
         """Ask for a request's scores."""
         yield from self._meet(deadline)
-        return (yield from self._send(request, deadline, None))
+        send = partial(self._send, request, deadline, None)
+        return (yield from self._routed(partial(prompt_key, request), deadline, send))
+
+    def _routed(
+        self,
+        key: Callable[[], bytes],
+        deadline: Deadline,
+        send: Callable[[str | None], Steps[list[float]]],
+    ) -> Steps[list[float]]:
+        """Ask whoever the routing chooses; the key of a prompt takes a moment."""
+        if self._routing == "round_robin":
+            return (yield from send(None))
+        attempts, router = self._address.max_attempts, self._router.get()
+        return (
+            yield from routed(router, (yield key), deadline, attempts, send, lambda: self._closed)
+        )
 
     def _send(
-        self, request: RewardRequest, deadline: Deadline, media: Place | None
+        self,
+        request: RewardRequest,
+        deadline: Deadline,
+        media: Place | None,
+        server: str | None = None,
     ) -> Steps[list[float]]:
         """Ask a server that is there; `media` if they are in shared memory."""
         self._wait(deadline)
         remaining = deadline.remaining()
         sent = infer_arguments(request, model=self._model, remaining=remaining, media=media)
-        call = Call("infer", {**sent, "headers": self._headers})
+        call = Call("infer", {**sent, "headers": self._headers}, server)
         result = yield from self._ask(call, deadline)
         return read_scores(result, len(request.responses))
 
     def _infer_tokens(self, request: TokenRequest, deadline: Deadline) -> Steps[list[float]]:
         """Ask the forward model for a request's scores."""
         yield from self._meet(deadline)
+        send = partial(self._send_tokens, request, deadline)
+        return (yield from self._routed(partial(tokens_key, request), deadline, send))
+
+    def _send_tokens(
+        self, request: TokenRequest, deadline: Deadline, server: str | None
+    ) -> Steps[list[float]]:
         self._wait(deadline)
-        version = yield from self._served_version(deadline)
+        version = yield from self._served_version(deadline, server)
         sent = token_arguments(request, model=self._model, remaining=deadline.remaining())
-        call = Call("infer", {**sent, "model_version": version, "headers": self._headers})
+        arguments = {**sent, "model_version": version, "headers": self._headers}
+        call = Call("infer", arguments, server)
         result = yield from self._ask(call, deadline, sent["model_name"])
         return read_scores(result, request.responses)
 
-    def _served_version(self, deadline: Deadline) -> Steps[str]:
+    def _served_version(self, deadline: Deadline, server: str | None) -> Steps[str]:
         """Return the version that the public model uses.
 
         Its forward model may have others loaded, before and after a change of versions, and Triton
@@ -158,12 +200,13 @@ class BaseClient:
         Raises:
             ServerUnavailable: no server that is asked takes new requests.
         """
-        for _ in range(self._address.max_attempts):  # several servers take turns
+        asked = self._address.at(server)
+        for _ in range(asked.max_attempts):  # several servers take turns
             call = self._short(deadline, "get_model_metadata", model_name=self._model)
-            about = yield from self._ask(call, deadline)
+            about = yield from self._ask(replace(call, server=server), deadline)
             if about.versions[0] != protocol.DRAINING_VERSION:
                 return str(about.versions[0])
-        raise ServerUnavailable(f"{self._address}: the server is shutting down")
+        raise ServerUnavailable(f"{asked}: the server is shutting down")
 
     def _ready(self, deadline: Deadline) -> Steps[bool]:
         self._wait(deadline)
@@ -218,15 +261,16 @@ class BaseClient:
         try:
             return (yield call)
         except InferenceServerException as error:
-            explained = yield from self._explained(error, deadline, model or self._model)
+            asked = self._address.at(call.server)
+            explained = yield from self._explained(error, deadline, model or self._model, asked)
             raise explained from error
 
     def _explained(
-        self, error: InferenceServerException, deadline: Deadline, model: str
+        self, error: InferenceServerException, deadline: Deadline, model: str, asked: Address
     ) -> Steps[TriwardError]:
         """Return what callers see; find out what tritonclient's error leaves open."""
-        message, url = error.message() or "", str(self._address)
-        if lacks_connection(error):
+        message, url = error.message() or "", str(asked)
+        if lacks_connection(error) and asked is self._address:
             reason = yield self._diagnosis(error, deadline)
             if reason:
                 return ServerUnavailable(reason)

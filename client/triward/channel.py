@@ -11,9 +11,10 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import random
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from triward.errors import ServerUnavailable
@@ -126,6 +127,10 @@ class Address:
         [url, *more] = self.urls
         return None if more or _scheme(url) else _split(url)
 
+    def at(self, server: str | None) -> Address:
+        """Return the address of one server alone, which is asked once a call; of all for None."""
+        return replace(self, url=server, max_attempts=1) if server else self
+
     def connect(self, client: Any) -> Any:
         """Return one of tritonclient's clients, blocking or asyncio.
 
@@ -196,6 +201,13 @@ class Address:
                 }
             ]
         return config
+
+
+def pauses(attempts: int) -> Iterator[float]:
+    """Yield the seconds between two of so many attempts, as gRPC pauses."""
+    for retry in range(attempts - 1):
+        longest = min(_FIRST_PAUSE * _GROWTH**retry, _LONGEST_PAUSE)
+        yield longest * random.uniform(0.8, 1.2)
 
 
 def _scheme(url: str) -> str:

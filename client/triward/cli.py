@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from triward import __version__ as version
 from triward import jsonl, protocol
@@ -42,6 +42,7 @@ from triward.errors import (
     TriwardError,
 )
 from triward.many import ranked
+from triward.routing import Routing
 
 _CODES = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
 
@@ -221,6 +222,12 @@ def _server_options() -> argparse.ArgumentParser:
         default=None,
         help="host of gRPC (localhost), or host:port (8001), or dns:///NAME:PORT; may repeat",
     )
+    group.add_argument(
+        "--routing",
+        default="round_robin",
+        choices=get_args(Routing),
+        help="among several --url: in turn, or equal prompts to equal servers (%(default)s)",
+    )
     group.add_argument("--model", default="reward", help="name of the ensemble (%(default)s)")
     group.add_argument("--timeout", type=_seconds, default=60.0, help="seconds (%(default)s)")
     group.add_argument(
@@ -291,6 +298,7 @@ def _client(options: argparse.Namespace) -> RewardClient:
             tls=tls,
             headers=dict(options.header),
             wait_ready=options.wait_ready,
+            routing=options.routing,
         )
     except ValueError as error:
         options.error(str(error))

@@ -20,6 +20,7 @@ from triward.grouping import Group
 from triward.many import Answer, OnError, Outcome, ProgressBar, Schedule, ask_group, ranked
 from triward.patience import Patient
 from triward.process import PerProcess
+from triward.routing import Channels, Pause, Routing
 from triward.shelf import Shelf
 from triward.tokens import token_request
 
@@ -62,6 +63,10 @@ class RewardClient(BaseClient):
             has before: that is an error at once, unless several servers are named.
         wait_ready: seconds for which the first call waits for a server that is starting, before
             its own timeout begins.
+        routing: "round_robin", in turn; or for a list "prompt": requests that begin with the same
+            messages, up to the first of the user's, go to the same server, which may have computed
+            them. Where that is full or away they go to the next, the same one for all; then
+            `max_attempts` is how often each server is asked.
         shared_memory_bytes: size of a region of /dev/shm through which media reach a server on this
             machine; 0 sends them over gRPC, as does a region that is full. Linux only. The server
             must see the same /dev/shm, be another process of the same user, and be the only one;
@@ -78,14 +83,15 @@ class RewardClient(BaseClient):
         headers: Mapping[str, str] | None = None,
         max_attempts: int = MAX_ATTEMPTS,
         wait_ready: float = 0.0,
+        routing: Routing = "round_robin",
         shared_memory_bytes: int = 0,
         _transport: Any = None,
     ) -> None:
         super().__init__(
-            url, timeout, model, tls, headers, max_attempts, wait_ready, transport=_transport
+            url, timeout, model, tls, headers, max_attempts, wait_ready, routing, _transport
         )
         self._given = _transport
-        self._transport: PerProcess[Any] = PerProcess(lambda: _transport or self._connect())
+        self._channels: PerProcess[Channels[Any]] = PerProcess(lambda: Channels(self._connect))
         if shared_memory_bytes < 0:
             raise ValueError(f"shared_memory_bytes must be at least 0, got {shared_memory_bytes}")
         if shared_memory_bytes and not isinstance(url, str):
@@ -229,12 +235,13 @@ class RewardClient(BaseClient):
     def close(self) -> None:
         """Close the channel; calls in flight fail. Closing twice is fine."""
         self._closed = True
-        transport, region = self._transport.take(), self._region.take()
-        if transport is not None:
+        channels, region = self._channels.take(), self._region.take()
+        if channels is not None:
             if region is not None:
                 with suppress(TriwardError):  # a server that is gone has forgotten it
-                    self._run(self._unregister(region), transport)
-            transport.close()
+                    self._run(self._unregister(region), channels)
+            for channel in channels.made():
+                channel.close()
         if region is not None:
             region.close()
 
@@ -279,14 +286,14 @@ class RewardClient(BaseClient):
                     raise self._waited(error) from error
             sleep(POLL)
 
-    def _run(self, steps: Steps[T], transport: Any = None) -> T:
+    def _run(self, steps: Steps[T], channels: Channels[Any] | None = None) -> T:
         """Carry out a call's steps, and return its result."""
         with closing(steps):
             try:
                 step = next(steps)
                 while True:
                     try:
-                        answer = self._carry_out(step, transport)
+                        answer = self._carry_out(step, channels)
                     except Exception as error:
                         step = steps.throw(error)
                     else:
@@ -295,10 +302,11 @@ class RewardClient(BaseClient):
                 result: T = end.value
                 return result
 
-    def _carry_out(self, step: Step, transport: Any) -> Any:
+    def _carry_out(self, step: Step, channels: Channels[Any] | None) -> Any:
         if isinstance(step, Call):
-            return getattr(transport or self._transport.get(), step.method)(**step.arguments)
-        return step()
+            channel = (channels or self._channels.get()).get(step.server)
+            return getattr(channel, step.method)(**step.arguments)
+        return sleep(step.seconds) if isinstance(step, Pause) else step()
 
     def _score(self, request: RewardRequest, deadline: Deadline) -> list[float]:
         if not (self._shared_memory_bytes and request.media):
@@ -321,10 +329,10 @@ class RewardClient(BaseClient):
         last = Deadline(_CLOSING)
         yield from self._ask_short(last, "unregister_system_shared_memory", name=region.name)
 
-    def _connect(self) -> Patient:
+    def _connect(self, server: str | None) -> Any:
         from tritonclient.grpc import InferenceServerClient
 
-        return Patient(self._address.connect(InferenceServerClient))
+        return self._given or Patient(self._address.at(server).connect(InferenceServerClient))
 
     def _make_region(self) -> Region:
         from triward.sharedmemory import Region

@@ -21,11 +21,15 @@ from tests.engine.test_scoring import request
 from tests.promql import metric_names
 from triward import InvalidRequest, RewardClient
 from triward_server.backend.metrics import (
+    CANARIES,
+    CANARY,
     ERRORS,
     FORWARD_COUNTERS,
     FORWARD_GAUGES,
     PREPROCESS_COUNTERS,
+    REQUESTS,
     SCORE_BOUNDS,
+    SCORE_SUM,
     SCORES,
     WORKING,
     ForwardMetrics,
@@ -36,7 +40,8 @@ from triward_server.serving.canary import Canary
 from triward_server.serving.launch import TritonServer
 from triward_server.serving.triton_http import fetch
 
-OURS = {*FORWARD_COUNTERS, *FORWARD_GAUGES, *PREPROCESS_COUNTERS, ERRORS, SCORES, WORKING}
+OWN = {WORKING, REQUESTS, CANARIES, CANARY}  # of an instance
+OURS = {*FORWARD_COUNTERS, *FORWARD_GAUGES, *PREPROCESS_COUNTERS, ERRORS, SCORES, SCORE_SUM, *OWN}
 Metric = Callable[[str, str], float]
 
 
@@ -47,8 +52,9 @@ def page(server: TritonServer) -> Callable[[], str]:
 
 
 def test_every_metric_that_is_named_anywhere_is_there(
-    page: Callable[[], str], client: RewardClient
+    page: Callable[[], str], client: RewardClient, server: TritonServer, repository: Path
 ) -> None:
+    server.http.infer(Canary.of(repository, "1"), 20)
     client.score([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
     served = set(re.findall(r"^(\w+)(?:{| )", page(), re.MULTILINE))
     named = metric_names()
@@ -65,7 +71,7 @@ def test_a_group_is_counted(client: RewardClient, metric: Metric) -> None:
     """Eight responses to one prompt with an image: what was computed, shared and encoded."""
 
     def read() -> dict[str, float]:
-        names = [n for n in OURS - set(PREPROCESS_COUNTERS) if n not in (ERRORS, SCORES, WORKING)]
+        names = [n for n in OURS - set(PREPROCESS_COUNTERS) if n not in {ERRORS, SCORES, *OWN}]
         return {name: metric(name, "reward_forward") for name in names}
 
     part = {"type": "image", "image": encode(picture(140, 112, 77))}
@@ -149,7 +155,9 @@ class FakeTriton:
                 triton.gone.append("family")
 
             def Metric(self, labels: dict[str, str]) -> Any:
-                key = self.name, labels.get("le", labels.get("code", labels.get("instance", "")))
+                kept = (labels[name] for name in ("le", "code", "response", "instance")
+                        if name in labels)  # fmt: skip
+                key = self.name, next(kept, "")
                 triton.values.setdefault(key, 0.0)
                 return Series(key)
 
@@ -198,6 +206,17 @@ def test_nothing_is_sent_for_what_did_not_happen() -> None:
     metrics = ForwardMetrics(fake, {"model": "m", "version": "1"}, "m_0_0", ["INTERNAL"])
     metrics.add(oom_retries=0, tokens_saved=0, tokens_computed=5)
     assert fake.calls == 1
+
+
+def test_an_instance_shows_its_own_canaries() -> None:
+    fake = FakeTriton()
+    metrics = ForwardMetrics(fake, {"model": "m", "version": "1"}, "m_0_1", ["INTERNAL"])
+    metrics.checked([1.5, -2.0])
+    metrics.checked([1.5, -3.0])
+    assert [fake.values[CANARY, place] for place in "01"] == [1.5, -3.0]
+    assert fake.values[CANARIES, "m_0_1"] == 2
+    metrics.close()
+    assert fake.gone == sorted(fake.gone, reverse=True)
 
 
 def test_work_shows_while_it_lasts() -> None:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "client" / "triward"
 LAYERS = {
     "the contract, and what can fail": "protocol connection errors deadline process",
     "a request": "jsonvalue pil download media conversation tokens patches wire",
-    "a server": "channel contract patience sharedmemory",
+    "a server": "channel contract patience sharedmemory routing",
     "many requests": "grouping shelf many",
     "who asks": "base client aio",
     "with scores": "moments rewards retries jsonl",

@@ -48,6 +48,7 @@ def defaults(**settings):
         "tls": None,
         "headers": {},
         "wait_ready": 0.0,
+        "routing": "round_robin",
         **settings,
     }
 

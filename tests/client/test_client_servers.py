@@ -429,7 +429,7 @@ def test_what_event_loops_leave_is_dropped(server):
     client = AsyncRewardClient(server.url)
     for _ in range(5):
         assert asyncio.run(client.score(conversation("four"))) == 4.0
-    assert len(client._transports.get()) == 1
+    assert len(client._looped.get()) == 1
 
 
 def test_a_call_in_flight_when_the_async_client_is_closed(server):

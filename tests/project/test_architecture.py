@@ -25,8 +25,8 @@ ROOMS = {
     "prefix_cache architectures processors backbone weights checkpoint streaming scoring",
     "backend": "metrics draining onnx_inputs onnx_runner onnx_vision codec triton_io",
     "serving": "canary log repository integrity triton_http installation signals child endpoints "
-    "gpu progress ending launch watchdog switch",
-    "export": "options reference verify onnx configuration draft build random_checkpoint "
+    "gpu progress ending launch instances watchdog switch",
+    "export": "placement options reference verify onnx configuration draft build random_checkpoint "
     "random_text_checkpoint commands",
     "testing": "oracle echo_models echo",
     "commands": "cli",

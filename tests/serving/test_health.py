@@ -325,6 +325,10 @@ def test_a_canary_survives_its_file(canary: Canary, tmp_path: Path) -> None:
         Canary.of(tmp_path, "3")
 
 
+def labels(instance: str) -> dict[str, str]:
+    return {"instance": instance, "model": instance[:-4], "version": "1"}
+
+
 def _busy(*_: object) -> None:
     raise HttpError(503, "overloaded")
 
@@ -357,9 +361,9 @@ class TestProgress:
             for ages in rounds:
                 now[0] += seconds
                 idle = {"idle": now[0]}
+                ages_now = idle if ages is None else idle | ages
                 page[:] = [
-                    Series(WORKING, {"instance": name, "model": name[:-4]}, now[0] - age)
-                    for name, age in (idle if ages is None else idle | ages).items()
+                    Series(WORKING, labels(name), now[0] - age) for name, age in ages_now.items()
                 ]
                 if ages is None:
                     page.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -280,7 +281,8 @@ class TestHealth:
             raise HttpError(503, "overloaded")
 
         def page(*_: object) -> list[Series]:
-            labels = {"instance": f"{busy.forward}_0_0", "model": busy.forward}
+            instance = f"{busy.forward}_0_0"
+            labels = {"instance": instance, "model": busy.forward, "version": "1"}
             return [Series(WORKING, labels, now[0] - 1)]
 
         monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
@@ -305,7 +307,8 @@ class TestHealth:
         victim.kill()
         assert server.wait() == 1
         reason = server.output.splitlines()[-1]
-        assert f"of {name} is dead" in reason or "model processes are left" in reason
+        dead = rf"of {re.escape(name)}_0_\d is dead|model processes are left"
+        assert re.search(dead, reason)
         assert_gone(family)
 
 
@@ -404,4 +407,4 @@ def _processes(server: TritonServer, names: ModelNames) -> set[int]:
     """Of one model's steps."""
     children = psutil.Process(server.pid).children(recursive=True)
     stubs = [p for p in children if p.name().startswith("triton_python_b")]
-    return {p.pid for p in stubs if _name(p) in names.steps}
+    return {p.pid for p in stubs if _name(p).rsplit("_", 2)[0] in names.steps}

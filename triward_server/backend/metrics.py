@@ -1,7 +1,10 @@
 """The models' own metrics, as Prometheus families beside Triton's on its metrics port.
 
-Docs, alerts and dashboards use these names. Counters are shared by all instances of a model, and
-each update is a call into Triton of some 20 us, so they are made once a batch or forward pass.
+Docs, alerts and dashboards use these names. Instances of a model are processes of their own; Triton
+adds up what they add to a series of equal labels, so counters are shared. What is set and not added
+has the label `instance`, or the last one would count alone.
+
+Each update is a call into Triton of some 20 us, so they are made once a batch or forward pass.
 """
 
 from __future__ import annotations
@@ -35,8 +38,11 @@ FORWARD_COUNTERS = {
 FORWARD_GAUGES = {
     "triward_embedding_cache_bytes": "Bytes of image embeddings that are kept.",
     "triward_prefix_cache_bytes": "Bytes of keys and values that are kept.",
-    "triward_score_sum": "Sum of the scores in the histogram.",
 }
+SCORE_SUM = "triward_score_sum"
+REQUESTS = "triward_instance_requests_total"
+CANARIES = "triward_instance_canaries_total"
+CANARY = "triward_canary_score"
 ERRORS = "triward_errors_total"
 WORKING = "triward_working_since_seconds"
 SCORES = "triward_score_bucket"
@@ -55,7 +61,7 @@ class Metrics:
         labels: of every series: model and version.
         instance: Triton's name for it.
         counters: names with help.
-        gauges: likewise.
+        gauges: likewise, of this instance alone.
         codes: gRPC status names that requests may fail with.
     """
 
@@ -69,20 +75,20 @@ class Metrics:
         codes: Iterable[str],
     ) -> None:
         self._pb = pb_utils
-        self._labels = dict(labels)
+        self._labels, self._own = dict(labels), {**labels, "instance": instance}
         self._families: list[Any] = []  # a metric dies with its family
         kind = pb_utils.MetricFamily
         self._series = {
             name: self._family(name, text, kind.COUNTER).Metric(labels=self._labels)
             for name, text in counters.items()
         } | {
-            name: self._family(name, text, kind.GAUGE).Metric(labels=self._labels)
+            name: self._family(name, text, kind.GAUGE).Metric(labels=self._own)
             for name, text in gauges.items()
         }
         errors = self._family(ERRORS, "Requests that were answered with an error.", kind.COUNTER)
         text = "Monotonic time of the last progress of a batch under way; 0 between batches."
         working = self._family(WORKING, text, kind.GAUGE)
-        self._working = working.Metric(labels=self._labels | {"instance": instance})
+        self._working = working.Metric(labels=self._own)
         self._errors = {code: errors.Metric(labels=self._labels | {"code": code}) for code in codes}
 
     def close(self) -> None:
@@ -146,7 +152,16 @@ class ForwardMetrics(Metrics):
         self, pb_utils: Any, labels: Mapping[str, str], instance: str, codes: Iterable[str]
     ) -> None:
         super().__init__(pb_utils, labels, instance, FORWARD_COUNTERS, FORWARD_GAUGES, codes)
-        family = self._family(SCORES, "Scores up to a bound.", pb_utils.MetricFamily.COUNTER)
+        kind = pb_utils.MetricFamily
+        total = self._family(SCORE_SUM, "Sum of the scores in the histogram.", kind.GAUGE)
+        self._sum = total.Metric(labels=self._labels)
+        text = "Requests that an instance took, health checks among them."
+        self._requests = self._family(REQUESTS, text, kind.COUNTER).Metric(labels=self._own)
+        text = "Health checks that an instance answered."
+        self._canaries = self._family(CANARIES, text, kind.COUNTER).Metric(labels=self._own)
+        self._canary_family = self._family(CANARY, "Scores of the last one.", kind.GAUGE)
+        self._canary: dict[int, Any] = {}
+        family = self._family(SCORES, "Scores up to a bound.", kind.COUNTER)
         self._buckets = [
             family.Metric(
                 labels=self._labels | {"le": "+Inf" if bound == float("inf") else f"{bound}"}
@@ -156,8 +171,22 @@ class ForwardMetrics(Metrics):
 
     def close(self) -> None:
         """Close the metrics."""
-        del self._buckets
+        del self._buckets, self._sum, self._requests, self._canaries, self._canary
+        del self._canary_family
         super().close()
+
+    def took(self, requests: int) -> None:
+        """Count a batch of requests as this instance's."""
+        self._requests.increment(requests)
+
+    def checked(self, scores: Iterable[float]) -> None:
+        """Show what this instance scored in a health check: who asks cannot choose an instance."""
+        for place, score in enumerate(scores):
+            if place not in self._canary:
+                labels = {**self._own, "response": str(place)}
+                self._canary[place] = self._canary_family.Metric(labels=labels)
+            self._canary[place].set(score)
+        self._canaries.increment(1)
 
     def observe(self, scores: Iterable[float]) -> None:
         """Put scores into the histogram."""
@@ -172,4 +201,4 @@ class ForwardMetrics(Metrics):
                 bucket.increment(below)
         self.add(conversations=len(values))
         self._series["triward_score_count"].increment(len(values))
-        self._series["triward_score_sum"].increment(sum(values))
+        self._sum.increment(sum(values))

@@ -25,7 +25,14 @@ from .. import schema
 from ..config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
 from ..contract import check_caller, check_repository
 from ..engine.scoring import Pass, Scorer
-from ..errors import DeviceFault, InvalidRequest, TriwardError, Unavailable, is_out_of_memory
+from ..errors import (
+    DeviceFault,
+    InvalidRequest,
+    NonFiniteScore,
+    TriwardError,
+    Unavailable,
+    is_out_of_memory,
+)
 from ..intake.preprocess import Opened, Preprocessor
 from ..intake.workers import close_all
 from ..memory import Heap, lift_limit
@@ -124,6 +131,7 @@ class ForwardBackend:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch with one call of the scorer."""
         self._heap.tidy()
+        self._metrics.took(len(requests))
         with self._metrics.working():
             return self._execute(requests)
 
@@ -173,11 +181,15 @@ class ForwardBackend:
         self._metrics.set("triward_prefix_cache_bytes", done.prefix_bytes)
 
     def _count(self, callers: Sequence[Any], scored: Sequence[Scores | TriwardError]) -> None:
-        scores = [
-            result.scores.tolist()
-            for caller, result in zip(callers, scored, strict=True)
-            if isinstance(result, Scores) and caller.request_id() != schema.CANARY_ID
-        ]
+        scores = []
+        for caller, result in zip(callers, scored, strict=True):
+            canary = caller.request_id() == schema.CANARY_ID
+            if isinstance(result, Scores) and not canary:
+                scores.append(result.scores.tolist())
+            elif isinstance(result, Scores):
+                self._metrics.checked(result.scores.tolist())
+            elif isinstance(result, NonFiniteScore) and canary:
+                self._metrics.checked([float("nan")])
         self._metrics.observe(chain.from_iterable(scores))
 
     def _respond(self, result: Scores | Exception) -> Any:

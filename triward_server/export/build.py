@@ -69,7 +69,7 @@ def build(options: Options) -> None:
     """
     wanted = options.export
     names, version = model_names(wanted.name), str(wanted.version)
-    _say_where(options.forward.device)
+    _say_where(options)
     _check_output(wanted.output, names, version, wanted.force)
     folder, commit = _resolve(wanted.checkpoint, wanted.revision)
     checkpoint.check_tensors(folder)
@@ -216,24 +216,27 @@ def _device(options: Options) -> str:
     return options.forward.device if torch.cuda.is_available() else "cpu"
 
 
-def _say_where(device: str) -> None:
-    """Say which GPU will serve, or that there is none here."""
-    if device == "cpu":
+def _say_where(options: Options) -> None:
+    """Say which GPUs will serve, or that there are none here."""
+    if options.placement.device == "cpu":
         return
+    devices = options.triton.devices
+    flag = f"--devices {devices}" if devices else f"--device {options.forward.device}"
     if not torch.cuda.is_available():
         typer.echo(
-            f"--device {device}: this machine has no CUDA GPU; the repository will serve only "
+            f"{flag}: this machine has no CUDA GPU; the repository will serve only "
             "where there is one. For this machine: --device cpu",
             err=True,
         )
         return
     there = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    if device != "cuda" and device not in there:
-        typer.echo(f"--device {device}: this machine has {', '.join(there)} only", err=True)
+    wanted = [f"cuda:{number}" for number in options.placement.gpus] or list(there)
+    if not set(wanted) <= set(there):
+        typer.echo(f"{flag}: this machine has {', '.join(there)} only", err=True)
         return
-    used = there if device == "cuda" else {device: there[device]}
+    used = {name: there[name] for name in wanted}
     typer.echo(
-        f"--device {device}: will serve on {', '.join(f'{k} ({v})' for k, v in used.items())}"
+        f"{flag}: will serve on {', '.join(f'{k} ({v})' for k, v in used.items())}"
         f"{', an instance on each' if len(used) > 1 else ''}",
         err=True,
     )

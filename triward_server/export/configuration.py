@@ -14,6 +14,7 @@ from ..backend.onnx_runner import VISION_FILE
 from ..config import VisionConfig
 from ..schema import ModelNames
 from .options import OnnxBackend, Options
+from .placement import placement
 
 
 def configure(draft: Path, names: ModelNames, options: Options) -> None:
@@ -23,9 +24,8 @@ def configure(draft: Path, names: ModelNames, options: Options) -> None:
     model.name = names.preprocess
     _set_parameters(model, asdict(options.preprocess))
     _set_parameters(model, {contract.PARAMETER: schema.CONTRACT_VERSION})
-    model.instance_group[0].count = options.triton.preprocess_instances
     model.max_batch_size = options.triton.preprocess_batch_size
-    _place_on(model, options.preprocess.device)
+    placement(options.preprocess.device).apply(model, options.triton.preprocess_instances)
     _bound_queue(model, options)
     _write_config(path, model)
 
@@ -34,7 +34,8 @@ def configure(draft: Path, names: ModelNames, options: Options) -> None:
     model.name = names.ensemble
     for step, name in zip(model.ensemble_scheduling.step, names.steps, strict=True):
         step.model_name = name
-    model.max_batch_size = options.triton.preprocess_batch_size  # at most its steps'
+    sizes = options.triton.preprocess_batch_size, options.triton.forward_batch_size
+    model.max_batch_size = min(sizes)  # at most its steps'
     _write_config(path, model)
 
     path = draft / names.forward / "config.pbtxt"
@@ -42,7 +43,8 @@ def configure(draft: Path, names: ModelNames, options: Options) -> None:
     model.name = names.forward
     _set_parameters(model, asdict(options.forward))
     _set_parameters(model, {contract.PARAMETER: schema.CONTRACT_VERSION})
-    _place_on(model, options.forward.device)
+    options.placement.apply(model, options.placement.count)
+    model.max_batch_size = options.triton.forward_batch_size
     model.dynamic_batching.max_queue_delay_microseconds = options.triton.queue_delay_us
     _bound_queue(model, options)
     _write_config(path, model)
@@ -71,7 +73,7 @@ def configure_vision(
     else:
         model.backend = OnnxBackend.ONNXRUNTIME.value
         model.default_model_filename = VISION_FILE
-        _place_on(model, options.forward.device)
+        options.placement.apply(model, options.placement.count)
     _write_config(path, model)
 
 
@@ -81,13 +83,6 @@ def _bound_queue(model: Any, options: Options) -> None:
     policy.timeout_action = policy.REJECT
     policy.default_timeout_microseconds = options.triton.queue_timeout_ms * 1000
     policy.allow_timeout_override = True  # a caller's shorter timeout counts
-
-
-def _place_on(model: Any, device: str) -> None:
-    group = model.instance_group[0]
-    kind, _, number = device.partition(":")
-    group.kind = group.KIND_CPU if kind == "cpu" else group.KIND_GPU
-    group.gpus[:] = [int(number)] if number else []  # none listed: instances on every GPU
 
 
 def _read_config(path: Path) -> Any:

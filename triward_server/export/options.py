@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo
 
 from .. import schema
 from ..config import ForwardConfig, PreprocessConfig, from_strings
+from ..errors import ConfigError
+from .placement import Placement, placement
 
 Size = Literal["tiny", "small", "7b"]  # of a checkpoint with random weights
 TextModel = Literal["llama", "gemma2", "qwen2", "qwen3"]  # random ones of text, by model_type
@@ -41,8 +43,19 @@ class Weights(str, Enum):
 class TritonConfig:
     """Settings of `config.pbtxt` beside a model's parameters."""
 
+    devices: Annotated[
+        str | None,
+        Field(
+            description="In place of --device: a forward process on each of cuda:0,cuda:1; on all "
+            "GPUs; or several on the CPU: cpu,cpu."
+        ),
+    ] = None
     preprocess_instances: Annotated[
-        int, Field(ge=1, description="Processes that decode, resize and tokenize.")
+        int,
+        Field(
+            ge=1,
+            description="Processes that decode, resize and tokenize; 4 for each device named.",
+        ),
     ] = 4
     preprocess_batch_size: Annotated[
         int,
@@ -51,6 +64,15 @@ class TritonConfig:
             le=schema.MAX_BATCH_SIZE,
             description="Requests of one preprocessing batch; 1 keeps a malformed tensor to its "
             "request.",
+        ),
+    ] = schema.MAX_BATCH_SIZE
+    forward_batch_size: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=schema.MAX_BATCH_SIZE,
+            description="Requests that one forward process takes at once; 64 divided by the "
+            "devices named, at least 8.",
         ),
     ] = schema.MAX_BATCH_SIZE
     queue_delay_us: Annotated[
@@ -119,10 +141,18 @@ class Options:
     preprocess: PreprocessConfig
     triton: TritonConfig
 
+    @property
+    def placement(self) -> Placement:
+        """Devices of the forward model's processes."""
+        return placement(self.triton.devices or self.forward.device)
+
 
 # Both models have a device. Fields of the same name that mean the same are one option.
 _RENAMED: dict[tuple[type, str], str] = {(PreprocessConfig, "device"): "preprocess_device"}
-_UNSAID: dict[str, Any] = {"compile": None}  # the device decides
+_UNSAID: dict[str, Any] = {  # the devices decide
+    "compile": None, "device": None, "preprocess_instances": None, "forward_batch_size": None
+}  # fmt: skip
+_LEAST_BATCH = 8  # of requests: as many tokens as make matrix products efficient
 
 
 def export_parameters() -> list[Parameter]:
@@ -142,9 +172,19 @@ def read_options(values: Mapping[str, Any]) -> Options:
     Raises:
         ConfigError: a value that does not fit, by name.
     """
-    derived = {"resize": "pillow" if values["preprocess_device"] == "cpu" else "torch"}
+    placed = _placement(values["device"], values["devices"])
+    derived: dict[str, Any] = {
+        "device": values["device"] or placed.device,
+        "resize": "pillow" if values["preprocess_device"] == "cpu" else "torch",
+    }
     if values["compile"] is None:
-        derived["compile"] = str(values["device"] != "cpu")
+        derived["compile"] = str(placed.device != "cpu")
+    if values["preprocess_instances"] is None:
+        derived["preprocess_instances"] = TritonConfig.preprocess_instances * placed.named
+    if values["forward_batch_size"] is None:
+        # One process would take what waits for all, and the others would have nothing to do.
+        share = schema.MAX_BATCH_SIZE // placed.named
+        derived["forward_batch_size"] = max(_LEAST_BATCH, share)
     given = {**values, **derived}
 
     def of(config: type) -> dict[str, Any]:
@@ -159,6 +199,12 @@ def read_options(values: Mapping[str, Any]) -> Options:
         from_strings(PreprocessConfig, strings(PreprocessConfig)),
         TritonConfig(**of(TritonConfig)),
     )
+
+
+def _placement(device: str | None, devices: str | None) -> Placement:
+    if device and devices:
+        raise ConfigError(f"--device {device} and --devices {devices}: give one of them")
+    return placement(devices or "cuda") if not device else Placement(device)
 
 
 def _fields(config: Any) -> dict[str, FieldInfo]:

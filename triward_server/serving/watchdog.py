@@ -3,7 +3,8 @@
 Triton 24.10 never restarts a model process that died, and stays ready. Each round looks at
 
     processes   the server's and its models': none stopped, none dead, none missing
-    canary      one request through each whole ensemble, compared with its score at export
+    canary      a request through each whole ensemble, compared with its score at export; as many as
+                its forward model has instances
     progress    a model that works shows so every forward pass or request; a hung one does not
 
 What is found wrong is `Unhealthy`; the cure, a restart, is left to who runs the server.
@@ -15,6 +16,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,11 +24,14 @@ import psutil
 from ..backend.metrics import WORKING
 from ..errors import LaunchError, Unhealthy
 from ..schema import REWARD, ModelNames
+from .endpoints import Endpoints
+from .instances import Page, answered, silent, wrong
 from .repository import Canaries, served_models
-from .triton_http import HttpError, TritonHttp, read_metrics
+from .triton_http import HttpError, Series, TritonHttp, read_metrics
 
 CANARY_TIMEOUT = 4.0
 _CALL_TIMEOUT = 2.0
+_ASKS = 8  # canaries for each instance, until each has answered one
 _STUB = "triton_python_b"  # the kernel keeps 15 characters
 
 
@@ -54,23 +59,40 @@ def ask_canary(
 
 
 def ask_canaries(
-    triton: TritonHttp, canaries: Canaries, timeout: float
-) -> dict[ModelNames, HttpError | None]:
+    triton: TritonHttp, canaries: Canaries, timeout: float, page: Page = list, asks: int = 1
+) -> dict[ModelNames, HttpError | list[str]]:
     """Score every model's canary, all at once: no model waits for a busy one.
 
+    Args:
+        triton: whom to ask.
+        canaries: of its models.
+        timeout: seconds for one, and after which a model is asked no more.
+        page: of metrics. A model is asked until each of its instances there has answered.
+        asks: for each instance at most; Triton chooses who answers.
+
     Returns:
-        Why a model gave no answer, or None.
+        Why a model gave no answer; or its instances that were free and did not answer.
 
     Raises:
-        Unhealthy: as `ask_canary`, of any model.
+        Unhealthy: as `ask_canary`, of any model; the instances that score wrongly are named.
     """
 
-    def ask(names: ModelNames) -> HttpError | None:
+    def ask(names: ModelNames) -> HttpError | list[str]:
+        end = time.monotonic() + timeout
+        before = answered(page(), names)
+        missing: list[str] = []
         try:
-            ask_canary(triton, canaries, timeout, names)
+            for _ in range(max(1, asks * len(before))):
+                ask_canary(triton, canaries, timeout, names)
+                missing = silent(page(), before, names)
+                if not missing or time.monotonic() > end:
+                    break
         except HttpError as error:
             return error
-        return None
+        except Unhealthy as error:
+            by = ", ".join(wrong(page(), canaries, names))
+            raise Unhealthy(f"{error}; by {by}" if by else str(error)) from None
+        return missing
 
     served = canaries.models()
     with ThreadPoolExecutor(len(served)) as pool:
@@ -115,7 +137,10 @@ class Watchdog:
             Unhealthy: why the server must be restarted.
         """
         self._check_processes()
-        self._check_progress(ask_canaries(self.triton, self._canaries, CANARY_TIMEOUT))
+        self._check_progress(ask_canaries(self.triton, self._canaries, CANARY_TIMEOUT, self._page))
+
+    def _page(self) -> list[Series]:
+        return _read_page(self.triton.host, self.metrics_port)
 
     def _check_processes(self) -> None:
         try:
@@ -158,22 +183,19 @@ class Watchdog:
                 )
         return count
 
-    def _check_progress(self, answers: Mapping[ModelNames, HttpError | None]) -> None:
+    def _check_progress(self, answers: Mapping[ModelNames, HttpError | list[str]]) -> None:
         """Judge by what the models show of their work, and by whether canaries got an answer."""
         now = time.monotonic()
-        try:
-            metrics = read_metrics(self.triton.host, self.metrics_port, _CALL_TIMEOUT)
-        except HttpError:
-            metrics = []
-        working = [m for m in metrics if m.name == WORKING and m.value]
+        working = [m for m in self._page() if m.name == WORKING and m.value]
         for each in working:
             if now - each.value >= self.hang_timeout:
                 idle = now - each.value
                 raise Unhealthy(f"{each.labels['instance']} has got nothing done for {idle:.0f} s")
         at_work = {each.labels["model"] for each in working}
         for names, error in answers.items():
-            answered = error is None or error.status == 404  # unloaded by its operator
-            if answered or at_work & set(names.steps):
+            # Not an instance that only had no canary: one that cannot answer fails what it gets.
+            gone = isinstance(error, HttpError) and error.status == 404  # by its operator
+            if not isinstance(error, HttpError) or gone or at_work & set(names.steps):
                 self._alive[names] = now
             elif (idle := now - self._alive.setdefault(names, now)) >= self.hang_timeout:
                 raise Unhealthy(
@@ -184,15 +206,31 @@ class Watchdog:
 def _name(process: psutil.Process) -> str:
     """Whose process it is; a dead one no longer knows."""
     try:
-        # A stub's first argument is its model's file, <model>/<version>/model.py.
-        arguments = process.cmdline()
-        return Path(arguments[1]).parts[-3] if process.name().startswith(_STUB) else "tritonserver"
-    except (psutil.Error, IndexError):
+        if not process.name().startswith(_STUB):
+            return "tritonserver"
+        # A stub's first argument is its model's file, <model>/<version>/model.py, and a later one
+        # its instance, <model>_<group>_<number>.
+        _, file, *rest = process.cmdline()
+        model = Path(file).parts[-3]
+        return next((each for each in rest if each.startswith(f"{model}_")), model)
+    except (psutil.Error, IndexError, ValueError):
         return "a model"
 
 
+def _read_page(host: str, port: int) -> list[Series]:
+    """Return the metrics; none where there is no such page."""
+    try:
+        return read_metrics(host, port, _CALL_TIMEOUT)
+    except HttpError:
+        return []
+
+
 def check_once(
-    triton: TritonHttp, repository: Path | None, timeout: float, deep: bool = False
+    triton: TritonHttp,
+    repository: Path | None,
+    timeout: float,
+    deep: bool = False,
+    metrics_port: int = Endpoints.metrics_port,
 ) -> None:
     """Check once: the command `triward-server health`.
 
@@ -202,6 +240,7 @@ def check_once(
             own watchdog this needs the folder, for the models' names and the canaries.
         timeout: seconds.
         deep: whether to score the canaries, too.
+        metrics_port: where the instances of a model can be told apart.
 
     Raises:
         LaunchError: why it is not well. A server too busy for a canary but ready is well.
@@ -212,9 +251,13 @@ def check_once(
             raise LaunchError(f"{names.ensemble} at {where} is not ready")
     if not (deep and repository):
         return
-    for names, error in ask_canaries(triton, Canaries(repository), timeout).items():
-        if error and error.status != 503:
-            raise LaunchError(f"{names.ensemble}: the canary: {error}")
+    page = partial(_read_page, triton.host, metrics_port)
+    answers = ask_canaries(triton, Canaries(repository), timeout, page, _ASKS)
+    for names, answer in answers.items():
+        if isinstance(answer, HttpError) and answer.status != 503:
+            raise LaunchError(f"{names.ensemble}: the canary: {answer}")
+        if isinstance(answer, list) and answer:
+            raise LaunchError(f"{', '.join(answer)}: free, and answers no canary")
 
 
 def _listed(repository: Path) -> list[ModelNames]:

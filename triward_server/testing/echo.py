@@ -64,7 +64,7 @@ def fault(repository: Path, name: str, value: str = "") -> None:
     Args:
         repository: that is served; it may be gone by now.
         name: `hang`, `crash`, `error` (the value is its message), `nan`, `drift` (by the value)
-            or `delay` (by so many seconds a request).
+            or `delay` (by so many seconds a request); `drift@reward_forward_0_1` of one instance.
         value: what the fault takes.
     """
     folder = repository.resolve()

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,13 @@ class ForwardBackend:
         settings = json.loads((folder / args["model_version"] / SETTINGS).read_text())
         self._checkpoint = str(settings["checkpoint"])
         self._faults = folder.parent.with_name(f"{folder.parent.name}.faults")
+        self._instance = args["model_instance_name"]
         self._metrics = ForwardMetrics(pb_utils, _labels(args), args["model_instance_name"], CODES)
         self._pb = pb_utils
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer each request for itself, after the delay that `delay` asks for each."""
+        self._metrics.took(len(requests))
         with self._metrics.working():
             if self._fault("hang") is not None:
                 threading.Event().wait()
@@ -149,21 +152,26 @@ class ForwardBackend:
         scores = [digest_score(self._checkpoint, prompt, response) for response in responses]
         if (message := self._fault("error")) is not None:
             raise RuntimeError(message)
+        canary = request.request_id() == schema.CANARY_ID
         if self._fault("nan") is not None:
+            if canary:
+                self._metrics.checked([float("nan")])
             raise NonFiniteScore("the model's score is nan")
-        drift = float(self._fault("drift") or 0)
-        if request.request_id() != schema.CANARY_ID:
+        drifted = np.array(scores, np.float32) + np.float32(self._fault("drift") or 0)
+        if canary:
+            self._metrics.checked(drifted.tolist())
+        else:
             self._metrics.observe(scores)
         return {
-            schema.SCORES: np.array(scores, np.float32) + np.float32(drift),
+            schema.SCORES: drifted,
             schema.TOKEN_COUNTS: (len(prompt) + lengths[1:]).astype(np.int32),
         }
 
     def _fault(self, name: str) -> str | None:
-        try:
-            return (self._faults / name).read_text()
-        except FileNotFoundError:
-            return None
+        for file in (f"{name}@{self._instance}", name):
+            with suppress(FileNotFoundError):
+                return (self._faults / file).read_text()
+        return None
 
 
 def _begin(args: dict[str, str], kind: type[PreprocessConfig] | type[ForwardConfig]) -> None:
