@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.routing import LOADS, Load, Server, arrivals, simulate
+from benchmarks.routing import LOADS, Traffic, Server, arrivals, simulate
 
-SHORT = Load(responses=8, utilisation=0.8, warm_up=20.0, seconds=20.0, median=4.0)
+SHORT = Traffic(responses=8, utilisation=0.8, warm_up=20.0, seconds=20.0, median=4.0)
 
 
 def test_a_server_computes_one_request_after_the_other() -> None:
