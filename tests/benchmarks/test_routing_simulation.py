@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.routing import LOADS, Traffic, Server, arrivals, simulate
+from benchmarks.routing import LOADS, Server, Traffic, arrivals, simulate
 
 SHORT = Traffic(responses=8, utilisation=0.8, warm_up=20.0, seconds=20.0, median=4.0)
 
