@@ -29,6 +29,7 @@ WITH, WITHOUT = "with the prefix cache", "without"
 FLAGS = ("--dtype=float32", "--device=cpu", "--embedding-cache-bytes=0")
 IMAGE = (672, 504)
 RESPONSE = (40, 120)  # words, as in benchmarks.workloads
+SHORT = (5, 40)
 TURNS = 10
 
 Run = Callable[[RewardClient], list[float]]
@@ -38,6 +39,8 @@ def steps(write: Writer) -> dict[str, Run]:
     """One round's requests by the row that they are timed for, in order; all prompts are new."""
     prompt = write.prompt(350, IMAGE)
     waves = [[write.text(*RESPONSE) for _ in range(8)] for _ in range(2)]
+    other = write.prompt(350, IMAGE)
+    short = [[write.text(*SHORT) for _ in range(8)] for _ in range(2)]
     text = write.prompt(600)
     answers = [write.text(*RESPONSE) for _ in range(8)]
     talk: Messages = []
@@ -54,6 +57,8 @@ def steps(write: Writer) -> dict[str, Run]:
     return {
         "first wave of 8, an image": lambda c: c.score_responses(prompt, waves[0]),
         "second wave of 8, the same image": lambda c: c.score_responses(prompt, waves[1]),
+        "first wave of 8 short ones, an image": lambda c: c.score_responses(other, short[0]),
+        "second wave of 8 short ones, the same image": lambda c: c.score_responses(other, short[1]),
         "8 requests of one prompt, one after another": lambda c: [
             c.score([*text, _answer(answer)]) for answer in answers
         ],

@@ -37,18 +37,19 @@ class Recall:
     Attributes:
         pool: a tensor [slots, 2 G, D] for each layer.
         slots: int64 [R], the cached tokens.
-        rows: int64 [N], rows of the pass whose keys and values are kept.
+        rows: int64 [N], rows of the pass whose keys and values are kept; a slice if they lie one
+            behind the other, which copies nothing on the way.
         targets: int64 [N], the slots that they go to.
     """
 
     pool: Sequence[Tensor]
     slots: Tensor
-    rows: Tensor
+    rows: Tensor | slice
     targets: Tensor
 
     def join(self, layer: int, keys_and_values: Tensor) -> Tensor:
         """Keep what is to be kept; put what is cached in front: [T, 2 G, D] -> [R + T, 2 G, D]."""
-        if len(self.rows):
+        if len(self.targets):
             self.pool[layer][self.targets] = keys_and_values[self.rows]
         if not len(self.slots):
             return keys_and_values
@@ -145,15 +146,24 @@ class PrefixCache:
             first = kept.row + known - (len(kept.path) - kept.count)
             rows.append(first + np.arange(len(slots)))
             targets.append(slots)
-        tensors = [
-            upload(torch.from_numpy(each), self._device)
-            for each in (batch.slots, np.concatenate(rows), np.concatenate(targets))
-        ]
+        all_rows = np.concatenate(rows)
+        first = int(all_rows[0]) if len(all_rows) else 0
+        run = slice(first, first + len(all_rows))
+        in_a_row = np.array_equal(all_rows, np.arange(run.start, run.stop))
+        recalled = Recall(
+            self._pool,
+            self._upload(batch.slots),
+            run if in_a_row else self._upload(all_rows),
+            self._upload(np.concatenate(targets)),
+        )
         try:
-            yield Recall(self._pool, *tensors)
+            yield recalled
         except BaseException:
             self.clear()
             raise
+
+    def _upload(self, rows: Int64Array) -> Tensor:
+        return upload(torch.from_numpy(rows), self._device)
 
     def _allocate(self) -> list[Tensor]:
         """Return the pool; none if there is no memory for it now, or no room was asked for."""
