@@ -21,7 +21,7 @@ from triward_server.engine.packing import MediaNumbers
 from triward_server.engine.prefix_cache import PrefixCache, Recall
 from triward_server.engine.prefixes import PrefixIndex
 from triward_server.engine.scoring import Pass, Scorer
-from triward_server.errors import Cancelled, ForwardError, Unavailable
+from triward_server.errors import Cancelled, ForwardError, NonFiniteScore, Unavailable
 from triward_server.export.random_text_checkpoint import make_text_checkpoint
 from triward_server.schema import Features, Scores
 from triward_server.testing.oracle import Oracle, TextOracle, fp32_budget
@@ -386,6 +386,16 @@ class TestMemory:
             [result] = scorer.score([item])
         assert isinstance(result, ForwardError)
         assert scorer._prefixes.nbytes == 0
+        right(item, scorer.score([item])[0])
+
+    def test_what_is_not_finite_does_not_stay(self, scorer: Scorer, right: Check) -> None:
+        """A fault of the device in one pass is not every later pass's."""
+        item = group(LONG, 2)
+        passes(scorer, item)
+        for layer in scorer._prefixes._pool:
+            layer.fill_(torch.nan)
+        [result] = scorer.score([item])
+        assert isinstance(result, NonFiniteScore)
         right(item, scorer.score([item])[0])
 
 

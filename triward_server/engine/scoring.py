@@ -291,6 +291,8 @@ class Scorer:
             self._prefixes.recall(batch) as recall,
         ):
             scores: Float32Array = self._model(batch, clock, recall.join).cpu().numpy()
+        if not np.isfinite(scores).all():
+            self._prefixes.clear()  # what is not finite may be what it has, and would stay
         vision, language = clock.seconds()
         observe(
             Pass(
