@@ -93,9 +93,15 @@ def _tail(text: str) -> str:
 def nothing_left_behind(
     pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """After the last test no process and no shared memory of ours may be there."""
+    """After the last test no process and no shared memory of ours may be there.
+
+    Nor may this process have become real-time, as a video encoder once made it: its children then
+    starve each other, and Triton takes a model's process for dead after a second.
+    """
     pytestconfig.stash[FOLDER] = tmp_path_factory.getbasetemp()
+    policy = os.sched_getscheduler(0)
     yield
+    assert os.sched_getscheduler(0) == policy
     children = psutil.Process().children(recursive=True)
     assert [c for c in children if "triton" in c.name()] == []
     assert list(Path("/dev/shm").glob(f"triward-{os.getpid()}-*")) == []

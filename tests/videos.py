@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +29,20 @@ def frames(count: int, width: int = 64, height: int = 48, seed: int = 0) -> list
     return shown
 
 
+@contextmanager
+def ordinary_scheduling() -> Iterator[None]:
+    """Undo what SVT-AV1 4.1 does to the thread that opens it when root runs it.
+
+    It makes the thread real-time (SCHED_FIFO, 99), and so every process that is started from there:
+    such processes run until they wait, and whatever shares their core stands still for a second.
+    """
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
 def film(
     path: Path,
     count: int,
@@ -37,7 +54,7 @@ def film(
     **options: str,
 ) -> str:
     """Encode `frames` into a file whose name says the container."""
-    with av.open(str(path), "w") as container:
+    with ordinary_scheduling(), av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height = width, height
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
