@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from triward_server.engine.arena import Arena
 from triward_server.engine.attention import make_layout, repeats_keys, varlen
 
 # Relative to the result's own size. bfloat16 rounds a result by 2^-9, and its weights as well.
@@ -73,10 +74,12 @@ def check_case(case: AttentionCase, device: torch.device, dtype: torch.dtype) ->
     def attend(only: slice, deterministic: bool) -> Tensor:
         chosen = range(len(rows))[only]
         own = torch.cat([torch.arange(total).split(case.queries)[i] for i in chosen])
+        arena = Arena(device)
         layout = make_layout(
-            [case.queries[i] for i in chosen], case.causal, device, dtype,
+            [case.queries[i] for i in chosen], case.causal, arena, dtype,
             [lengths[i] for i in chosen], np.concatenate([rows[i] for i in chosen]), deterministic,
         )  # fmt: skip
+        arena.send()
         return varlen(query[own.to(device)], key, value, layout)
 
     out = attend(slice(None), False)

@@ -35,7 +35,8 @@ from triward_server.backend.metrics import (
     ForwardMetrics,
 )
 from triward_server.config import ForwardConfig
-from triward_server.engine.scoring import Pass, Scorer
+from triward_server.engine.passes import Pass
+from triward_server.engine.scoring import Scorer
 from triward_server.serving.canary import Canary
 from triward_server.serving.launch import TritonServer
 from triward_server.serving.triton_http import fetch

@@ -78,7 +78,7 @@ def faulty(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Scorer, l
         tried.append(len(chosen))
         raise torch.AcceleratorError(FAULT)
 
-    monkeypatch.setattr(scorer, "_forward", fault)
+    monkeypatch.setattr(scorer._passes, "launch", fault)
     return scorer, tried
 
 

@@ -304,13 +304,13 @@ def test_cancelled_requests_cost_nothing_more(
         for n in (1, 2, 3)
     ]
     computed: list[int] = []
-    forward = scorer._forward
+    forward = scorer._passes.launch
 
     def record(ordered: SortedBatch, chosen: Sequence[int], *rest: Any) -> Any:
         computed.extend(ordered.branches[i].request for i in chosen)
         return forward(ordered, chosen)
 
-    monkeypatch.setattr(scorer, "_forward", record)
+    monkeypatch.setattr(scorer._passes, "launch", record)
     results = scorer.score(batch, lambda index: index == 1 and 1 in computed)
     assert isinstance(results[1], Cancelled)
     assert computed == [0, 0, 0, 1, 2, 2, 2]
@@ -321,7 +321,7 @@ def test_out_of_memory_halves_and_names_what_does_not_fit(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer = Scorer(checkpoint, CPU)
-    forward = scorer._forward
+    forward = scorer._passes.launch
     attempts: list[int] = []
     memory: list[weakref.ref[torch.Tensor]] = []
     still_held: list[int] = []
@@ -336,7 +336,7 @@ def test_out_of_memory_halves_and_names_what_does_not_fit(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(ordered, chosen)
 
-    monkeypatch.setattr(scorer, "_forward", little_memory)
+    monkeypatch.setattr(scorer._passes, "launch", little_memory)
     batch = [
         Features(np.full(10, n, np.int32), (np.full(length, 7, np.int32),))
         for n, length in enumerate((10, 30, 80, 20, 40))

@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import ROOT
-from triward_server.engine import attention, backbone, packing, vision
+from triward_server.engine import backbone, packing
+from triward_server.engine.arena import Arena
 from triward_server.engine.backbone import RewardModel
 from triward_server.engine.checkpoint import Blueprint, empty_model, load_config, read_blueprint
 from triward_server.engine.geometry import Geometry
@@ -72,8 +73,8 @@ def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Fake tensors, and in place of pinned memory and events what needs no GPU."""
-    for module in (attention, vision, backbone):
-        monkeypatch.setattr(module, "upload", uploaded)
+    monkeypatch.setattr(backbone, "upload", uploaded)
+    monkeypatch.setattr(Arena, "add", lambda arena, array: uploaded(torch.from_numpy(array), CUDA))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 

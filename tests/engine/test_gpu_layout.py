@@ -13,6 +13,7 @@ import torch
 
 from triward_server.config import ForwardConfig
 from triward_server.engine import attention
+from triward_server.engine.arena import Arena
 from triward_server.engine.checkpoint import check_tensors, empty_model
 from triward_server.engine.scoring import Scorer
 from triward_server.engine.weights import read_state
@@ -25,7 +26,7 @@ CPU = ForwardConfig(dtype="float32", device="cpu")
 
 def grouped(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
     """A varlen kernel in torch's place, which lets query heads share a key head."""
-    layout = attention.make_layout([5, 3], True, query.device, query.dtype)
+    layout = attention.make_layout([5, 3], True, Arena(query.device), query.dtype)
     return attention.varlen(query, key, value, replace(layout, kernel="sdpa"))
 
 

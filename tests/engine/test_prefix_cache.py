@@ -18,9 +18,10 @@ from tests.engine.test_engine import CPU, FORGETFUL, IMAGES, batches, build, fea
 from tests.features import scores_of
 from triward_server.engine import packing
 from triward_server.engine.packing import MediaNumbers
+from triward_server.engine.passes import Pass
 from triward_server.engine.prefix_cache import PrefixCache, Recall
 from triward_server.engine.prefixes import PrefixIndex
-from triward_server.engine.scoring import Pass, Scorer
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import Cancelled, ForwardError, NonFiniteScore, Unavailable
 from triward_server.export.random_text_checkpoint import make_text_checkpoint
 from triward_server.schema import Features, Scores

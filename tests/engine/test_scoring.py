@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tests.features import scores_of
 from triward_server.config import ForwardConfig, from_parameters, on_instance
 from triward_server.engine import attention, packing
+from triward_server.engine.arena import Arena
 from triward_server.engine.attention import Layout, make_layout, varlen
 from triward_server.engine.packing import SortedBatch
 from triward_server.engine.scoring import Scorer
@@ -126,14 +127,14 @@ def test_a_failing_forward_pass_is_one_requests_error(
     scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All five share a micro-batch at first; only those that fail alone answer an error."""
-    forward = scorer._forward
+    forward = scorer._passes.launch
 
     def fail_on_long(ordered: SortedBatch, chosen: Sequence[int], *rest: Any) -> Any:
         if any(ordered.branches[index].prompt_length == 30 for index in chosen):
             raise RuntimeError("no kernel")
         return forward(ordered, chosen)
 
-    monkeypatch.setattr(scorer, "_forward", fail_on_long)
+    monkeypatch.setattr(scorer._passes, "launch", fail_on_long)
     lengths = [5, 30, 6, 30, 7]
     results = scorer.score([request(n, 4) for n in lengths])
     for length, result in zip(lengths, results, strict=True):
@@ -148,7 +149,7 @@ def test_a_failed_allocation_on_a_cpu_is_halved_and_then_unavailable(
 ) -> None:
     """Torch has no type for it there, but its own words; Python and numpy have one."""
     scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
-    forward, seen = scorer._forward, []
+    forward, seen = scorer._passes.launch, []
 
     def fail_on_long(ordered: SortedBatch, chosen: Sequence[int], *_: Any) -> Any:
         lengths = [ordered.branches[index].prompt_length for index in chosen]
@@ -158,7 +159,7 @@ def test_a_failed_allocation_on_a_cpu_is_halved_and_then_unavailable(
             np.empty(2**55)
         return forward(ordered, chosen)
 
-    monkeypatch.setattr(scorer, "_forward", fail_on_long)
+    monkeypatch.setattr(scorer._passes, "launch", fail_on_long)
     lengths = [5, 30, 6, 31, 7]
     results = scorer.score([request(n, 4) for n in lengths], observe=seen.append)
     for length, result in zip(lengths, results, strict=True):
@@ -174,7 +175,7 @@ def test_warm_up_fails_where_the_model_cannot_run(
 ) -> None:
     """Or Triton would say ready and answer INTERNAL to everybody."""
     scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu"))
-    monkeypatch.setattr(scorer, "_forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(scorer._passes, "launch", lambda *_: 1 / 0)
     with pytest.raises(ForwardError, match="ZeroDivisionError"):
         scorer.warm_up()
 
@@ -185,7 +186,7 @@ def test_warm_up_tries_the_largest_pass_whole(
     """A budget that the device cannot keep is found out before the model is ready."""
     config = ForwardConfig(dtype="float32", device="cpu", max_batch_tokens=2000)
     scorer = Scorer(checkpoint, config)
-    forward = scorer._forward
+    forward = scorer._passes.launch
     tried: list[int] = []
 
     def record(ordered: SortedBatch, chosen: Sequence[int], *rest: Any) -> Any:
@@ -194,7 +195,7 @@ def test_warm_up_tries_the_largest_pass_whole(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(ordered, chosen)
 
-    monkeypatch.setattr(scorer, "_forward", record)
+    monkeypatch.setattr(scorer._passes, "launch", record)
     with pytest.raises(Unavailable, match="2000 tokens, which max_batch_tokens"):
         scorer.warm_up()
     assert tried == [2000], "nothing smaller is run before it"
@@ -205,14 +206,14 @@ def test_warm_up_goes_from_the_largest_pass_down(
 ) -> None:
     """What is chosen by the first sizes that are met suits large passes."""
     scorer = Scorer(checkpoint, ForwardConfig(dtype="float32", device="cpu", max_batch_tokens=700))
-    forward = scorer._forward
+    forward = scorer._passes.launch
     tried: list[int] = []
 
     def record(ordered: SortedBatch, chosen: Sequence[int], *rest: Any) -> Any:
         tried.append(len(packing.pack(ordered, chosen).input_ids))
         return forward(ordered, chosen)
 
-    monkeypatch.setattr(scorer, "_forward", record)
+    monkeypatch.setattr(scorer._passes, "launch", record)
     scorer.warm_up()
     assert tried == [700, 131, 23, 1]
 
@@ -243,7 +244,7 @@ def test_varlen_equals_attention_written_out(causal: bool, groups: int) -> None:
     total = sum(lengths)
     q = torch.randn(total, 4, 8, generator=generator)
     k, v = (torch.randn(total, 4 // groups, 8, generator=generator) for _ in range(2))
-    layout = make_layout(lengths, causal, torch.device("cpu"), torch.float32)
+    layout = make_layout(lengths, causal, Arena(torch.device("cpu")), torch.float32)
     assert isinstance(layout, Layout) and layout.kernel == "sdpa"
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     allowed = owner[:, None] == owner[None]
@@ -273,7 +274,12 @@ def test_varlen_with_shared_keys(
     q = torch.randn(sum(lengths), 4, 8, generator=generator).to(dtype)
     k, v = (torch.randn(sum(lengths), 2, 8, generator=generator).to(dtype) for _ in range(2))
     layout = make_layout(
-        lengths, True, torch.device("cpu"), dtype, [len(p) for p in paths], np.concatenate(paths)
+        lengths,
+        True,
+        Arena(torch.device("cpu")),
+        dtype,
+        [len(p) for p in paths],
+        np.concatenate(paths),
     )
     out = varlen(q, k, v, layout)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

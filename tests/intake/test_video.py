@@ -23,7 +23,8 @@ from tests.videos import conversations, film, frames, video
 from triward import RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
 from triward_server.engine import packing, positions, vision
-from triward_server.engine.scoring import Pass, Scorer
+from triward_server.engine.passes import Pass
+from triward_server.engine.scoring import Scorer
 from triward_server.errors import InvalidRequest
 from triward_server.intake import video as video_files
 from triward_server.intake.conversation import VideoPart

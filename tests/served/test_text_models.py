@@ -23,6 +23,7 @@ from tests.features import ids_of
 from triward import InvalidRequest, RewardClient
 from triward_server.config import ForwardConfig, PreprocessConfig
 from triward_server.engine import architectures, attention, decoder
+from triward_server.engine.arena import Arena
 from triward_server.engine.checkpoint import check_tensors, load_model
 from triward_server.engine.scoring import Scorer
 from triward_server.errors import CheckpointError
@@ -472,7 +473,7 @@ def test_a_template_that_knows_the_date(
 def test_capped_products_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer queries at once where a conversation is long; the same numbers."""
     lengths = [300, 300]
-    layout = attention.make_layout(lengths, True, torch.device("cpu"), torch.float32)
+    layout = attention.make_layout(lengths, True, Arena(torch.device("cpu")), torch.float32)
     q = torch.randn(600, 4, 8)
     scoring = attention.LogitRules(softcap=3.0, window=100)
     whole = attention.varlen(q, q[:, :2], q[:, :2], layout, scoring)
@@ -535,7 +536,7 @@ def test_the_fused_kernel_is_told_everything(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     lengths = [5, 3]
-    layout = attention.make_layout(lengths, True, torch.device("cpu"), torch.float32)
+    layout = attention.make_layout(lengths, True, Arena(torch.device("cpu")), torch.float32)
     layout = replace(layout, kernel="varlen")
     q = torch.zeros(8, 2, 4)
     attention.varlen(q, q, q, layout, attention.LogitRules(scale=0.3, window=4))

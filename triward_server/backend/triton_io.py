@@ -24,7 +24,8 @@ import torch
 from .. import schema
 from ..config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
 from ..contract import check_caller, check_repository
-from ..engine.scoring import Pass, Scorer
+from ..engine.passes import Pass
+from ..engine.scoring import Scorer
 from ..errors import (
     DeviceFault,
     InvalidRequest,

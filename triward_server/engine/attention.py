@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..errors import is_device_fault
+from ..schema import Int32Array
+from .arena import Arena
 
 Kernel = Literal["sdpa", "varlen"]
 
@@ -97,7 +99,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
 def make_layout(
     lengths: Sequence[int],
     causal: bool,
-    device: torch.device,
+    arena: Arena,
     dtype: torch.dtype,
     key_lengths: Sequence[int] | None = None,
     key_rows: NDArray[np.int64] | None = None,
@@ -108,7 +110,7 @@ def make_layout(
     Args:
         lengths: queries of each sequence.
         causal: see `Layout`.
-        device: where the tensors are.
+        arena: of the device where the tensors are; it is to be sent.
         dtype: of queries, keys and values.
         key_lengths: keys of each sequence, where they are not the queries' rows.
         key_rows: their rows, see `Layout`.
@@ -116,16 +118,16 @@ def make_layout(
     """
     keys = lengths if key_lengths is None else key_lengths
     total = sum(lengths)
-    block = _CPU_BLOCK if device.type == "cpu" else total
+    block = _CPU_BLOCK if arena.device.type == "cpu" else total
     even = [min(block, total - row) for row in range(0, total, block)]
     return Layout(
         query_lengths=tuple(lengths),
         key_lengths=tuple(keys),
-        key_rows=None if key_rows is None else upload(torch.from_numpy(key_rows), device),
-        cu_query=upload(_cumulative(lengths), device),
-        cu_key=upload(_cumulative(keys), device),
+        key_rows=None if key_rows is None else arena.add(key_rows),
+        cu_query=arena.add(_cumulative(lengths)),
+        cu_key=arena.add(_cumulative(keys)),
         causal=causal,
-        kernel=kernel_for(device, dtype),
+        kernel=kernel_for(arena.device, dtype),
         blocks=tuple(lengths if deterministic else even),
         deterministic=deterministic,
     )
@@ -327,7 +329,7 @@ def groups_heads(kernel: Callable[..., Any], device: torch.device) -> bool:
     lengths = [5, 3]
     query = torch.linspace(-2, 2, 8 * 4 * 64, device=device).sin().view(8, 4, 64).bfloat16()
     key, value = query[:, :2].flip(0).contiguous(), query[:, 1:3].flip(1).contiguous()
-    ends = _cumulative(lengths).to(device)
+    ends = torch.from_numpy(_cumulative(lengths)).to(device)
     rest = (ends, ends, max(lengths), max(lengths))
     try:
         grouped = kernel(query, key, value, *rest, window_size=(-1, 0))
@@ -346,12 +348,5 @@ def _parameters(kernel: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(kernel).parameters)
 
 
-def _cumulative(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it, from pinned memory."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+def _cumulative(lengths: Sequence[int]) -> Int32Array:
+    return np.cumsum([0, *lengths], dtype=np.int32)

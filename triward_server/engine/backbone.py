@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..schema import Grid, Int64Array, UInt8Array
-from .attention import Layout, make_layout, upload
+from .arena import Arena, upload
+from .attention import Layout, make_layout
 from .decoder import DecoderConfig, DecoderLayer, LanguageModel, SandwichLayer
 from .geometry import Geometry
 from .packing import MediaItem, PackedBatch
@@ -80,6 +80,10 @@ class Clock:
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())
+
+    def is_past(self) -> bool:
+        """Return True if the device has got to the last mark."""
+        return not self._cuda or bool(self._marks[-1].query())
 
     def seconds(self) -> list[float]:
         """Return the seconds from each mark to the next; the device must have got to the last."""
@@ -154,6 +158,7 @@ class RewardModel(nn.Module):
         batch: PackedBatch,
         clock: Clock | None = None,
         recall: Callable[[int, Tensor], Tensor] = lambda layer, own: own,
+        arena: Arena | None = None,
     ) -> Tensor:
         """Scores float32 [C] of a packed batch, on the model's device.
 
@@ -162,16 +167,14 @@ class RewardModel(nn.Module):
             clock: gets three marks, around the vision tower and behind the head.
             recall: keeps keys and values, and has those of the batch's `slots`
                 (`prefix_cache.Recall.join`).
+            arena: takes what the pass needs to the device, and what `recall` has put there.
         """
         clock = clock or Clock(self.device)
+        arena = arena or Arena(self.device)
         language = self.language_model
-        clock.mark()
-        embeddings = torch.cat(self._embed(batch.media)) if batch.media else None
-        clock.mark()
-        x = language.embed(self._upload(batch.input_ids))
-        if embeddings is not None:
-            x[self._upload(batch.media_rows)] = embeddings[self._upload(batch.media_tokens)].float()
-        layout = self._layout(batch.node_lengths, batch.key_lengths, batch.key_rows)
+        input_ids, positions = arena.add(batch.input_ids), arena.add(batch.positions)
+        media_rows, media_tokens = arena.add(batch.media_rows), arena.add(batch.media_tokens)
+        layout = self._layout(batch.node_lengths, batch.key_lengths, batch.key_rows, arena)
         # Conversations that end at one node (equal ones) are read once.
         nodes, conversations = np.unique(batch.scored, return_inverse=True)
         ends = np.cumsum(batch.key_lengths)
@@ -181,11 +184,19 @@ class RewardModel(nn.Module):
             np.concatenate(
                 [batch.key_rows[ends[n] - batch.key_lengths[n] : ends[n]] for n in nodes]
             ),
+            arena,
         )
-        rows = self._upload(np.cumsum(batch.node_lengths)[nodes] - 1)
-        positions = self._upload(batch.positions)
+        rows = arena.add(np.cumsum(batch.node_lengths)[nodes] - 1)
+        reads = arena.add(conversations)
+        arena.send()
+        clock.mark()
+        embeddings = torch.cat(self._embed(batch.media)) if batch.media else None
+        clock.mark()
+        x = language.embed(input_ids)
+        if embeddings is not None:
+            x[media_rows] = embeddings[media_tokens].float()
         hidden = language(x, positions, rows, layout, last, recall)
-        scores: Tensor = self.get_submodule(self.head)(hidden)[self._upload(conversations)]
+        scores: Tensor = self.get_submodule(self.head)(hidden)[reads]
         clock.mark()
         return scores
 
@@ -207,21 +218,21 @@ class RewardModel(nn.Module):
 
     def _encode_here(self, media: Sequence[UInt8Array], grids: Sequence[Grid]) -> Tensor:
         assert self.visual is not None, "geometry.check lets no media through without one"
-        embeddings: Tensor = self.visual([self._upload(pixels) for pixels in media], grids)
+        pixels = [upload(torch.from_numpy(each), self.device) for each in media]
+        embeddings: Tensor = self.visual(pixels, grids)
         return embeddings
 
-    def _layout(self, lengths: Sequence[int], keys: Sequence[int], key_rows: Int64Array) -> Layout:
+    def _layout(
+        self, lengths: Sequence[int], keys: Sequence[int], key_rows: Int64Array, arena: Arena
+    ) -> Layout:
         # Gathered keys lie otherwise in memory, which rounding may depend on.
         in_order = not self.deterministic and np.array_equal(key_rows, np.arange(len(key_rows)))
         return make_layout(
             lengths,
             True,
-            self.device,
+            arena,
             self.language_model.norm.weight.dtype,
             keys,
             None if in_order else key_rows,
             deterministic=self.deterministic,
         )
-
-    def _upload(self, array: NDArray[Any]) -> Tensor:
-        return upload(torch.from_numpy(array), self.device)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from ..config import ForwardConfig
 from ..errors import is_out_of_memory
 from ..schema import Int64Array
-from .attention import upload
+from .arena import Arena
 from .decoder import DecoderConfig
 from .packing import Branch, MediaItem, MediaNumbers, PackedBatch, SortedBatch
 from .prefixes import PrefixIndex
@@ -137,9 +136,8 @@ class PrefixCache:
             found.append(self._index.match(branch.keys[:end]) if known else _NONE)
         return found
 
-    @contextmanager
-    def recall(self, batch: PackedBatch) -> Iterator[Recall]:
-        """Make room for what a pass is to leave. A pass that fails empties the cache."""
+    def recall(self, batch: PackedBatch, arena: Arena) -> Recall:
+        """Make room for what a pass is to leave; whoever runs it clears the cache if it fails."""
         rows, targets = [_NONE], [_NONE]
         for kept in batch.kept if self._pool else ():
             known, slots = self._index.keep(kept.path, kept.count)
@@ -150,20 +148,12 @@ class PrefixCache:
         first = int(all_rows[0]) if len(all_rows) else 0
         run = slice(first, first + len(all_rows))
         in_a_row = np.array_equal(all_rows, np.arange(run.start, run.stop))
-        recalled = Recall(
+        return Recall(
             self._pool,
-            self._upload(batch.slots),
-            run if in_a_row else self._upload(all_rows),
-            self._upload(np.concatenate(targets)),
+            arena.add(batch.slots),
+            run if in_a_row else arena.add(all_rows),
+            arena.add(np.concatenate(targets)),
         )
-        try:
-            yield recalled
-        except BaseException:
-            self.clear()
-            raise
-
-    def _upload(self, rows: Int64Array) -> Tensor:
-        return upload(torch.from_numpy(rows), self._device)
 
     def _allocate(self) -> list[Tensor]:
         """Return the pool; none if there is no memory for it now, or no room was asked for."""

@@ -7,6 +7,7 @@ One call of `Scorer.score` is one dynamic batch of Triton:
     recall      find what earlier batches have computed            prefix_cache.PrefixCache
     plan        cut them into micro-batches by predicted cost      planning.plan
     pack        lay a micro-batch's tree out in one row            packing.pack
+    launch      hand it to the device, and prepare the next one    passes.Passes
     forward     encode its media, run the row, read the head      backbone.RewardModel
     hand back   scores to their requests; NaN is an error
 
@@ -16,14 +17,13 @@ A request that fails gets its error in its own place; its neighbours are scored.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from traceback import clear_frames
 
 import numpy as np
 import torch
-from torch.compiler import set_stance
 
 from ..config import ForwardConfig, token_limit
 from ..device import select
@@ -39,10 +39,11 @@ from ..errors import (
 )
 from ..schema import Features, Float32Array, Scores
 from . import packing
-from .backbone import Clock, Encoder, RewardModel
+from .backbone import Encoder, RewardModel
 from .checkpoint import load_model
 from .geometry import Geometry, check
 from .packing import SortedBatch
+from .passes import Launched, Observer, Pass, Passes
 from .planning import Cost, plan
 from .prefix_cache import PrefixCache, prefix_bytes
 
@@ -52,41 +53,16 @@ logger = logging.getLogger(__name__)
 # dimension of the model that happens to be as large.
 _WARM_UP_TOKENS = (23, 131, 1031, 8209)
 _WARM_UP_LENGTH = 4099  # of one conversation in them
+_GIVEN_UP = "the caller has cancelled, or its timeout has passed"
 _CPU_TFLOP = 0.01  # of the language model in one such pass on a CPU
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Statistics of one forward pass, for the observer.
+class _Flight:
+    """A micro-batch, and its pass or why that could not be launched."""
 
-    Attributes:
-        tokens: computed.
-        tokens_saved: what they would have been more without sharing among conversations.
-        tokens_reused: what they would have been more without the prefix cache.
-        tokens_evicted: what the prefix cache forgot to make room for this pass.
-        prefix_bytes: of all that the prefix cache keeps behind it.
-        images: distinct images and videos that it showed.
-        images_cached: those of them that were not encoded.
-        cache_bytes: of all embeddings that are kept behind it.
-        vision_seconds: the device's, for the vision tower.
-        language_model_seconds: for the rest.
-        out_of_memory: it failed for lack of memory, and did nothing of the above.
-    """
-
-    tokens: int = 0
-    tokens_saved: int = 0
-    tokens_reused: int = 0
-    tokens_evicted: int = 0
-    prefix_bytes: int = 0
-    images: int = 0
-    images_cached: int = 0
-    cache_bytes: int = 0
-    vision_seconds: float = 0.0
-    language_model_seconds: float = 0.0
-    out_of_memory: bool = False
-
-
-Observer = Callable[[Pass], None]
+    chosen: Sequence[int]
+    launched: Launched | Exception
 
 
 class Scorer:
@@ -112,7 +88,6 @@ class Scorer:
     ) -> None:
         self._config = config
         self._sees = encoder is None
-        self._warm = False
         if config.threads:
             torch.set_num_threads(config.threads)
         device = select(config.device)
@@ -131,6 +106,7 @@ class Scorer:
             self._model.device,
             config.deterministic,
         )
+        self._passes = Passes(self._model, self._prefixes)
         geometry = self._model.geometry
         self._geometry = replace(
             geometry, max_tokens=token_limit(config.max_tokens, geometry.max_tokens)
@@ -175,20 +151,22 @@ class Scorer:
         valid = {index: item for index, item in enumerate(batch) if index not in errors}
         rewards = [np.full(len(item.response_ids), np.nan, np.float32) for item in batch]
         ordered = self._sort(valid, self.geometry)
-        for chosen in plan(ordered, self._model.cost, self._config):
-            callers = {ordered.branches[i].request for i in chosen} - errors.keys()
-            gone = {caller for caller in callers if is_cancelled(caller)}
-            errors |= {
-                caller: Cancelled("the caller has cancelled, or its timeout has passed")
-                for caller in gone
-            }
-            needed = [i for i in chosen if ordered.branches[i].request not in errors]
-            for i, score in zip(needed, self._score_halving(ordered, needed, observe), strict=True):
-                branch = ordered.branches[i]
-                if isinstance(score, TriwardError):
-                    errors[branch.request] = score
-                else:
-                    rewards[branch.request][branch.response] = score
+
+        def micro_batches() -> Iterator[list[int]]:
+            for chosen in plan(ordered, self._model.cost, self._config):
+                callers = {ordered.branches[i].request for i in chosen} - errors.keys()
+                for caller in filter(is_cancelled, callers):
+                    errors[caller] = Cancelled(
+                        "the caller has cancelled, or its timeout has passed"
+                    )
+                yield [i for i in chosen if ordered.branches[i].request not in errors]
+
+        for i, score in self._run(ordered, filter(None, micro_batches()), observe):
+            branch = ordered.branches[i]
+            if isinstance(score, TriwardError):
+                errors[branch.request] = score
+            else:
+                rewards[branch.request][branch.response] = score
         return [
             errors.get(index) or _finish(features, rewards[index])
             for index, features in enumerate(batch)
@@ -225,7 +203,7 @@ class Scorer:
         self._warm_up_with(self._sort({0: single}, geometry))
         self._model.embeddings.clear()
         self._prefixes.clear()
-        self._warm = True
+        self._passes.recompile = not self._config.compile
 
     def _sort(self, batch: dict[int, Features], geometry: Geometry) -> SortedBatch:
         deterministic = self._config.deterministic
@@ -237,7 +215,7 @@ class Scorer:
         for chosen in plan(ordered, self._model.cost, self._config):
             tokens = len(packing.pack(ordered, chosen).input_ids)
             try:
-                scores = self._forward(ordered, chosen)
+                scores, _ = self._passes.collect(self._passes.launch(ordered, chosen))
             except Exception as error:
                 if is_out_of_memory(error):
                     raise Unavailable(
@@ -250,67 +228,67 @@ class Scorer:
             if not np.isfinite(scores).all():
                 raise NonFiniteScore(f"warming up: a pass of {tokens} tokens scores {scores}")
 
-    def _score_halving(
-        self, ordered: SortedBatch, chosen: Sequence[int], observe: Observer
-    ) -> list[float | TriwardError]:
-        """Run one forward pass; if it fails, halve it until the failure stands alone.
+    def _run(
+        self, ordered: SortedBatch, micro_batches: Iterable[Sequence[int]], observe: Observer
+    ) -> Iterator[tuple[int, float | TriwardError]]:
+        """Run micro-batches and yield each branch's index and score.
 
-        On a device that faulted every further pass would fail, so none is tried.
+        Each is prepared and launched while the device computes the one before it.
         """
-        if not chosen:
-            return []
+        before: _Flight | None = None
+        for chosen in micro_batches:
+            flight = self._begin(ordered, chosen)
+            if before and not (yield from self._end(ordered, before, observe)):
+                # It may have found in the prefix cache what should not be there.
+                flight = self._begin(ordered, chosen)
+            before = flight
+            # A CPU is done by now; callers and the watchdog learn of each pass when it ends.
+            if isinstance(flight.launched, Exception) or flight.launched.is_done:
+                yield from self._end(ordered, flight, observe)
+                before = None
+        if before:
+            yield from self._end(ordered, before, observe)
+
+    def _begin(self, ordered: SortedBatch, chosen: Sequence[int]) -> _Flight:
         try:
-            return list(self._forward(ordered, chosen, observe))
+            return _Flight(chosen, self._passes.launch(ordered, chosen))
+        except Exception as error:
+            clear_frames(error.__traceback__)  # they hold the failed pass's tensors
+            return _Flight(chosen, error)
+
+    def _end(
+        self, ordered: SortedBatch, flight: _Flight, observe: Observer
+    ) -> Generator[tuple[int, float | TriwardError], None, bool]:
+        """Wait for a pass and yield its scores; if it fails, halve it until the failure is alone.
+
+        Returns whether what it has left in the prefix cache can stay. On a device that faulted
+        every further pass would fail, so none is tried.
+        """
+        try:
+            if isinstance(flight.launched, Exception):
+                raise flight.launched
+            scores, done = self._passes.collect(flight.launched)
         except Exception as error:
             if is_device_fault(error):
                 raise DeviceFault(error) from error
+            self._prefixes.clear()
             without_memory = is_out_of_memory(error)
             again = without_memory and self._prefixes.shrink()
-            if len(chosen) == 1 and not again:
-                return [_failure(error, len(ordered.branches[chosen[0]].keys))]
+            if len(flight.chosen) == 1 and not again:
+                (only,) = flight.chosen
+                yield only, _failure(error, len(ordered.branches[only].keys))
+                return False
             if without_memory:
                 observe(Pass(out_of_memory=True))
-        # Outside the handler: the traceback would keep the failed pass's tensors in memory.
-        if again:
-            return self._score_halving(ordered, chosen, observe)
-        middle = len(chosen) // 2
-        halves = chosen[:middle], chosen[middle:]
-        return [score for half in halves for score in self._score_halving(ordered, half, observe)]
-
-    def _forward(
-        self, ordered: SortedBatch, chosen: Sequence[int], observe: Observer = lambda done: None
-    ) -> Float32Array:
-        # A pass whose shapes no compiled code serves runs as it is written: compiling takes longer
-        # than any caller waits.
-        compiled = self._config.compile and self._warm
-        batch = packing.pack(ordered, chosen, self._prefixes.find(ordered, chosen))
-        clock, cached = Clock(self._model.device), self._model.embeddings.hits
-        evicted = self._prefixes.evicted
-        with (
-            set_stance("eager_on_recompile") if compiled else nullcontext(),
-            self._prefixes.recall(batch) as recall,
-        ):
-            scores: Float32Array = self._model(batch, clock, recall.join).cpu().numpy()
-        if not np.isfinite(scores).all():
-            self._prefixes.clear()  # what is not finite may be what it has, and would stay
-        vision, language = clock.seconds()
-        observe(
-            Pass(
-                tokens=len(batch.input_ids),
-                tokens_saved=sum(len(ordered.branches[i].keys) for i in chosen)
-                - len(batch.input_ids)
-                - len(batch.slots),
-                tokens_reused=len(batch.slots),
-                tokens_evicted=self._prefixes.evicted - evicted,
-                prefix_bytes=self._prefixes.nbytes,
-                images=len({item.digest for item in batch.media}),
-                images_cached=self._model.embeddings.hits - cached,
-                cache_bytes=self._model.embeddings.nbytes,
-                vision_seconds=vision,
-                language_model_seconds=language,
-            )
-        )
-        return scores
+            clear_frames(error.__traceback__)
+        else:
+            observe(done)
+            yield from zip(flight.chosen, scores.tolist(), strict=True)
+            return bool(np.isfinite(scores).all())
+        middle = len(flight.chosen) // 2
+        halves = [flight.chosen] if again else [flight.chosen[:middle], flight.chosen[middle:]]
+        yield from self._run(ordered, halves, observe)
+        return False
 
 
 def warm_up_requests(tokens: int, geometry: Geometry, images: bool) -> list[Features]:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..schema import FRAMES_PER_GRID, Grid, Int64Array
-from .attention import Layout, blocks, join, make_layout, upload, varlen
+from .arena import Arena
+from .attention import Layout, blocks, join, make_layout, varlen
 from .layers import GatedMLP, RMSNorm, rotate_
 
 CHANNELS = 3  # red, green, blue
@@ -204,13 +205,17 @@ class VisionTower(nn.Module):
         # Units (merged squares of patches) in window order, counted over the whole row.
         first = np.cumsum([0, *(len(order) for order, _ in plans)])
         order = np.concatenate([order + at for (order, _), at in zip(plans, first, strict=False)])
-        units = upload(torch.from_numpy(order), device)
-        in_windows = self._layout([n for _, lengths in plans for n in lengths])
-        in_images = self._layout([grid.h * grid.w for grid in grids for _ in range(grid.t)])
+        arena = Arena(device)
+        units = arena.add(order)
+        in_windows = self._layout([n for _, lengths in plans for n in lengths], arena)
+        in_images = self._layout([grid.h * grid.w for grid in grids for _ in range(grid.t)], arena)
+        rows = np.concatenate([places(grid, config.spatial_merge_size) for grid in grids])
+        row_and_column = arena.add(rows)
+        arena.send()
 
         patches = torch.cat([self._patchify(*item) for item in zip(media, grids, strict=True)])
         x = self.patch_embed(self._by_unit(patches)[units].flatten(0, 1))
-        angles = self._by_unit(self._angles(grids, device))[units].flatten(0, 1)
+        angles = self._by_unit(self._angles(row_and_column))[units].flatten(0, 1)
         rotary = (angles.cos(), angles.sin())
         for index, block in enumerate(self.blocks):
             whole = index in config.fullatt_block_indexes
@@ -220,9 +225,8 @@ class VisionTower(nn.Module):
         out[units] = merged
         return out
 
-    def _layout(self, lengths: Sequence[int]) -> Layout:
-        weight = self.merger.ln_q.weight
-        return make_layout(lengths, causal=False, device=weight.device, dtype=weight.dtype)
+    def _layout(self, lengths: Sequence[int], arena: Arena) -> Layout:
+        return make_layout(lengths, False, arena, self.merger.ln_q.weight.dtype)
 
     def _by_unit(self, rows: Tensor) -> Tensor:
         units: Tensor = rows.unflatten(0, (-1, self.config.spatial_merge_size**2))
@@ -232,15 +236,14 @@ class VisionTower(nn.Module):
         self._normal = self._normal.to(pixels.device)  # a copy the first time
         return patchify(pixels, grid, self.cut, self._normal)
 
-    def _angles(self, grids: Sequence[Grid], device: torch.device) -> Tensor:
-        """Rotary angles float32 [T, head_dim / 2]: rows take the first half, columns the second."""
+    def _angles(self, places: Tensor) -> Tensor:
+        """Rotary angles float32 [T, head_dim / 2] of places [T, 2]: a row's, then a column's."""
         config = self.config
         half = config.hidden_size // config.num_heads // 2
         inverse = 1.0 / config.rope_theta ** (
-            torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
+            torch.arange(0, half, 2, dtype=torch.float32, device=places.device) / half
         )
-        rows = np.concatenate([places(grid, config.spatial_merge_size) for grid in grids])
-        angles: Tensor = upload(torch.from_numpy(rows), device)[..., None].float() * inverse
+        angles: Tensor = places[..., None].float() * inverse
         return angles.flatten(1)
 
 
