@@ -1,6 +1,6 @@
 """A scorer's memory, in use and in holes: random shapes, one process, no Triton.
 
-    python -m benchmarks.heap --minutes 10 --output benchmarks/results/NAME.json [--no-tidy]
+    python -m benchmarks.heap --output benchmarks/results/NAME.json [--no-tidy] [--no-keep]
 
 With glibc's mallinfo2(3) and the kernel's count of anonymous pages, every few seconds. The
 environment decides about the rest, as MALLOC_MMAP_THRESHOLD_ or ONEDNN_PRIMITIVE_CACHE_CAPACITY.
@@ -21,6 +21,7 @@ import numpy as np
 import typer
 
 from benchmarks.measure import machine, writable
+from triward_server.backend.triton_io import KEPT_BYTES
 from triward_server.config import ForwardConfig
 from triward_server.engine.geometry import Geometry
 from triward_server.engine.scoring import Scorer
@@ -76,6 +77,7 @@ def main(
     minutes: Annotated[float, typer.Option(min=0.1)] = 10.0,
     every: Annotated[float, typer.Option(min=1, help="Seconds between samples.")] = 15.0,
     tidy: Annotated[bool, typer.Option(help="Give free pages back, as the server does.")] = True,
+    keep: Annotated[bool, typer.Option(help="Keep some in between, as the server does.")] = True,
 ) -> None:
     """Score random batches and write down what the heap holds."""
     writable(output)
@@ -88,7 +90,7 @@ def main(
         )  # fmt: skip
         scorer = Scorer(Path(folder) / "checkpoint", config)
         scorer.warm_up()
-    heap, rng = Heap(), np.random.default_rng(0)
+    heap, rng = Heap(KEPT_BYTES if keep else 0), np.random.default_rng(0)
     samples: list[dict[str, float]] = []
     begun, batches = time.monotonic(), 0
     while (seconds := time.monotonic() - begun) < 60 * minutes:
@@ -100,7 +102,8 @@ def main(
         scorer.score([request(rng, scorer.geometry) for _ in range(rng.integers(1, 5))])
         batches += 1
     environment = {k: v for k, v in os.environ.items() if k.startswith(_SETTINGS)}
-    results = {"machine": machine(), "tidy": tidy, "environment": environment, "samples": samples}
+    how = {"tidy": tidy, "keep": keep, "environment": environment}
+    results = {"machine": machine(), **how, "samples": samples}
     output.write_text(json.dumps(results, indent=1) + "\n")
 
 

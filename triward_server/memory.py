@@ -17,6 +17,8 @@ _LIMITS = (
 
 
 _INTERVAL = 20.0  # seconds; one trim of a few hundred MB takes milliseconds
+# glibc's names for what mallopt(3) sets.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _LEAST = 4 * 2**30  # an idle one takes up to 1.5 GiB on two cores, mostly threads' stacks
 
 
@@ -44,11 +46,20 @@ class Heap:
     is free at the heap's end, so resident memory grows for hours while what is in use does not.
 
     Where the C library has no malloc_trim(3) it does nothing.
+
+    Args:
+        keep_bytes: free memory that stays with the process from one allocation to the next. Tensors
+            that are mapped and unmapped one by one cost a page fault for every 4 KiB each time. 0:
+            as the environment says.
     """
 
-    def __init__(self) -> None:
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    def __init__(self, keep_bytes: int = 0) -> None:
+        library = ctypes.CDLL(None)
+        self._trim = getattr(library, "malloc_trim", None)
         self._last = time.monotonic()
+        if self._trim and keep_bytes:
+            library.mallopt(_M_MMAP_MAX, 0)
+            library.mallopt(_M_TRIM_THRESHOLD, keep_bytes)
 
     def tidy(self) -> None:
         """Call it between batches."""

@@ -45,6 +45,7 @@ from .onnx_vision import remote_tower
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_DIRECTORY = "checkpoint"
+KEPT_BYTES = 1024**3  # of free memory in the forward model's process: a CPU's passes take less
 _MAX_MESSAGE = 500  # characters; gRPC sends them as a header
 T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", PreprocessConfig, ForwardConfig)
@@ -123,10 +124,10 @@ class ForwardBackend:
         if self._config.vision == "onnx":
             vision = schema.ModelNames.of(args["model_name"]).vision
             encoder = remote_tower(_checkpoint(args), pb_utils, vision, args["model_version"])
+        self._heap = Heap(KEPT_BYTES)
         self._scorer = Scorer(_checkpoint(args), self._config, encoder)
         self._scorer.warm_up()
         self._metrics = ForwardMetrics(pb_utils, _labels(args), _instance(args), _codes(pb_utils))
-        self._heap = Heap()
         gc.freeze()  # what is loaded stays; later collections need not walk it
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
