@@ -1,10 +1,12 @@
-"""Digests of media: every pixel counts, nothing else does, and several threads compute them."""
+"""Digests of media: every pixel counts, nothing else does, and several threads share the work."""
 
 from __future__ import annotations
 
 import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 from triward_server.engine import digests as module
 from triward_server.engine.digests import digests
+from triward_server.schema import UInt8Array
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (28, 56, 3), dtype=np.uint8)
 
@@ -72,12 +75,44 @@ def test_pieces_are_read_at_the_same_time(
     right = digests([IMAGE])
     together, hashed = Barrier(2), module._hash
 
-    def wait(piece: memoryview) -> bytes:
+    def wait(piece: UInt8Array) -> bytes:
         together.wait(timeout=20)
         return hashed(piece)
 
     monkeypatch.setattr(module, "_hash", wait)
     assert digests([IMAGE]) == right
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many pieces are hashed, how many items compared."""
+    found, originals = Counter[str](), {name: getattr(module, name) for name in ("_hash", "_equal")}
+
+    def count(name: str, *arguments: UInt8Array) -> object:
+        found[name] += 1
+        return originals[name](*arguments)
+
+    for name in originals:
+        monkeypatch.setattr(module, name, partial(count, name))
+    return found
+
+
+def test_what_came_twice_is_hashed_once(counts: Counter[str]) -> None:
+    other = IMAGE[::-1].copy()
+    alone = [*digests([IMAGE]), *digests([other])]
+    counts.clear()
+    assert digests([IMAGE, other, IMAGE.copy(), other.copy(), IMAGE]) == [*alone, *alone, alone[0]]
+    assert counts == {"_hash": 2, "_equal": 3}
+
+
+def test_media_with_equal_samples_are_compared_once_each(counts: Counter[str]) -> None:
+    """Not every one with every other, which would let one request stop the device for seconds."""
+    images = [IMAGE.copy() for _ in range(20)]
+    for number, image in enumerate(images):
+        image.reshape(-1)[-1] = number
+    assert IMAGE.size % (IMAGE.size // module._SAMPLE + 1) != 1, "the last byte is in no sample"
+    assert len({*digests([*images, images[7].copy()])}) == 20
+    assert counts == {"_hash": 21, "_equal": 20}
 
 
 def test_nothing_is_copied(two_threads: None) -> None:
@@ -87,6 +122,6 @@ def test_nothing_is_copied(two_threads: None) -> None:
     tracemalloc.start()
     try:
         digests([image] * 4)
-        assert tracemalloc.get_traced_memory()[1] < image.nbytes / 50
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * module._PIECE < image.nbytes / 4
     finally:
         tracemalloc.stop()
