@@ -23,7 +23,7 @@ from triward_server.engine.digests import digests
 from triward_server.schema import UInt8Array
 
 BEFORE = "before: two copies, BLAKE2b"
-NOW = "now: pieces, SHA-256, threads, equal ones once"
+NOW = "now: SHA-256, equal ones once, threads above 4 MiB"
 _SIZE = (756, 1036, 3)  # 1024 x 768 as the processor resizes it: 3,996 patches, 999 tokens
 
 

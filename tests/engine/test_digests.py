@@ -21,8 +21,9 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (28, 56, 3), dtype=np.uint8)
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
-    """74 pieces an image, the last one shorter."""
+    """74 pieces an image, the last one shorter, shared by threads."""
     monkeypatch.setattr(module, "_PIECE", 64)
+    monkeypatch.setattr(module, "_ALONE", 64)
     assert IMAGE.size % 64
     return 64
 
@@ -38,6 +39,7 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("pieces", [64, 1024**2])
 def test_every_byte_counts(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PIECE", pieces)
+    monkeypatch.setattr(module, "_ALONE", pieces)
     changed = []
     for index in range(0, IMAGE.size, 1 if pieces > IMAGE.size else 31):
         other = IMAGE.copy()

@@ -2,7 +2,7 @@
 
 They are computed here, from the pixels that the model is about to see, and not taken from whoever
 sends these pixels (docs/engine.md). The device waits for them, so nothing is copied, what came
-twice is compared, which is faster, and several threads share the rest.
+twice is compared, which is faster, and several threads share what is much.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from ..schema import UInt8Array
 
 _PIECE = 1024**2  # bytes; takes a thread about half a millisecond
+_ALONE = 4 * _PIECE  # a thread that waits for a busy processor costs more than it saves
 _THREADS = 8
 _SAMPLE = 256  # bytes of an item at least
 
@@ -70,8 +71,8 @@ def _pieces(pixels: UInt8Array) -> Iterator[UInt8Array]:
 
 
 def _hashed(pieces: Sequence[UInt8Array]) -> Iterator[bytes]:
-    if sum(map(len, pieces)) <= _PIECE:
-        return map(_hash, pieces)  # done before a thread would have begun
+    if sum(map(len, pieces)) <= _ALONE:
+        return map(_hash, pieces)
     return _pool().map(_hash, pieces)
 
 
