@@ -41,7 +41,7 @@ WAYS: dict[str, Callable[[Sequence[UInt8Array]], list[bytes]]] = {
 }
 
 
-def workloads() -> dict[str, list[UInt8Array]]:
+def media_of_batches() -> dict[str, list[UInt8Array]]:
     """Media of one batch."""
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, _SIZE, dtype=np.uint8) for _ in range(16)]
@@ -73,8 +73,8 @@ def main(
 ) -> None:
     """Measure all workloads and write the results."""
     writable(output)
-    digests(workloads()["one image"])  # the threads begin
-    rows = {name: measure_way(media, repeats) for name, media in workloads().items()}
+    digests(media_of_batches()["one image"])  # the threads begin
+    rows = {name: measure_way(media, repeats) for name, media in media_of_batches().items()}
     print(json.dumps(rows, indent=1))
     output.write_text(json.dumps({"machine": machine(), "workloads": rows}, indent=1) + "\n")
 
