@@ -40,7 +40,7 @@ def run(module: ModuleType, *arguments: object) -> tuple[int, str]:
 
 
 def test_all_are_found() -> None:
-    names = "compare deadlines gpu.__main__ heap instances prefixes routing soak tokens"
+    names = "compare deadlines digests gpu.__main__ heap instances prefixes routing soak tokens"
     names += " perf_analyzer.__main__ perf_analyzer.inputs"
     assert {f"benchmarks.{name}" for name in names.split()} == set(ENTRY_POINTS)
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 from cachetools import LRUCache
 
 from ..schema import Features, Grid, Int32Array, Int64Array, UInt8Array
+from .digests import digests
 from .geometry import Geometry
 from .positions import mrope_positions, text_positions
 from .tree import Tree, grow
@@ -187,10 +187,11 @@ def sort_batch(
         numbers: those of earlier batches, so that equal media have equal keys in all of them.
     """
     media = _DistinctMedia(geometry, numbers or MediaNumbers())
+    found = iter(digests([pixels for item in batch.values() for pixels in item.media]))
     branches = [
         branch
         for request, item in batch.items()
-        for branch in _branches(request, item, media, geometry)
+        for branch in _branches(request, item, media, [*islice(found, len(item.media))], geometry)
     ]
     # Any order of byte strings puts those with a common prefix side by side.
     if deterministic:
@@ -218,24 +219,30 @@ class _DistinctMedia:
         """All of them, by index."""
         return tuple(self._items.values())
 
-    def add(self, pixels: UInt8Array, seconds: float) -> MediaItem:
+    def add(self, pixels: UInt8Array, digest: bytes, seconds: float) -> MediaItem:
         """Add an item unless it is there; seconds from one pair of frames to the next."""
-        content = repr(pixels.shape).encode() + pixels.tobytes()
-        key = blake2b(content, digest_size=16).digest(), seconds
+        key = digest, seconds
         if key not in self._items:
             grid = self._geometry.grid(pixels)
             tokens = self._geometry.tokens(grid)
             first = self._numbers.first(key, tokens)
-            self._items[key] = MediaItem(pixels, grid, key[0], len(self._items), first, tokens)
+            self._items[key] = MediaItem(pixels, grid, digest, len(self._items), first, tokens)
         return self._items[key]
 
 
 def _branches(
-    request: int, item: Features, media: _DistinctMedia, geometry: Geometry
+    request: int,
+    item: Features,
+    media: _DistinctMedia,
+    known: Sequence[bytes],
+    geometry: Geometry,
 ) -> Iterator[Branch]:
-    """Conversations of one item, with the keys and positions of their tokens."""
+    """Conversations of one item, with the keys and positions of their tokens.
+
+    `known` has the digests of its media.
+    """
     seconds = _seconds(item)
-    shown = [media.add(*each) for each in zip(item.media, seconds, strict=True)]
+    shown = [media.add(*each) for each in zip(item.media, known, seconds, strict=True)]
     grids = [each.grid for each in shown]
     tokens = [each.first_token + np.arange(each.tokens) for each in shown]
     keys = item.prompt_ids.astype(np.int64)
