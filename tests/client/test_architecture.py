@@ -15,8 +15,8 @@ LAYERS = {
     "many requests": "grouping shelf many",
     "who asks": "base client aio",
     "with scores": "moments rewards retries jsonl",
-    "in other libraries": "integrations.images integrations.rows integrations.datasets "
-    "integrations.trl integrations.verl integrations.openrlhf",
+    "in other libraries": "integrations.images integrations.chatml integrations.rows "
+    "integrations.datasets integrations.trl integrations.verl integrations.openrlhf",
     "commands": "arguments cli __main__",
 }
 ORDER = [name for names in LAYERS.values() for name in names.split()]
