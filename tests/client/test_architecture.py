@@ -9,7 +9,7 @@ from tests.layers import below, imported, modules, vague
 PACKAGE = Path(__file__).parents[2] / "client" / "triward"
 
 LAYERS = {
-    "the contract, and what can fail": "protocol connection errors deadline process",
+    "the contract, and what can fail": "protocol connection errors deadline process stopping",
     "a request": "jsonvalue pil download media conversation tokens patches wire",
     "a server": "channel contract patience sharedmemory routing",
     "many requests": "grouping shelf many",

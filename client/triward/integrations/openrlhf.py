@@ -25,13 +25,12 @@ import argparse
 import importlib
 import json
 import re
-import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 from triward.client import RewardClient
@@ -45,6 +44,7 @@ from triward.errors import (
 )
 from triward.integrations.chatml import ENDS, PAD, Parse, chatml, plain, unended
 from triward.rewards import RunningMoments, Shape, with_rules
+from triward.stopping import stopping, wait_for
 
 MAX_BODY_BYTES = 64 * 2**20
 
@@ -134,7 +134,7 @@ def conversations(
     return found
 
 
-def messages_of(prompt: str, label: Any, parse: Parse) -> Messages:
+def messages_of(prompt: Any, label: Any, parse: Callable[[Any], Messages]) -> Messages:
     """Return the messages before a response: the label's, or else the prompt's."""
     if isinstance(label, str) and label.startswith("{"):
         with suppress(ValueError, RecursionError):  # then it is a label like others
@@ -256,40 +256,6 @@ class RewardServer(ThreadingHTTPServer):
         self.server_close()  # new callers are refused, and not left waiting
         with self._changed:
             self._changed.wait_for(lambda: not self._answers)
-
-
-@contextmanager
-def stopping() -> Iterator[SimpleQueue[int]]:
-    """Let SIGINT and SIGTERM put their number into the queue that is yielded.
-
-    Nothing is raised, for Python drops a KeyboardInterrupt that arrives in a finaliser or in a
-    callback of gRPC's. Behind the first signal the next one acts as before.
-    """
-    stops: SimpleQueue[int] = SimpleQueue()
-    earlier: dict[int, Any] = {}
-
-    def stop(number: int, frame: object) -> None:
-        restore()
-        stops.put(number)  # which may be called at any point, even inside another put
-
-    def restore() -> None:
-        for each, handler in earlier.items():
-            signal.signal(each, handler)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        earlier[each] = signal.signal(each, stop)
-    try:
-        yield stops
-    finally:
-        restore()
-
-
-def wait_for(stops: SimpleQueue[int]) -> None:
-    """Wait until something is in the queue."""
-    while True:
-        with suppress(Empty):
-            stops.get(timeout=0.5)  # Windows would not look for signals in a wait without end
-            return
 
 
 class _Handler(BaseHTTPRequestHandler):
