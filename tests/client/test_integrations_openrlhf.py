@@ -10,14 +10,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from tests.client.helpers import failure, raising, requests
+from tests.client.helpers import failure, raising, refused, requests
 from tests.fakeserver import FakeServer
 from triward import InvalidRequest, ServerError, ServerUnavailable
 from triward.integrations import openrlhf
@@ -370,17 +369,6 @@ def test_the_command_ends_what_it_has_begun(number):
             answer.set()
             assert reward.result(60) == {"rewards": [1.0]}
             assert process.wait(30) == 0
-
-
-def refused(port):
-    """Wait until nothing listens there."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return
-        time.sleep(0.01)
-    raise AssertionError(f"{port}: still listens")
 
 
 # Python drops an exception that a finaliser raises; the signal arrives while one runs.

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tests.client.helpers import png
+from tests.client.helpers import png, refused
 from tests.fakeserver import FakeServer, Fault
 
 pytest.importorskip("fastapi")
@@ -339,6 +339,9 @@ def test_the_command_ends_what_it_has_begun(number):
             reward = threads.submit(post, port, "/get_reward", body)
             assert asked.wait(60)
             process.send_signal(number)
+            refused(port)
+            with pytest.raises(subprocess.TimeoutExpired):  # it waits for the answer
+                process.wait(0.5)
             answer.set()
             assert reward.result(60) == {"rewards": [1.0]}
             assert process.wait(60) == 0
