@@ -52,7 +52,8 @@ class Doorway:
 def running(url, opener=None, timeout=20.0, **settings):
     """A gateway in front of a server; it has ended behind the block."""
     given = Settings(timeout=timeout, **settings)
-    gateway = Gateway(AsyncRewardClient(url, timeout=timeout, max_attempts=1), given, opener)
+    client = AsyncRewardClient(url, timeout=timeout, max_attempts=1, model=given.models[0])
+    gateway = Gateway(client, given, opener)
     server, listener = http_server(gateway, given), listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -138,7 +138,7 @@ def test_requests_at_once_are_bounded():
             for _ in busy:
                 assert arrived.acquire(timeout=60)
             status, answer, headers = door.send("/classify", BODY)
-            assert (status, headers["Retry-After"]) == (429, "1")
+            assert (status, headers["Retry-After"]) == (503, "1")
             assert "the limit" in answer["error"]["message"]
             assert door.ask("/metrics", None, method="GET")[0] == 200
             released.set()

@@ -51,7 +51,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         "--max-requests",
         type=whole_number,
         default=128,
-        help="at once; more are answered 429 (%(default)s)",
+        help="at once; more are answered 503 (%(default)s)",
     )
 
 

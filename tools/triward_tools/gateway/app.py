@@ -2,10 +2,11 @@
 
 An error is `{"error": {"status": int, "type": str, "message": str}}` with that status:
 
-    400  wrong input            404  another model           408  the body did not arrive in time
-    413  a body that is too long     429  too many requests at once
+    400  wrong input                 404  another model
+    408  the body did not arrive     413  a body that is too long
     502  the Triward server failed, or gave no finite number
-    503  it is overloaded or away    504  the timeout ran out
+    503  it is overloaded or away, or too many requests run at once; trainers ask again
+    504  the timeout ran out
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ class Gateway:
     async def _answered(self, request: Request, doors: tuple[Door, ...]) -> Response:
         counters, began = self.counters, monotonic()
         if counters.running >= self._settings.max_requests:
-            response = _busy(f"{counters.running} requests are running, which is the limit")
+            message = f"{counters.running} requests are running, which is the limit"
+            busy = Refused(HTTPStatus.SERVICE_UNAVAILABLE, message)
+            response = _failure(busy.status, busy)
         else:
             counters.running += 1
             try:
@@ -165,7 +168,7 @@ class Gateway:
                 raise _too_long("is longer", limit)
             if self.counters.held_bytes > _HELD * limit:
                 message = f"the bodies of all requests hold {_HELD * limit} bytes, the limit"
-                raise Refused(HTTPStatus.TOO_MANY_REQUESTS, message)
+                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, message)
 
     async def _scored(
         self, request: Request, body: bytes, doors: tuple[Door, ...], deadline: Deadline
@@ -234,13 +237,8 @@ async def _within(work: Any, deadline: Deadline) -> Any:
 
 def _failure(status: HTTPStatus, error: Exception) -> Response:
     told = {"status": int(status), "type": type(error).__name__, "message": str(error)}
-    later = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-    headers = {"Retry-After": "1"} if status in later else None
+    headers = {"Retry-After": "1"} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
     return JSONResponse({"error": told}, status, headers)
-
-
-def _busy(message: str) -> Response:
-    return _failure(HTTPStatus.TOO_MANY_REQUESTS, Refused(HTTPStatus.TOO_MANY_REQUESTS, message))
 
 
 def _too_long(what: str, limit: int) -> Refused:
