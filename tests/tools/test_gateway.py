@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -123,6 +124,21 @@ def test_a_body_that_does_not_arrive(server):
             connection.sendall(head + b"{")
             assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
         assert door.gateway.counters.held_bytes == door.gateway.counters.running == 0
+
+
+def test_a_caller_that_leaves(door, caplog):
+    """Its request ends, and nothing of it stays."""
+    with socket.create_connection(("127.0.0.1", door.port), timeout=60) as connection:
+        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
+        connection.sendall(head + b"{")
+        while not door.gateway.counters.held_bytes:
+            time.sleep(0.01)
+    counters = door.gateway.counters
+    while not counters.requests:
+        time.sleep(0.01)
+    assert (counters.requests["vllm_classify", 400], counters.held_bytes) == (1, 0)
+    assert counters.running == 0
+    assert "Exception" not in caplog.text
 
 
 def test_requests_at_once_are_bounded():

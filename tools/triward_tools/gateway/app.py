@@ -23,6 +23,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.requests import ClientDisconnect
 from triward.aio import AsyncRewardClient
 from triward.conversation import Messages
 from triward.deadline import Deadline
@@ -153,6 +154,9 @@ class Gateway:
             if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
                 message = f"the body did not arrive within {self._settings.timeout:g} s"
                 raise Refused(HTTPStatus.REQUEST_TIMEOUT, message) from None
+            if isinstance(error, ClientDisconnect):
+                message = f"the body broke off after {len(body)} bytes"
+                raise Refused(HTTPStatus.BAD_REQUEST, message) from None
             raise
         return bytes(body)
 
