@@ -10,7 +10,7 @@ from triward.arguments import whole_number
 from triward.client import RewardClient
 
 
-def add(commands: Any, server: argparse.ArgumentParser) -> None:
+def add_gateway(commands: Any, server: argparse.ArgumentParser) -> None:
     """Add the command, whose `run` loads what it needs only when it is called."""
     command = commands.add_parser(
         "gateway",

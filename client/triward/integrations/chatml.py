@@ -27,10 +27,10 @@ def chatml(prompt: str) -> Messages:
     """
     if PAD in prompt:
         raise InvalidRequest("the prompt shows an image; give its messages in the label")
-    return turns(prompt)
+    return chatml_turns(prompt)
 
 
-def turns(prompt: str) -> list[Message]:
+def chatml_turns(prompt: str) -> list[Message]:
     """Return the messages of such a prompt; placeholders for images stay in their text.
 
     Raises:

@@ -199,7 +199,7 @@ class Gateway:
         return _Read(door, fields, [media.carried(messages) for messages in asked], order)
 
 
-def application(gateway: Gateway) -> FastAPI:
+def web_application(gateway: Gateway) -> FastAPI:
     """Return the application, which closes the gateway at its end."""
 
     @asynccontextmanager

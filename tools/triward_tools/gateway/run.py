@@ -12,7 +12,7 @@ from triward.base import BaseClient
 from triward.errors import InvalidRequest, TriwardError
 from triward.stopping import stopping, wait_for
 
-from triward_tools.gateway.app import Gateway, application
+from triward_tools.gateway.app import Gateway, web_application
 from triward_tools.gateway.settings import Settings
 
 # Connections beyond so many times the requests that may run are refused with 503 by uvicorn.
@@ -52,7 +52,7 @@ def http_server(gateway: Gateway, settings: Settings) -> uvicorn.Server:
     """Return a server of HTTP that is yet to be run, with the settings' limits."""
     return uvicorn.Server(
         uvicorn.Config(
-            application(gateway),
+            web_application(gateway),
             log_level="warning",
             access_log=False,
             server_header=False,

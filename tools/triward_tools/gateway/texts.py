@@ -8,7 +8,7 @@ from typing import Any
 
 from triward.conversation import Message, Messages
 from triward.errors import InvalidRequest, located
-from triward.integrations.chatml import PAD, divided, turns
+from triward.integrations.chatml import PAD, chatml_turns, divided
 
 from triward_tools.gateway.settings import Settings
 
@@ -49,7 +49,7 @@ def conversations_of(
 
 def _conversation(text: str, settings: Settings, urls: Sequence[str]) -> Messages:
     prompt, response = divided(text, settings.ends)
-    messages = _shown(turns(prompt), urls)
+    messages = _shown(chatml_turns(prompt), urls)
     return [*messages, {"role": "assistant", "content": response}]
 
 

@@ -41,7 +41,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
 _PAIRS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 
 
-def check(request: Request, settings: Settings) -> None:
+def check_fields(request: Request, settings: Settings) -> None:
     """See that the model is ours, and that no field asks for another number than the reward.
 
     Raises:
@@ -55,7 +55,7 @@ def check(request: Request, settings: Settings) -> None:
 
 def read_inputs(request: Request, settings: Settings) -> list[Messages]:
     """Return the conversations of /classify and /pooling: `messages` is one, `input` are texts."""
-    check(request, settings)
+    check_fields(request, settings)
     if request.get("messages") is not None:
         if not isinstance(request["messages"], list):
             raise InvalidRequest("messages: must be a list")
@@ -64,9 +64,9 @@ def read_inputs(request: Request, settings: Settings) -> list[Messages]:
     return conversations_of(texts, "input", settings)
 
 
-def read_pairs(request: Request, settings: Settings) -> list[Messages]:
+def read_asked(request: Request, settings: Settings) -> list[Messages]:
     """Return the conversations of /score: the first of each pair is asked, the second answers."""
-    check(request, settings)
+    check_fields(request, settings)
     names = next((pair for pair in _PAIRS if pair[1] in request), ("text_1", "text_2"))
     prompts, responses = (_contents(request.get(name), name) for name in names)
     if len(prompts) not in (1, len(responses)):
@@ -151,5 +151,5 @@ def _listed(kind: str, settings: Settings, data: Sequence[dict[str, Any]]) -> di
 
 
 CLASSIFY = Door("vllm_classify", ("/classify", "/v1/classify"), read_inputs, classified)
-SCORE = Door("vllm_score", ("/score", "/v1/score"), read_pairs, scored)
+SCORE = Door("vllm_score", ("/score", "/v1/score"), read_asked, scored)
 POOLING = Door("vllm_pooling", ("/pooling",), read_pooled, pooled)
