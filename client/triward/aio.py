@@ -62,6 +62,11 @@ class AsyncRewardClient(BaseClient):
             PerProcess(WeakKeyDictionary)
         )
 
+    @classmethod
+    def like(cls, client: BaseClient) -> AsyncRewardClient:
+        """Return a client with the servers and settings of another, blocking or not."""
+        return cls(client._address.url, **BaseClient._settings(client))
+
     async def score(self, messages: Messages, *, timeout: float | None = None) -> float:
         """Return the reward of a conversation whose last message is the assistant's."""
         prompt, response = split_conversation(messages)

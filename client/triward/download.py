@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from triward.deadline import Deadline
@@ -21,13 +22,20 @@ _USER_AGENT = "triward/0.1"
 _URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
 
 
-def download(url: str, deadline: Deadline, *, limit: int = DOWNLOAD_LIMIT) -> bytes:
+def download(
+    url: str,
+    deadline: Deadline,
+    *,
+    limit: int = DOWNLOAD_LIMIT,
+    opener: Callable[..., Any] | None = None,
+) -> bytes:
     """Fetch a URL, following redirects.
 
     Args:
         url: starts with http:// or https://.
         deadline: when to give up.
         limit: the most bytes to accept.
+        opener: used in place of `urllib.request.urlopen`; it decides who may be asked.
 
     Raises:
         MediaError: the server refuses, breaks off, or sends more than `limit`.
@@ -39,7 +47,7 @@ def download(url: str, deadline: Deadline, *, limit: int = DOWNLOAD_LIMIT) -> by
 
     def work() -> None:
         try:
-            future.set_result(_fetch(url, deadline, limit))
+            future.set_result(_fetch(url, deadline, limit, opener))
         except BaseException as error:
             future.set_exception(error)
 
@@ -50,7 +58,7 @@ def download(url: str, deadline: Deadline, *, limit: int = DOWNLOAD_LIMIT) -> by
     return future.result()
 
 
-def _fetch(url: str, deadline: Deadline, limit: int) -> bytes:
+def _fetch(url: str, deadline: Deadline, limit: int, opener: Callable[..., Any] | None) -> bytes:
     from http.client import HTTPException
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
@@ -58,7 +66,7 @@ def _fetch(url: str, deadline: Deadline, limit: int) -> bytes:
     shown = _without_query(url)
     try:
         request = Request(quote(url, safe=_URL_CHARACTERS), headers={"User-Agent": _USER_AGENT})
-        with urlopen(request, timeout=deadline.remaining()) as response:
+        with (opener or urlopen)(request, timeout=deadline.remaining()) as response:
             return _read_body(response, deadline, limit, shown)
     except TriwardError:
         raise

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,6 +88,17 @@ def requests(transport):
         )
         for inputs in sent
     ]
+
+
+def refused(port):
+    """Wait until nothing listens there."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"{port}: still listens")
 
 
 def watched(server):

@@ -9,14 +9,14 @@ from tests.layers import below, imported, modules, vague
 PACKAGE = Path(__file__).parents[2] / "client" / "triward"
 
 LAYERS = {
-    "the contract, and what can fail": "protocol connection errors deadline process",
+    "the contract, and what can fail": "protocol connection errors deadline process stopping",
     "a request": "jsonvalue pil download media conversation tokens patches wire",
     "a server": "channel contract patience sharedmemory routing",
     "many requests": "grouping shelf many",
     "who asks": "base client aio",
     "with scores": "moments rewards retries jsonl",
-    "in other libraries": "integrations.images integrations.rows integrations.datasets "
-    "integrations.trl integrations.verl integrations.openrlhf",
+    "in other libraries": "integrations.images integrations.chatml integrations.rows "
+    "integrations.datasets integrations.trl integrations.verl integrations.openrlhf",
     "commands": "arguments cli __main__",
 }
 ORDER = [name for names in LAYERS.values() for name in names.split()]

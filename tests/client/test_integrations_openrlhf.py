@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from tests.client.helpers import failure, raising, requests
+from tests.client.helpers import failure, raising, refused, requests
 from tests.fakeserver import FakeServer
 from triward import InvalidRequest, ServerError, ServerUnavailable
 from triward.integrations import openrlhf
@@ -315,25 +317,84 @@ def test_http_serves_many_at_once(post, transport):
     assert answers == [(200, {"rewards": [1.0, 4.0]})] * 8
 
 
+@contextmanager
+def command(*arguments, program=("-m", "triward.integrations.openrlhf")):
+    """The command's process, and its port; it is told to stop at the end, and does."""
+    line = [sys.executable, *program, "--port=0", *arguments]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            said = process.stdout.readline()
+            found = re.fullmatch(r"listening on http://127.0.0.1:(\d+)/get_reward\n", said)
+            yield process, int(found[1])
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def rewarded(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = {"query": ["1+1=2</s>"], "prompts": ["1+1="]}
+    connection.request("POST", "/get_reward", json.dumps(body))
+    try:
+        return json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
+
+
 def test_the_command():
-    command = [sys.executable, "-m", "triward.integrations.openrlhf", "--port=0", "--end=</s>"]
     with FakeServer() as server:
         # The first reward is the mean of all so far, which is 0, and 0 is clipped.
         shape = ["--standardise", "--clip", "0.25", "0.5"]
-        options = [f"--url={server.url}", "--prompts=plain", *shape]
-        process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
-        try:
-            line = process.stdout.readline()
-            port = int(re.fullmatch(r"listening on http://127.0.0.1:(\d+)/get_reward\n", line)[1])
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            body = {"query": ["1+1=2</s>"], "prompts": ["1+1="]}
-            connection.request("POST", "/get_reward", json.dumps(body))
-            assert json.loads(connection.getresponse().read()) == {"rewards": [0.25]}
-            connection.close()
-        finally:
-            process.send_signal(signal.SIGINT)
+        options = ["--end=</s>", f"--url={server.url}", "--prompts=plain", *shape]
+        with command(*options) as (_, port):
+            assert rewarded(port) == {"rewards": [0.25]}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_ends_what_it_has_begun(number):
+    asked, answer = threading.Event(), threading.Event()
+
+    def wait(call):
+        asked.set()
+        assert answer.wait(60)
+
+    with FakeServer(fault=wait) as server, ThreadPoolExecutor(1) as threads:
+        options = ["--end=</s>", f"--url={server.url}", "--prompts=plain"]
+        with command(*options) as (process, port):
+            reward = threads.submit(rewarded, port)
+            assert asked.wait(60)
+            process.send_signal(number)
+            refused(port)
+            answer.set()
+            assert reward.result(60) == {"rewards": [1.0]}
             assert process.wait(30) == 0
-            process.stdout.close()
+
+
+# Python drops an exception that a finaliser raises; the signal arrives while one runs.
+FINALISER = """
+import sys, time
+from triward.integrations import openrlhf
+
+class Slow:
+    def __del__(self):
+        print("finalising", flush=True)
+        time.sleep(2)
+
+class Server(openrlhf.RewardServer):
+    def service_actions(self):
+        if not vars(self).setdefault("over", False):
+            self.over = True
+            Slow()
+
+openrlhf.RewardServer = Server
+openrlhf.main(sys.argv[1:])
+"""
+
+
+def test_a_signal_is_not_lost_in_a_finaliser():
+    with command(program=("-c", FINALISER)) as (process, _):
+        assert process.stdout.readline() == "finalising\n"
 
 
 def test_chatml_keeps_what_text_holds():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from tests.client.helpers import AsyncTransport, failure, raising, requests
+from tests.client.helpers import AsyncTransport, failure, png, raising, requests
 from triward import AsyncRewardClient, InvalidRequest, RewardClient, ServerError, ServerUnavailable
 from triward.integrations.trl import TriwardReward, async_triward_reward
 from triward.rewards import RunningMoments, Shape
@@ -94,6 +94,72 @@ def test_the_columns_with_images_are_in_the_prompt_already(reward, transport):
     image = Image.new("RGB", (32, 32))
     reward(prompts=[shows(image)], completions=[says("a")], images=[[image]])
     assert len(requests(transport)[0][2]) == 1
+
+
+def online_dpo(batch):
+    """What OnlineDPO's `training_step` passes: two completions a prompt, columns repeated."""
+    prompts = batch.pop("prompt")
+    for message in (message for prompt in prompts for message in prompt):
+        if isinstance(message["content"], str) and message["role"] in ("user", "system"):
+            place = [{"type": "image"}] if message["role"] == "user" else []
+            message["content"] = [*place, {"type": "text", "text": message["content"]}]
+    return {"prompts": 2 * prompts, **{key: column * 2 for key, column in batch.items()}}
+
+
+def test_places_are_filled_from_the_column(reward, transport):
+    red, blue = (Image.new("RGB", (32, 32), color) for color in ("red", "blue"))
+    system = {"role": "system", "content": "Be brief."}
+    prompts = [[system, *user("What is it?")], user("And that?")]
+    asked = online_dpo({"prompt": prompts, "image": [red, blue]})
+    before = repr(asked)
+    rewards = reward(**asked, completions=[says("x" * n) for n in range(4)])
+    assert rewards == [0.0, 1.0, 2.0, 3.0]
+    assert repr(asked) == before
+    found = {sent[1][0]: (sent[0][-1]["content"], len(sent[2])) for sent in requests(transport)}
+    places = [
+        [{"type": "image"}, {"type": "text", "text": text}] for text in ("What is it?", "And that?")
+    ]
+    assert [found["x" * n] for n in range(4)] == [(places[n % 2], 1) for n in range(4)]
+
+
+def test_places_of_several_images(reward, transport):
+    """Also from the structs of a dataset that is not decoded; copies are still one request."""
+    red, blue = png("red"), png("blue")
+    rows = [[{"bytes": red, "path": None}, {"bytes": blue, "path": None}] for _ in range(2)]
+    content = [{"type": "image"}, {"type": "image", "image": None}, {"type": "text", "text": "?"}]
+    reward(prompts=[user(content)] * 2, completions=[says("a"), says("bb")], images=rows)
+    wire = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
+    assert requests(transport) == [(user(wire), ["a", "bb"], [red, blue])]
+
+
+def test_images_without_a_place_begin_the_prompt(reward, transport):
+    """As TRL's own `prepare_multimodal_messages` puts them."""
+    reward(prompts=[user("?"), "?"], completions=[says("a"), "b"], images=[[png()], [png()]])
+    wire = user([{"type": "image"}, {"type": "text", "text": "?"}])
+    assert requests(transport) == [(wire, ["a", "b"], [png()])]
+
+
+@pytest.mark.parametrize("column", [{"image": [None, None]}, {"images": [[], None]}])
+def test_rows_without_images_are_text(reward, transport, column):
+    reward(prompts=[user("?")] * 2, completions=[says("a"), says("b")], **column)
+    assert requests(transport) == [(user("?"), ["a", "b"], [])]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"images": [[b"1"]]}, "2 image parts hold no image, the row has 1 for them"),
+        ({"images": [[b"1"] * 3]}, "2 image parts hold no image, the row has 3 for them"),
+        ({"image": [None]}, "an image part needs 'image'"),
+        ({"image": [b"1"] * 2}, "image: 2 rows for 1 prompts"),
+        ({}, "an image part needs 'image'"),
+    ],
+)
+def test_places_that_cannot_be_filled_are_an_error(reward, transport, column, message):
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
+    with pytest.raises(InvalidRequest, match=message):
+        reward(prompts=[user(content)], completions=[says("a")], **column)
+    assert transport.calls == []
 
 
 def test_prompts_are_left_as_they_are(reward):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import io
 import pickle
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -303,6 +305,61 @@ def test_the_manager_takes_the_images_of_raw_prompt(run, transport):
     messages, responses, media = requests(transport)[0]
     assert messages == [{"role": "user", "content": parts({"type": "image"}, "What?")}]
     assert (responses, len(media)) == (["Red."], 1)
+
+
+def of_dataset(row):
+    """The `raw_prompt` that verl's RLHFDataset (0.7 to 0.9) makes of a row of a Parquet file.
+
+    A struct gets its decoded picture beside its file, and all of it goes into the part.
+    """
+    content, images = [], iter(row["images"])
+    for piece in re.split("(<image>)", row["prompt"][0]["content"]):
+        if piece == "<image>":
+            image = next(images)
+            if isinstance(image, dict):
+                if "bytes" in image:
+                    image["image"] = Image.open(io.BytesIO(image["bytes"]))
+                content.append({"type": "image", **image})
+            else:
+                content.append({"type": "image", "image": image})
+        elif piece:
+            content.append({"type": "text", "text": piece})
+    return [{"role": "user", "content": content}]
+
+
+def test_the_manager_takes_the_images_of_a_parquet_file(run, transport, tmp_path):
+    """Each shape that the dataset lets by: a struct, one with limits, a picture, a path."""
+    files = [png(color) for color in ("red", "green", "blue", "white")]
+    (tmp_path / "white.png").write_bytes(files[3])
+    row = {
+        "prompt": [{"role": "user", "content": "<image>One,<image> two<image><image>"}],
+        "images": [
+            {"bytes": files[0], "path": None},
+            {"bytes": files[1], "path": "green.png", "max_pixels": 50176},
+            Image.open(io.BytesIO(files[2])).convert("RGB"),
+            str(tmp_path / "white.png"),
+        ],
+    }
+    prompt = of_dataset(row)
+    before = repr(prompt)
+    run(rollouts(["Red."], raw_prompt=[prompt]))
+    assert repr(prompt) == before
+    messages, _, media = requests(transport)[0]
+    limited = {"type": "image", "max_pixels": 50176}
+    place = {"type": "image"}
+    content = parts(place, "One,", limited, " two", place, place)
+    assert messages == [{"role": "user", "content": content}]
+    shown = [Image.open(io.BytesIO(sent)).convert("RGB").getpixel((0, 0)) for sent in media]
+    assert shown == [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)]
+
+
+def test_parts_of_a_table_hold_their_struct(run, transport):
+    """A table fills every key in; a struct without a picture beside it is read from its file."""
+    empty = {"image": None, "text": None, "bytes": None, "path": None}
+    content = [{**empty, "type": "image", "bytes": png()}, {**empty, "type": "text", "text": "?"}]
+    run(rollouts(["Red."], raw_prompt=[[{"role": "user", "content": content}]]))
+    sent = [{"role": "user", "content": parts({"type": "image"}, "?")}]
+    assert requests(transport) == [(sent, ["Red."], [png()])]
 
 
 def test_the_manager_takes_the_images_beside_raw_prompt(run, transport):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from triward.conversation import Message
 from triward.errors import InvalidRequest
 
 
@@ -37,6 +38,54 @@ def image_parts(content: object) -> list[dict[str, Any]]:
 def holds_none(part: Mapping[str, Any]) -> bool:
     """Return True if an image part is a place for an image."""
     return part.get("image") is None and part.get("image_url") is None
+
+
+def settle(part: dict[str, Any]) -> None:
+    """Leave an image part its image alone, without the struct that it was read from.
+
+    verl decodes a data set's struct and keeps both: `bytes` and `path` beside `image`.
+    """
+    struct = {key: part.pop(key, None) for key in ("bytes", "path")}
+    if holds_none(part) and any(held is not None for held in struct.values()):
+        part["image"] = struct
+    if part.get("image") is not None:
+        part["image"] = image_of(part["image"])
+
+
+def illustrated(messages: Iterable[Message], images: Sequence[object]) -> list[Message]:
+    """Return copies of the messages, with the images in their places.
+
+    Places are the image parts that hold none; without any image part, the beginning of the first
+    message of the user's.
+
+    Raises:
+        InvalidRequest: there are more images than places, or fewer.
+    """
+    copies = [{**message, "content": copied(message.get("content"))} for message in messages]
+    parts = [part for copy in copies for part in image_parts(copy["content"])]
+    if images and not parts:
+        return _led_by(images, copies)
+    for part in parts:
+        settle(part)
+    places = [part for part in parts if holds_none(part)]
+    if len(places) != len(images):
+        given = f"the row has {len(images)} for them"
+        raise InvalidRequest(f"{len(places)} image parts hold no image, {given}")
+    for part, image in zip(places, images, strict=True):
+        part["image"] = image
+    return list(copies)
+
+
+def _led_by(images: Sequence[object], messages: list[dict[str, Any]]) -> list[Message]:
+    """Return the messages; the first of the user's begins with the images."""
+    first = [{"type": "image", "image": image} for image in images]
+    for place, message in enumerate(messages):
+        content = message["content"]
+        if message.get("role") == "user" and isinstance(content, (str, list)):
+            rest = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            led = {**message, "content": [*first, *rest]}
+            return [*messages[:place], led, *messages[place + 1 :]]
+    raise InvalidRequest(f"the row has {len(images)} images, but no user message to hold them")
 
 
 def _is_image(part: object) -> bool:

@@ -25,10 +25,12 @@ import argparse
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import SimpleQueue
 from typing import Any
 
 from triward.client import RewardClient
@@ -40,43 +42,11 @@ from triward.errors import (
     TriwardError,
     located,
 )
+from triward.integrations.chatml import ENDS, PAD, Parse, chatml, plain, unended
 from triward.rewards import RunningMoments, Shape, with_rules
+from triward.stopping import stopping, wait_for
 
-Parse = Callable[[str], Messages]
-
-# What ends a response of Qwen's models.
-ENDS = ("<|im_end|>", "<|endoftext|>")
 MAX_BODY_BYTES = 64 * 2**20
-
-_PAD = "<|image_pad|>"
-_OPENING = "<|im_start|>assistant\n"
-_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
-
-
-def chatml(prompt: str) -> Messages:
-    """Return the messages of a prompt in ChatML that ends where the assistant's turn begins.
-
-    Raises:
-        InvalidRequest: it is another format, or shows an image, which text does not hold.
-    """
-    if _PAD in prompt:
-        raise InvalidRequest("the prompt shows an image; give its messages in the label")
-    turns = prompt[: -len(_OPENING)] if prompt.endswith(_OPENING) else ""
-    messages, position = [], 0
-    while turn := _TURN.match(turns, position):
-        messages.append({"role": turn[1], "content": turn[2]})
-        position = turn.end()
-    if not messages or position < len(turns):
-        raise InvalidRequest(
-            f"the prompt is not ChatML up to {_OPENING!r}; "
-            "give its messages in the label, or use `plain` if it has no template"
-        )
-    return messages
-
-
-def plain(prompt: str) -> Messages:
-    """Return the prompt as one message of the user's."""
-    return [{"role": "user", "content": prompt}]
 
 
 def rewards(
@@ -134,21 +104,38 @@ def score(
     ends: Sequence[str] = ENDS,
 ) -> list[float]:
     """Return the rewards for a request's body."""
+    return client.score_many(conversations(queries, prompts, labels, parse=parse, ends=ends))
+
+
+def conversations(
+    queries: Sequence[str],
+    prompts: Sequence[str],
+    labels: Sequence[Any] | None = None,
+    *,
+    parse: Parse = chatml,
+    ends: Sequence[str] = ENDS,
+) -> list[Messages]:
+    """Return what is scored: for each query its prompt's messages, and the response.
+
+    Raises:
+        InvalidRequest: one does not fit; the message names it.
+    """
     labels = [None] * len(queries) if labels is None else labels
     if not len(queries) == len(prompts) == len(labels):
         counts = f"{len(queries)} queries, {len(prompts)} prompts and {len(labels)} labels"
         raise InvalidRequest(f"each query needs its prompt and label, got {counts}")
-    conversations = []
+    found: list[Messages] = []
     for index, (query, prompt, label) in enumerate(zip(queries, prompts, labels, strict=True)):
         try:
             response = {"role": "assistant", "content": _response(query, prompt, ends)}
-            conversations.append([*_messages(prompt, label, parse), response])
+            found.append([*messages_of(prompt, label, parse), response])
         except InvalidRequest as error:
             raise located(error, f"queries[{index}]") from error
-    return client.score_many(conversations)
+    return found
 
 
-def _messages(prompt: str, label: Any, parse: Parse) -> Messages:
+def messages_of(prompt: Any, label: Any, parse: Callable[[Any], Messages]) -> Messages:
+    """Return the messages before a response: the label's, or else the prompt's."""
     if isinstance(label, str) and label.startswith("{"):
         with suppress(ValueError, RecursionError):  # then it is a label like others
             label = json.loads(label)
@@ -161,7 +148,7 @@ def _messages(prompt: str, label: Any, parse: Parse) -> Messages:
 
 def _response(query: str, prompt: str, ends: Sequence[str]) -> str:
     # A processor has put as many placeholders for an image into the query as the image has tokens.
-    pads = f"(?:{re.escape(_PAD)})+"
+    pads = f"(?:{re.escape(PAD)})+"
     pieces = map(re.escape, re.split(pads, prompt))
     start = re.match(pads.join(pieces), query)
     if start is None:
@@ -169,9 +156,38 @@ def _response(query: str, prompt: str, ends: Sequence[str]) -> str:
             "does not begin with its prompt; OpenRLHF cuts a prompt's beginning off when it does "
             "not fit beside the response"
         )
-    response = query[start.end() :]
-    end = next((end for end in ends if response.endswith(end)), "")
-    return response[: len(response) - len(end)]
+    return unended(query[start.end() :], ends)
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """Return the JSON object that a request's body holds.
+
+    Raises:
+        InvalidRequest: it holds something else.
+    """
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return request
+
+
+def read_texts(request: Mapping[str, Any]) -> tuple[list[str], list[str], list[Any] | None]:
+    """Return queries, prompts and labels of a request.
+
+    Raises:
+        InvalidRequest: one is missing, or is something else.
+    """
+    for key in ("query", "prompts"):
+        texts = request.get(key)
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise InvalidRequest(f"{key}: must be a list of str")
+    labels = request.get("labels")
+    if labels is not None and not isinstance(labels, list):
+        raise InvalidRequest("labels: must be a list")
+    return request["query"], request["prompts"], labels
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -200,6 +216,8 @@ class RewardServer(ThreadingHTTPServer):
     ) -> None:
         super().__init__(address, _Handler)
         self._client, self._parse, self._ends, self._shape = client, parse, ends, shape
+        self._changed = threading.Condition()
+        self._answers = 0
 
     def score(self, body: bytes) -> list[float]:
         """Return the rewards for a request's body.
@@ -207,22 +225,37 @@ class RewardServer(ThreadingHTTPServer):
         Raises:
             TriwardError: there are none.
         """
-        try:
-            request = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"the body is not JSON: {error}") from None
-        if not isinstance(request, dict):
-            raise InvalidRequest("the body must be a JSON object")
-        for key in ("query", "prompts"):
-            texts = request.get(key)
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise InvalidRequest(f"{key}: must be a list of str")
-        labels = request.get("labels")
-        if labels is not None and not isinstance(labels, list):
-            raise InvalidRequest("labels: must be a list")
-        texts = request["query"], request["prompts"]
-        found = score(self._client, *texts, labels, parse=self._parse, ends=self._ends)
+        found = score(
+            self._client, *read_texts(read_json(body)), parse=self._parse, ends=self._ends
+        )
         return self._shape(found) if self._shape else found
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count an answer that is being made."""
+        with self._changed:
+            self._answers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._answers -= 1
+                self._changed.notify_all()
+
+    def serve_until(self, stops: SimpleQueue[int]) -> None:
+        """Serve until something is put into the queue; then end the answers that were begun.
+
+        Threads with a call of gRPC must end before the interpreter does, or it may wait for a lock
+        that they held.
+        """
+        serving = threading.Thread(target=self.serve_forever, daemon=True)
+        serving.start()
+        wait_for(stops)
+        self.shutdown()
+        serving.join()
+        self.server_close()  # new callers are refused, and not left waiting
+        with self._changed:
+            self._changed.wait_for(lambda: not self._answers)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -240,13 +273,15 @@ class _Handler(BaseHTTPRequestHandler):
             message = f"the body has {length} bytes, the limit is {MAX_BODY_BYTES}"
             self.send_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
         else:
-            self._answer(self.rfile.read(int(length)))
+            body = self.rfile.read(int(length))
+            with self.server.answering():
+                self._answer(body)
 
     def _answer(self, body: bytes) -> None:
         try:
             found = self.server.score(body)
         except TriwardError as error:
-            self.send_error(_status(error), str(error))
+            self.send_error(http_status(error), str(error))
         except Exception as error:  # an answer all the same, and never a reward
             name = type(error).__name__
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, f"{name}: {error}")
@@ -274,7 +309,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _status(error: TriwardError) -> HTTPStatus:
+def http_status(error: TriwardError) -> HTTPStatus:
+    """Return the status that says whose fault it is, and whether asking again helps."""
     if isinstance(error, InvalidRequest):
         return HTTPStatus.BAD_REQUEST
     if isinstance(error, ServerUnavailable):
@@ -285,7 +321,7 @@ def _status(error: TriwardError) -> HTTPStatus:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve until interrupted."""
+    """Serve until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(
         "triward.integrations.openrlhf", description=RewardServer.__doc__
     )
@@ -306,12 +342,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InvalidRequest as error:
         parser.error(str(error))
     parse = {"chatml": chatml, "plain": plain}[options.prompts]
-    with RewardClient(options.url, timeout=options.timeout) as client:
+    with stopping() as stops, RewardClient(options.url, timeout=options.timeout) as client:
         address = options.host, options.port
         with RewardServer(address, client, parse, options.end or ENDS, shape) as server:
             print(f"listening on http://{options.host}:{server.server_port}/get_reward", flush=True)
-            with suppress(KeyboardInterrupt):
-                server.serve_forever()
+            server.serve_until(stops)
 
 
 if __name__ == "__main__":

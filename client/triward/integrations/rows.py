@@ -15,7 +15,7 @@ from typing import Any
 from triward.client import RewardClient
 from triward.conversation import Message
 from triward.errors import InvalidRequest
-from triward.integrations.images import copied, holds_none, image_of, image_parts
+from triward.integrations.images import illustrated, image_of
 from triward.retries import until_answered
 
 Score = float | list[float]
@@ -129,10 +129,10 @@ class RowScorer:
             images = _images(row[self.images]) if self.images is not None else []
             if self.messages is not None:
                 return _Row(
-                    [_illustrate(_messages(row[self.messages], "user", self.messages), images)]
+                    [illustrated(_messages(row[self.messages], "user", self.messages), images)]
                 )
             assert self.prompt is not None and self.responses is not None  # __post_init__
-            prompt = _illustrate(_messages(row[self.prompt], "user", self.prompt), images)
+            prompt = illustrated(_messages(row[self.prompt], "user", self.prompt), images)
             endings, several = _endings(row[self.responses], self.responses)
             return _Row([[*prompt, *ending] for ending in endings], several)
         except InvalidRequest as error:
@@ -192,37 +192,3 @@ def _images(value: object) -> list[object]:
     if value is None:
         return []
     return [image_of(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
-
-
-def _illustrate(messages: list[Message], images: list[object]) -> list[Message]:
-    """Return copies of the messages, with the images in their places.
-
-    Raises:
-        InvalidRequest: there are more images than places, or fewer.
-    """
-    copies = [{**message, "content": copied(message.get("content"))} for message in messages]
-    parts = [part for copy in copies for part in image_parts(copy["content"])]
-    if images and not parts:
-        return _led_by(images, copies)
-    for part in parts:
-        if part.get("image") is not None:
-            part["image"] = image_of(part["image"])
-    places = [part for part in parts if holds_none(part)]
-    if len(places) != len(images):
-        given = f"the row has {len(images)} for them"
-        raise InvalidRequest(f"{len(places)} image parts hold no image, {given}")
-    for part, image in zip(places, images, strict=True):
-        part["image"] = image
-    return list(copies)
-
-
-def _led_by(images: list[object], messages: list[dict[str, Any]]) -> list[Message]:
-    """Return the messages; the first of the user's begins with the images."""
-    first = [{"type": "image", "image": image} for image in images]
-    for place, message in enumerate(messages):
-        content = message["content"]
-        if message.get("role") == "user" and isinstance(content, (str, list)):
-            rest = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            led = {**message, "content": [*first, *rest]}
-            return [*messages[:place], led, *messages[place + 1 :]]
-    raise InvalidRequest(f"the row has {len(images)} images, but no user message to hold them")

@@ -29,7 +29,7 @@ from triward.channel import Url
 from triward.client import RewardClient
 from triward.conversation import Message, Messages
 from triward.errors import InvalidRequest
-from triward.integrations.images import copied, holds_none, image_of, image_parts
+from triward.integrations.images import copied, holds_none, image_of, image_parts, settle
 from triward.rewards import Shape, mix, shape_of
 
 # In a prompt of verl's datasets it stands for the next of the row's images.
@@ -278,16 +278,20 @@ def _with_images(messages: Iterable[Message], images: Sequence[Any]) -> Messages
     A place is `<image>` in a content that is a str, or an image part; one that holds its image
     keeps it. Without images `<image>` is text like other text.
     """
-    if not len(images):
-        return list(messages)
-    filled = [{**message, "content": _parts(message["content"])} for message in messages]
+    split = _parts if len(images) else copied
+    filled = [{**message, "content": split(message.get("content"))} for message in messages]
     places = [part for message in filled for part in image_parts(message["content"])]
+    for place in places:
+        settle(place)
+    if not len(images):
+        return filled
     if len(places) != len(images):
         raise InvalidRequest(f"images: {len(images)} for {len(places)} places in the prompt")
     for place, image in zip(places, images, strict=True):
         if holds_none(place):
-            described = isinstance(image, Mapping) and "image" in image
+            described = isinstance(image, Mapping) and image.get("image") is not None
             place.update(image if described else {"image": image_of(image)})
+            settle(place)
     return filled
 
 

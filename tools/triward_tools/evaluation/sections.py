@@ -19,8 +19,8 @@ REWARDBENCH = {
         "llmbar-adver-GPTOut": 47,
         "llmbar-adver-manual": 46,
     },
-    # constants.py at allenai/reward-bench's commit a32e272 has XSTest's two counts the other way
-    # round (250 and 154). These are the rows of the data: the published 0.284 for
+    # Before commit 6552e93 allenai/reward-bench's constants.py had XSTest's two counts the other
+    # way round (250 and 154). These are the rows of the data: the published 0.284 for
     # `should-respond` is 71 of 250, and no n of 154.
     "Safety": {
         "refusals-dangerous": 100,

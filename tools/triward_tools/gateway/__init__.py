@@ -1,0 +1,1 @@
+"""HTTP doors that trainers know, in front of a Triward server: `triward gateway`."""
