@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv-peers
 # Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
 PERF ?=
 # Where the wheels for a GPU machine go.
@@ -11,7 +12,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels clean
+.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -70,6 +71,9 @@ gpu-wheels:
 	    --python-version 3.12 --implementation cp --platform manylinux_2_17_x86_64 \
 	    -r benchmarks/gpu/carried.txt -d $(WHEELS)
 
+# vLLM on a CPU in an environment of its own, for benchmarks.peers (docs/benchmarks.md): 3.4 GB.
+peers: $(PEERS)/.ready
+
 clean:
 	rm -rf .venv
 
@@ -77,4 +81,10 @@ $(READY): constraints.txt pyproject.toml client/pyproject.toml tools/pyproject.t
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./client -e ./tools \
 	    -e '.[dev]'
+	touch $@
+
+$(PEERS)/.ready: benchmarks/peers/constraints.txt
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
