@@ -20,7 +20,7 @@ FILE = "canary.json"
 # How far a served score may be from the one at export, which may have run on another device: far
 # above rounding (the model card's own bf16 results for one conversation spread by 2 %), far below
 # what wrong weights do.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float8": 1.0}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
