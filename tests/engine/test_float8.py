@@ -194,10 +194,10 @@ class TestLoading:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
         with pytest.raises(ConfigError, match=r"A100 has compute capability 8\.0, at least 8\.9"):
-            float8.check_device(torch.device("cuda:0"))
+            float8.check_float8(torch.device("cuda:0"))
         for enough in ((8, 9), (9, 0), (12, 0)):
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, e=enough: e)
-            float8.check_device(torch.device("cuda:0"))
+            float8.check_float8(torch.device("cuda:0"))
 
 
 class TestScores:

@@ -26,11 +26,11 @@ from triward_server.export.calibration import (
     BUILT_IN,
     LEAST_PAIRS,
     LIMIT,
-    Calibration,
+    OrderKept,
     built_in,
     calibrate,
-    compare,
-    read_rows,
+    compare_margins,
+    read_prompts,
     require_order,
 )
 from triward_server.intake.preprocess import Preprocessor
@@ -39,7 +39,7 @@ from triward_server.schema import Scores
 CPU = torch.device("cpu")
 EXACT = ForwardConfig(dtype="float32", device="cpu", prefix_cache_bytes=0)
 MESSAGES = [{"role": "user", "content": "Which one?"}]
-FOUND = Calibration("set", "0", "cpu", 896, 800, 0.995, LIMIT, 1.0, 0.2, 0.02)
+FOUND = OrderKept("set", "0", "cpu", 896, 800, 0.995, LIMIT, 1.0, 0.2, 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def with_an_unread_channel(checkpoint: Path, folder: Path) -> Path:
 class TestCompare:
     def test_clear_pairs_are_beyond_bfloat16s_noise(self) -> None:
         exact = np.array([3.0, -2.0, 0.19, -0.19, 1.0])
-        found = compare({
+        found = compare_margins({
             "float32": exact,
             "bfloat16": exact + np.array([0.1, -0.1, 0.1, 0.1, 0.1]),
             "float8": np.array([2.0, 1.0, -1.0, -1.0, 0.5]),
@@ -101,7 +101,9 @@ class TestCompare:
 
     def test_a_tie_is_no_agreement(self) -> None:
         exact = np.ones(4)
-        found = compare({"float32": exact, "bfloat16": exact, "float8": np.array([1, 0, 1, 1.0])})
+        found = compare_margins(
+            {"float32": exact, "bfloat16": exact, "float8": np.array([1, 0, 1, 1.0])}
+        )
         assert found["agreement"] == 0.75
 
     def test_the_limit(self) -> None:
@@ -140,13 +142,13 @@ class TestSets:
     def test_a_wrong_line_is_named(self, line: str, problem: str) -> None:
         good = '{"messages": [], "responses": ["a", "b"]}'
         with pytest.raises(ConfigError, match=r"set\.jsonl: line 3: .*" + problem):
-            read_rows(f"{good}\n\n{line}\n".encode(), Path("set.jsonl"))
+            read_prompts(f"{good}\n\n{line}\n".encode(), Path("set.jsonl"))
 
     def test_nothing_to_ask(
         self, checkpoint: Path, preprocessor: Preprocessor, tmp_path: Path
     ) -> None:
         with pytest.raises(ConfigError, match="no rows"):
-            read_rows(b"\n", Path("set.jsonl"))
+            read_prompts(b"\n", Path("set.jsonl"))
         with pytest.raises(ConfigError, match=r"nowhere: No such file"):
             calibrate(checkpoint, preprocessor, CPU, tmp_path / "nowhere")
         file = tmp_path / "set.jsonl"
@@ -226,15 +228,15 @@ class TestCommands:
         assert done.code == 1 and "--dtype bfloat16 is not calibrated" in done.stderr
 
     def test_verify(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def run(*arguments: str) -> Any:
+        def ask(*arguments: str) -> Any:
             return CliRunner().invoke(app, ["verify", "--checkpoint=x", *arguments])
 
-        monkeypatch.setattr(calibration, "run", lambda *_: FOUND)
-        done = run("--dtype=float8")
+        monkeypatch.setattr(calibration, "asked", lambda *_: FOUND)
+        done = ask("--dtype=float8")
         assert done.exit_code == 0 and "99.50% of 800 clear pairs" in done.stdout
-        monkeypatch.setattr(calibration, "run", lambda *_: replace(FOUND, agreement=0.9))
-        assert run("--dtype=float8").exit_code == 1
-        assert "--small and --dtype float8" in run("--dtype=float8", "--small").stderr
-        assert "--dtype float32 do not go" in run("--calibration=set.jsonl").stderr
+        monkeypatch.setattr(calibration, "asked", lambda *_: replace(FOUND, agreement=0.9))
+        assert ask("--dtype=float8").exit_code == 1
+        assert "--small and --dtype float8" in ask("--dtype=float8", "--small").stderr
+        assert "--dtype float32 do not go" in ask("--calibration=set.jsonl").stderr
         monkeypatch.undo()
-        assert "cpu, cuda or cuda:N" in run("--dtype=float8", "--device=gpu").stderr
+        assert "cpu, cuda or cuda:N" in ask("--dtype=float8", "--device=gpu").stderr

@@ -130,7 +130,7 @@ def activations(dtype: Dtype) -> torch.dtype:
     return {"float32": torch.float32}.get(dtype, torch.bfloat16)
 
 
-def check_device(device: torch.device) -> None:
+def check_float8(device: torch.device) -> None:
     """Raise `ConfigError` for a GPU that does not multiply float8."""
     if device.type != "cuda":
         return

@@ -41,7 +41,7 @@ from ..schema import Features, Float32Array, Scores
 from . import packing
 from .backbone import Clock, Encoder, RewardModel
 from .checkpoint import load_model
-from .float8 import activations, check_device
+from .float8 import activations, check_float8
 from .geometry import Geometry, check
 from .packing import SortedBatch
 from .planning import Cost, plan
@@ -118,7 +118,7 @@ class Scorer:
             torch.set_num_threads(config.threads)
         device, float8 = select(config.device), config.dtype == "float8"
         if float8:
-            check_device(device)
+            check_float8(device)
         self._model = model or load_model(
             checkpoint,
             activations(config.dtype),

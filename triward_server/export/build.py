@@ -44,7 +44,7 @@ from ..serving.canary import TOLERANCE, Canary
 from ..serving.integrity import MANIFEST, describe, read_manifest
 from ..serving.repository import pin, served_models, versions
 from . import calibration, verify
-from .calibration import Calibration
+from .calibration import OrderKept
 from .configuration import configure, configure_vision
 from .draft import copy_source, folders, link_or_copy, written_whole
 from .onnx import export_vision
@@ -173,7 +173,7 @@ def _is_ours(repository: Path, names: ModelNames) -> bool:
 
 
 def _canary(
-    folder: Path, preprocessor: Preprocessor, options: Options, calibrated: Calibration | None
+    folder: Path, preprocessor: Preprocessor, options: Options, calibrated: OrderKept | None
 ) -> Canary:
     """Score a request, with an image if the model reads any, of two responses, if allowed."""
     picture = BytesIO()
@@ -217,7 +217,7 @@ def _verify(folder: Path, options: Options) -> None:
     )
 
 
-def _calibrate(folder: Path, preprocessor: Preprocessor, options: Options) -> Calibration | None:
+def _calibrate(folder: Path, preprocessor: Preprocessor, options: Options) -> OrderKept | None:
     """Return what a float8 model has shown; raise `ConfigError` if that is too little."""
     if options.forward.dtype != "float8":
         return None

@@ -58,7 +58,7 @@ _ANSWERS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """A prompt with responses, as a request has them.
 
     Attributes:
@@ -75,7 +75,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class OrderKept:
     """The result; a manifest has these fields.
 
     Attributes:
@@ -131,14 +131,14 @@ def calibrate(
     device: torch.device,
     file: Path | None = None,
     streamed: bool | None = None,
-) -> Calibration:
+) -> OrderKept:
     """Score a set in three dtypes, one model after the other, and compare.
 
     Args:
         checkpoint: a folder.
         preprocessor: the checkpoint's.
         device: where the engine runs.
-        file: JSONL of the set (`read_rows`); None: the built-in one.
+        file: JSONL of the set (`read_prompts`); None: the built-in one.
         streamed: layer by layer; None: where float32 weights do not fit into free memory.
 
     Raises:
@@ -154,11 +154,11 @@ def calibrate(
         dtype: _margins(checkpoint, blueprint, device, streamed, dtype, batch, rows)
         for dtype in _DTYPES
     }
-    return Calibration(source, digest, str(device), **compare(margins))
+    return OrderKept(source, digest, str(device), **compare_margins(margins))
 
 
-def compare(margins: Mapping[Dtype, NDArray[np.float64]]) -> dict[str, Any]:
-    """Return the figures of `Calibration` for margins [P] of the same pairs in each dtype."""
+def compare_margins(margins: Mapping[Dtype, NDArray[np.float64]]) -> dict[str, Any]:
+    """Return the figures of `OrderKept` for margins [P] of the same pairs in each dtype."""
     exact = margins["float32"]
     rms = {dtype: float(np.sqrt(np.mean((m - exact) ** 2))) for dtype, m in margins.items()}
     clear = np.abs(exact) > _NOISE * rms["bfloat16"]
@@ -178,7 +178,7 @@ def compare(margins: Mapping[Dtype, NDArray[np.float64]]) -> dict[str, Any]:
     }
 
 
-def require_order(found: Calibration) -> None:
+def require_order(found: OrderKept) -> None:
     """Raise `ConfigError` that names the figure and the limit if float8 does not keep the order."""
     if found.agrees:
         return
@@ -194,7 +194,7 @@ def require_order(found: Calibration) -> None:
     )
 
 
-def run(checkpoint: Path, device: str, streamed: bool | None, file: Path | None) -> Calibration:
+def asked(checkpoint: Path, device: str, streamed: bool | None, file: Path | None) -> OrderKept:
     """`calibrate` for the command `verify`."""
     check_device(device)
     check_tensors(checkpoint)
@@ -202,8 +202,8 @@ def run(checkpoint: Path, device: str, streamed: bool | None, file: Path | None)
     return calibrate(checkpoint, preprocessor, torch.device(device), file, streamed)
 
 
-def read_set(file: Path | None, sees: bool) -> tuple[list[Row], str, str]:
-    """Return a set's rows, its name and its digest; raises `ConfigError` as `read_rows` does."""
+def read_set(file: Path | None, sees: bool) -> tuple[list[PromptRow], str, str]:
+    """Return a set's rows, its name and its digest; raises `ConfigError` as `read_prompts` does."""
     if file is None:
         rows = built_in(sees)
         texts = [text for row in rows for text in (row.messages, *row.responses)]
@@ -212,10 +212,10 @@ def read_set(file: Path | None, sees: bool) -> tuple[list[Row], str, str]:
         text = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"--calibration {file}: {error.strerror}") from None
-    return read_rows(text, file), file.name, hashlib.sha256(text).hexdigest()
+    return read_prompts(text, file), file.name, hashlib.sha256(text).hexdigest()
 
 
-def read_rows(text: bytes, file: Path) -> list[Row]:
+def read_prompts(text: bytes, file: Path) -> list[PromptRow]:
     """Return the rows of JSONL: each line has `messages`, of text, and two `responses` or more.
 
     Raises:
@@ -237,13 +237,13 @@ def read_rows(text: bytes, file: Path) -> list[Row]:
             ) from None
         if isinstance(responses, str) or len(responses) < 2:
             raise ConfigError(f"{place}: responses: a list of 2 or more is needed to compare")
-        rows.append(Row(place, json.dumps(messages).encode(), encoded))
+        rows.append(PromptRow(place, json.dumps(messages).encode(), encoded))
     if not rows:
         raise ConfigError(f"--calibration {file}: no rows")
     return rows
 
 
-def built_in(sees: bool) -> list[Row]:
+def built_in(sees: bool) -> list[PromptRow]:
     """Return 32 prompts with 8 responses each; every fourth with an image if the model sees."""
     rows = []
     for index in range(len(_TOPICS) * len(_QUESTIONS)):
@@ -256,7 +256,7 @@ def built_in(sees: bool) -> list[Row]:
             media = (_picture(index),)
         messages = json.dumps([{"role": "user", "content": content}]).encode()
         answers = tuple(answer.format(**words).encode() for answer in _ANSWERS)
-        rows.append(Row(f"built-in row {index}", messages, answers, media))
+        rows.append(PromptRow(f"built-in row {index}", messages, answers, media))
     return rows
 
 
@@ -268,7 +268,7 @@ def _picture(shift: int) -> bytes:
     return buffer.getvalue()
 
 
-def _features(preprocessor: Preprocessor, row: Row) -> Features:
+def _features(preprocessor: Preprocessor, row: PromptRow) -> Features:
     try:
         return preprocessor.features(row.messages, row.responses, row.media)
     except InvalidRequest as error:
@@ -282,7 +282,7 @@ def _margins(
     streamed: bool,
     dtype: Dtype,
     batch: Sequence[Features],
-    rows: Sequence[Row],
+    rows: Sequence[PromptRow],
 ) -> NDArray[np.float64]:
     """Score in a dtype; return the margins of all pairs, and leave no weights behind."""
     margins = []
