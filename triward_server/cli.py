@@ -303,13 +303,13 @@ def _calibrate(
     small: bool,
     file: Path | None,
 ) -> NoReturn:
-    from .export.calibration import OrderKept, asked
+    from .export.calibration import OrderKept, calibrate_checkpoint
 
     with _errors():
         if small or dtype != "float8":
             flag = "--small" if small else f"--calibration {file}"
             raise ConfigError(f"{flag} and --dtype {dtype} do not go together")
-        found: OrderKept = asked(checkpoint, device, streamed, file)
+        found: OrderKept = calibrate_checkpoint(checkpoint, device, streamed, file)
     typer.echo(str(found))
     raise typer.Exit(0 if found.agrees else 1)
 

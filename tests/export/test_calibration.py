@@ -231,10 +231,12 @@ class TestCommands:
         def ask(*arguments: str) -> Any:
             return CliRunner().invoke(app, ["verify", "--checkpoint=x", *arguments])
 
-        monkeypatch.setattr(calibration, "asked", lambda *_: FOUND)
+        monkeypatch.setattr(calibration, "calibrate_checkpoint", lambda *_: FOUND)
         done = ask("--dtype=float8")
         assert done.exit_code == 0 and "99.50% of 800 clear pairs" in done.stdout
-        monkeypatch.setattr(calibration, "asked", lambda *_: replace(FOUND, agreement=0.9))
+        monkeypatch.setattr(
+            calibration, "calibrate_checkpoint", lambda *_: replace(FOUND, agreement=0.9)
+        )
         assert ask("--dtype=float8").exit_code == 1
         assert "--small and --dtype float8" in ask("--dtype=float8", "--small").stderr
         assert "--dtype float32 do not go" in ask("--calibration=set.jsonl").stderr

@@ -194,7 +194,9 @@ def require_order(found: OrderKept) -> None:
     )
 
 
-def asked(checkpoint: Path, device: str, streamed: bool | None, file: Path | None) -> OrderKept:
+def calibrate_checkpoint(
+    checkpoint: Path, device: str, streamed: bool | None, file: Path | None
+) -> OrderKept:
     """`calibrate` for the command `verify`."""
     check_device(device)
     check_tensors(checkpoint)
