@@ -56,7 +56,7 @@ class SleepingGpu:
         self.busy = 0.0
         self.device, self.embeddings = scorer._model.device, scorer._model.embeddings
 
-    def __call__(self, batch: PackedBatch, clock: Work, *_: Any) -> Work:
+    def __call__(self, batch: PackedBatch, clock: PassInFlight, *_: Any) -> PassInFlight:
         """Queue a pass; its clock has its scores."""
         seconds = len(batch.input_ids) * self._seconds_a_token
         self.busy += seconds
@@ -65,7 +65,7 @@ class SleepingGpu:
         return clock
 
 
-class Work(Clock):
+class PassInFlight(Clock):
     """A pass's clock and its scores."""
 
     done: Future[None]
@@ -143,7 +143,7 @@ def main(
 ) -> None:
     """Measure the host's work on this machine beside a GPU that only sleeps."""
     writable(output)
-    with tempfile.TemporaryDirectory() as folder, patch.object(passes, "Clock", Work):
+    with tempfile.TemporaryDirectory() as folder, patch.object(passes, "Clock", PassInFlight):
         checkpoint = Path(folder, "checkpoint")
         make_checkpoint("tiny", 0, checkpoint)
         config = ForwardConfig(

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from . import __version__, schema
 from .config import Dtype
-from .errors import LaunchError, TriwardError
+from .errors import ConfigError, LaunchError, TriwardError
 from .export.commands import COMMANDS
 from .memory import half_of_the_machine
 from .serving import repository as repositories
@@ -264,12 +264,18 @@ def verify(
         ),
     ] = None,
     small: Annotated[bool, typer.Option("--small", help="The few that an export asks.")] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="For float8: JSONL of messages and responses.")
+    ] = None,
 ) -> None:
     """Score built-in conversations with transformers' own class and with the engine, and compare.
 
     Exits with 1 when a float32 score is further from transformers' than 1e-4, relative above 1. A
     bfloat16 score may be twice as far as transformers' own bfloat16 is in the worst conversation.
+    Float8 must order pairs of responses as float32 does, as for an export.
     """
+    if dtype == "float8" or calibration:
+        _calibrate(checkpoint, device, dtype, streamed, small, calibration)
     from .export.verify import Verification, run  # torch, which no other command needs
 
     table = Table("conversation", "score", "transformers", "distance", "")
@@ -287,6 +293,25 @@ def verify(
         farthest = max((row.noise for row in report.rows), default=0.0)
         typer.echo(f"transformers' own {dtype} scores are up to {farthest:.1e} from its float32")
     raise typer.Exit(1 if report.wrong else 0)
+
+
+def _calibrate(
+    checkpoint: Path,
+    device: str,
+    dtype: Dtype,
+    streamed: bool | None,
+    small: bool,
+    file: Path | None,
+) -> NoReturn:
+    from .export.calibration import OrderKept, calibrate_checkpoint
+
+    with _errors():
+        if small or dtype != "float8":
+            flag = "--small" if small else f"--calibration {file}"
+            raise ConfigError(f"{flag} and --dtype {dtype} do not go together")
+        found: OrderKept = calibrate_checkpoint(checkpoint, device, streamed, file)
+    typer.echo(str(found))
+    raise typer.Exit(0 if found.agrees else 1)
 
 
 @contextmanager

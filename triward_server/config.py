@@ -19,7 +19,7 @@ from .errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float8"]
 _STRICT = ConfigDict(extra="forbid")
 
 ConfigT = TypeVar("ConfigT")
@@ -93,7 +93,8 @@ class ForwardConfig(RequestLimits):
     one runs alone.
 
     Attributes:
-        dtype: of weights and activations; scores are float32 always.
+        dtype: of weights and activations; scores are float32 always. `float8`: of the language
+            model's linear layers; everything else is bfloat16.
         device: plain `cuda` is the GPU of Triton's instance.
         max_batch_tflop: a bound on how long a pass takes.
         max_batch_bytes: of intermediate results, beside both caches.
@@ -103,7 +104,9 @@ class ForwardConfig(RequestLimits):
             weights of the vision tower are loaded here.
     """
 
-    dtype: Annotated[Dtype, Field(description="bfloat16 or float32.")] = "bfloat16"
+    dtype: Annotated[Dtype, Field(description="bfloat16, float32, or float8 (docs/engine.md).")] = (
+        "bfloat16"
+    )
     device: Annotated[Device, Field(description="cuda (each GPU; the default), cuda:N or cpu.")] = (
         "cuda"
     )

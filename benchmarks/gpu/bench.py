@@ -107,6 +107,18 @@ class Bench:
         return self._warm("deterministic", Scorer(self.checkpoint, config))
 
     @cached_property
+    def float8(self) -> Scorer:
+        """The language model's linears in float8, compiled as `compiled` is; weights of its own."""
+        config = replace(self.config, dtype="float8", compile=self._compiles)
+        return self._warm("float8", Scorer(self.checkpoint, config))
+
+    @cached_property
+    def float8_eager(self) -> Scorer:
+        """Likewise, nothing compiled."""
+        config = replace(self.config, dtype="float8")
+        return self._warm("float8_eager", Scorer(self.checkpoint, config))
+
+    @cached_property
     def card(self) -> Card:
         """The card's model in our dtype."""
         return Card(self.checkpoint, self.dtype, self.device)

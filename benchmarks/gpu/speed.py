@@ -9,12 +9,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.card import fastest_attention
 from benchmarks.measure import in_turns, row, scores, timed, work
 from benchmarks.workloads import Messages, Workload
+from triward_server.engine.float8 import multiply, quantise, quantise_weight
 from triward_server.engine.scoring import Scorer
 
 # Of one workload, what the card's code is timed with at most: one by one, and in a padded batch.
@@ -35,6 +37,50 @@ def ceilings(bench: Bench) -> dict[str, Any]:
         "matmul_tflops": 2 * n**3 / min(times["matmul"]) / 1e12,
         "copy_gb_per_s": 2 * source.nbytes / min(times["copy"]) / 1e9,
     }
+
+
+def products(bench: Bench, repeats: int) -> dict[str, Any]:
+    """TFLOP/s of the decoder's four products: bfloat16, float8, and with its fast sums.
+
+    Quantising the rows counts for float8, as in a pass; on a CPU it is the emulation.
+    """
+    tokens = 8192 if bench.device.type == "cuda" else 64
+    layer = bench.eager._model.language_model.layers[1]
+    found: dict[str, Any] = {}
+    for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+        weight = layer.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        x = torch.randn(tokens, weight.shape[1], device=bench.device, dtype=bench.dtype)
+        values, scale = quantise_weight(weight)
+        runs: dict[str, Callable[[], object]] = {
+            "bfloat16": partial(F.linear, x, weight),
+            "float8": partial(_float8, x, values, scale),
+            "float8, quantised before": partial(multiply, *quantise(x), values, scale, None),
+        }
+        if bench.device.type == "cuda":
+            runs["float8, quantised before, fast sums"] = partial(
+                _fast, *quantise(x), values, scale
+            )
+        for run in runs.values():
+            run()
+        flops = 2 * tokens * weight.numel()
+        times = in_turns(runs, 4 * repeats)
+        found[name] = {path: flops / min(taken) / 1e12 for path, taken in times.items()}
+    return {"tokens": tokens, "tflops": found}
+
+
+def _float8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    return multiply(*quantise(x), weight, weight_scale, None)
+
+
+def _fast(
+    values: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    product: torch.Tensor = torch._scaled_mm(
+        values, weight.t(), scale, weight_scale.t(),
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+    return product
 
 
 def beside_the_card(bench: Bench, workload: Workload, repeats: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from benchmarks.gpu import speed
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import GATE, Bench, judge
 from benchmarks.gpu.kernels import check_kernels
 from benchmarks.measure import in_turns, machine, row, scores, served, serving, timed, work
 from triward_server.config import PreprocessConfig
@@ -164,6 +164,38 @@ class Steps:
             "paths": {name: row(taken, 8) for name, taken in times.items()},
         }
 
+    def float8(self) -> dict[str, Any]:
+        """Time and check float8 beside bfloat16: matrix products, eager layers, compiled ones."""
+        bench = self.bench
+        if bench.dtype != torch.bfloat16:
+            return {"skipped": "float8 is compared with bfloat16"}
+        if bench.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+            return {"skipped": "this GPU does not multiply float8"}
+        gate = bench.features(bench.workloads[GATE])
+        truth = bench.truth
+        # A step before has compiled the layers of the model that `eager` would share.
+        bench.forget("eager", "compiled", "exact", "card", "_model")
+        torch.compiler.reset()
+        found: dict[str, Any] = {"products": speed.products(bench, self._repeats)}
+        found["scores"] = {
+            name: judge(truth, np.array(scores(bench.eager, gate)), np.array(scores(scorer, gate)))
+            for name, scorer in (("eager", bench.float8_eager), ("compiled", bench.float8))
+        }
+        for mode, names in {
+            "eager": ("eager", "float8_eager"), "compiled": ("compiled", "float8")
+        }.items():  # fmt: skip
+            found[mode] = {
+                workload: {
+                    name: speed.ours(
+                        bench, getattr(bench, name), name, bench.workloads[workload], self._repeats
+                    )
+                    for name in names
+                }
+                for workload in TIMED
+            }
+        bench.forget("float8", "float8_eager")
+        return found
+
     def synchronisations(self) -> dict[str, Any]:
         """Find where a forward pass waits for the device; the scores' way back is one place."""
         if self.bench.device.type != "cuda":
@@ -229,7 +261,7 @@ class Steps:
 
 STEPS = (
     "versions", "kernels", "tiny", "small", "build", "ceilings", "gate", "eager", "compiled",
-    "memory", "determinism", "synchronisations", "resizing", "served",
+    "memory", "determinism", "float8", "synchronisations", "resizing", "served",
 )  # fmt: skip
 
 

@@ -28,7 +28,16 @@ from rich.table import Table
 
 from benchmarks.measure import machine, timed, writable
 from benchmarks.peers import sides
-from benchmarks.peers.steps import OURS, PEER, Times, Wave, check, conversations, distance, steps
+from benchmarks.peers.steps import (
+    OURS,
+    PEER,
+    Times,
+    Wave,
+    all_conversations,
+    check_parity,
+    distance,
+    draw_round,
+)
 from benchmarks.workloads import PromptGroup, Writer
 from triward_server.config import Dtype
 from triward_server.export.options import Size
@@ -67,7 +76,7 @@ def one_round(
     for step, waves in questions.items():
         for name, ask in list(asked.items())[:: -1 if turn % 2 else 1]:
             scores: list[float] = []
-            sides.settle()
+            sides.wait_until_idle()
             seconds = timed(partial(_ask_all, ask, waves, scores))
             found.setdefault(step, {})[name] = (seconds, scores)
             console.print(f"round {turn}, {step}, {', '.join(name)}: {seconds:.2f} s")
@@ -103,17 +112,17 @@ def measure(
     times: dict[str, Times],
 ) -> None:
     """Add a round to `times`; its scores are compared between the sides."""
-    questions = steps(Writer(np.random.default_rng(turn)), scale)
+    questions = draw_round(Writer(np.random.default_rng(turn)), scale)
     for step, answers in one_round(asked, questions, turn, console).items():
         known = next(iter(answers.values()))[1]
         far = {", ".join(who): distance(given, known) for who, (_, given) in answers.items()}
-        check(far, 2 * tolerance)
+        check_parity(far, 2 * tolerance)
         row = times.setdefault(step, Times(len(known)))
         for (column, side), (seconds, _) in answers.items():
             row.add(column, side, seconds)
 
 
-def show(console: Console, rows: dict[str, Any]) -> None:
+def show_ratios(console: Console, rows: dict[str, Any]) -> None:
     """Print vLLM's time over ours, round by round."""
     table = Table(title="vLLM's time over Triward's; above 1, Triward is faster")
     for name in ("workload", *COLUMNS):
@@ -142,16 +151,16 @@ def main(
     writable(output)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # vLLM ends, too
     console = Console()
-    results: dict[str, Any] = {"machine": machine(), "peer": sides.versions()}
+    results: dict[str, Any] = {"machine": machine(), "peer": sides.peer_versions()}
     results |= {"architecture": "qwen3", "size": size, "dtype": dtype, "scale": scale}
     results |= {"rounds": rounds, "peer_kv_cache_gib": sides.KV_CACHE_GIB}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         checkpoint = Path(folder, "checkpoint")
         make_text_checkpoint("qwen3", size, 0, checkpoint)
         oracle = TextOracle(checkpoint, attention="sdpa")
-        questions = steps(Writer(np.random.default_rng(0)), scale)
+        questions = draw_round(Writer(np.random.default_rng(0)), scale)
         reference = {
-            step: [oracle.score(each) for each in conversations(waves)]
+            step: [oracle.score(each) for each in all_conversations(waves)]
             for step, waves in questions.items()
         }
 
@@ -170,14 +179,14 @@ def main(
             "max_distance": off,
         }
         console.print(results["parity"])
-        check(off, TOLERANCE[dtype])
+        check_parity(off, TOLERANCE[dtype])
         times: dict[str, Times] = {}
         for turn in range(1, rounds + 1):
             measure(asked, turn, scale, TOLERANCE[dtype], console, times)
             results["rows"] = {step: each.summary() for step, each in times.items()}
             if output:  # after each round: a run that is stopped has measured what it has
                 output.write_text(json.dumps(results, indent=2) + "\n")
-    show(console, results["rows"])
+    show_ratios(console, results["rows"])
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def peer_server(checkpoint: Path, dtype: Dtype, render: Render, folder: Path) ->
         yield partial(_at_once, score)
 
 
-def versions() -> dict[str, str]:
+def peer_versions() -> dict[str, str]:
     """Return what the peers' environment has."""
     code = (
         "import json, platform, sys; from importlib.metadata import version;"
@@ -118,7 +118,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def settle() -> None:
+def wait_until_idle() -> None:
     """Wait until no process of either side computes: vLLM's poll for a second after a request.
 
     Raises:

@@ -20,7 +20,7 @@ RESPONSE = (40, 120)
 TURNS = 10
 
 
-def steps(write: Writer, scale: float = 1.0) -> dict[str, tuple[Wave, ...]]:
+def draw_round(write: Writer, scale: float = 1.0) -> dict[str, tuple[Wave, ...]]:
     """One round's waves by the row that they are timed for; a wave starts when the last has ended.
 
     Args:
@@ -61,7 +61,7 @@ def _apart(group: PromptGroup) -> Wave:
     return tuple(PromptGroup(group.prompt, (response,)) for response in group.responses)
 
 
-def conversations(waves: Sequence[Wave]) -> list[Messages]:
+def all_conversations(waves: Sequence[Wave]) -> list[Messages]:
     """All conversations of a step, in the order of its scores."""
     return [c for wave in waves for group in wave for c in group.conversations()]
 
@@ -95,7 +95,7 @@ def distance(scores: Sequence[float], reference: Sequence[float]) -> float:
     return float(off.max())
 
 
-def check(distances: Mapping[str, float], tolerance: float) -> None:
+def check_parity(distances: Mapping[str, float], tolerance: float) -> None:
     """End the measurement if a side's scores are not the reference's.
 
     Raises:

@@ -40,7 +40,7 @@ def offline(checkpoint: str, dtype: str) -> int:
     return 0
 
 
-def served(checkpoint: str, dtype: str, port: str) -> int:
+def over_http(checkpoint: str, dtype: str, port: str) -> int:
     """Run what `vllm serve` runs; that command itself does not work in the CPU distribution."""
     server = subprocess.Popen(
         [
@@ -64,4 +64,4 @@ def served(checkpoint: str, dtype: str, port: str) -> int:
 
 if __name__ == "__main__":
     mode, *arguments = sys.argv[1:]
-    sys.exit(served(*arguments) if mode == "served" else offline(*arguments))
+    sys.exit(over_http(*arguments) if mode == "served" else offline(*arguments))

@@ -17,16 +17,16 @@ from benchmarks.peers.steps import (
     PEER,
     Times,
     Wave,
-    check,
-    conversations,
+    all_conversations,
+    check_parity,
     distance,
-    steps,
+    draw_round,
 )
 from benchmarks.workloads import Messages, Writer
 
 
 def drawn(seed: int, scale: float = 0.1) -> dict[str, tuple[Wave, ...]]:
-    return steps(Writer(np.random.default_rng(seed)), scale)
+    return draw_round(Writer(np.random.default_rng(seed)), scale)
 
 
 def prompts(waves: tuple[Wave, ...]) -> set[str]:
@@ -58,12 +58,12 @@ def test_no_prompt_comes_again_but_where_a_row_is_about_that() -> None:
     assert len(seen) == len(set(seen)) == 2 * (16 + 1 + 1 + 1 + 1 + 1)
     for each in rounds:
         assert prompts(each[again]) == prompts(each["8 responses, one request"])
-        old, new = (conversations(each[s]) for s in ("8 responses, one request", again))
+        old, new = (all_conversations(each[s]) for s in ("8 responses, one request", again))
         assert all(one not in old for one in new)
 
 
 def test_each_turn_of_a_dialogue_begins_with_all_of_the_turn_before() -> None:
-    turns = conversations(drawn(0)["a dialogue of 10 turns, scored after each"])
+    turns = all_conversations(drawn(0)["a dialogue of 10 turns, scored after each"])
     before: Messages = []
     for turn in turns:
         assert turn[: len(before)] == before
@@ -91,11 +91,11 @@ def test_a_ratio_is_of_one_round_and_above_1_where_the_peer_took_longer() -> Non
 
 def test_a_side_that_is_wrong_in_one_score_ends_the_measurement() -> None:
     assert distance([1.0, -10.0], [1.0, -10.0005]) == pytest.approx(5e-5, rel=1e-3)
-    check({"triward, offline": 5e-5}, 1e-4)
+    check_parity({"triward, offline": 5e-5}, 1e-4)
     for wrong in (1.001, float("nan")):
         off = distance([wrong, -10.0], [1.0, -10.0])
         with pytest.raises(RuntimeError, match="vllm, served"):
-            check({"triward, offline": 0.0, "vllm, served": off}, 1e-4)
+            check_parity({"triward, offline": 0.0, "vllm, served": off}, 1e-4)
 
 
 GRANDCHILD = """
@@ -147,7 +147,7 @@ def test_a_turn_begins_when_the_other_side_rests() -> None:
         assert process.stdout
         assert process.stdout.readline() == b"computes\n"
         try:
-            sides.settle()
+            sides.wait_until_idle()
             spent = sum(psutil.Process(process.pid).cpu_times()[:2])
         finally:
             process.kill()
@@ -162,6 +162,6 @@ def test_a_side_that_never_rests_ends_the_measurement(monkeypatch: pytest.Monkey
         assert process.stdout.readline() == b"computes\n"
         try:
             with pytest.raises(RuntimeError, match="after its last request"):
-                sides.settle()
+                sides.wait_until_idle()
         finally:
             process.kill()

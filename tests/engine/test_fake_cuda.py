@@ -26,6 +26,7 @@ from triward_server.engine import backbone, packing
 from triward_server.engine.arena import Arena
 from triward_server.engine.backbone import RewardModel
 from triward_server.engine.checkpoint import Blueprint, empty_model, load_config, read_blueprint
+from triward_server.engine.float8 import weights_of
 from triward_server.engine.geometry import Geometry
 from triward_server.export import random_checkpoint
 from triward_server.schema import Features
@@ -79,11 +80,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def model_of(blueprint: Blueprint, deterministic: bool = False) -> RewardModel:
-    model = empty_model(blueprint, torch.bfloat16, deterministic)
+def model_of(
+    blueprint: Blueprint, deterministic: bool = False, float8: bool = False
+) -> RewardModel:
+    model = empty_model(blueprint, torch.bfloat16, deterministic, float8=float8)
+    held = {"v_head": torch.float32, "scale": torch.float32}
+    in_float8 = dict.fromkeys(weights_of(model), torch.float8_e4m3fn)
     state = {
         name: torch.empty(
-            tensor.shape, dtype=torch.float32 if "v_head" in name else torch.bfloat16, device=CUDA
+            tensor.shape,
+            dtype=in_float8.get(name)
+            or next((d for part, d in held.items() if part in name), torch.bfloat16),
+            device=CUDA,
         )
         for name, tensor in model.state_dict().items()
     }
@@ -139,6 +147,20 @@ def test_a_pass_at_real_shapes(
     assert queries == {(patches, 16, 80), (rows, 28, 128), (len(responses), 28, 128)}, calls.shapes
     assert ((patches, 16, 80), (patches, 16, 80)) in calls.shapes
     assert ((rows, 28, 128), (keys, 4, 128)) in calls.shapes
+
+
+def test_a_pass_in_float8(blueprint: Blueprint, fake: FakeTensorMode) -> None:
+    """The scaled kernel takes these shapes, strides and dtypes; nothing waits for it."""
+    model = model_of(blueprint, float8=True)
+    calls, scores = run(model, conversations(model.geometry, 250, 120))
+    assert scores.shape == (2,) and scores.device == CUDA
+    assert not [n for n in calls.names if n.split(".")[1] in WAITS]
+    # The last layer's queries are another product than its keys and values.
+    assert calls.names["aten._scaled_mm.default"] == 28 * 4 + 1
+    assert calls.names[VARLEN] == 32 + 28
+    plain, _ = run(model_of(blueprint), conversations(model.geometry, 250, 120))
+    linear = "aten.linear.default"
+    assert plain.names[linear] - calls.names[linear] == 28 * 4 + 1
 
 
 def test_a_value_that_is_read_would_raise(fake: FakeTensorMode) -> None:

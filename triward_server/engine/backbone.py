@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,7 @@ from ..schema import Grid, Int64Array, UInt8Array
 from .arena import Arena, upload
 from .attention import Layout, make_layout
 from .decoder import DecoderConfig, DecoderLayer, LanguageModel, SandwichLayer
+from .float8 import EXTRA_BYTES, replace_linears
 from .geometry import Geometry
 from .packing import MediaItem, PackedBatch
 from .planning import costs
@@ -133,6 +135,18 @@ class RewardModel(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.language_model.norm.weight.device
+
+    def hold_in_float8(self) -> None:
+        """Give the decoder layers' linears float8 weights; before there are any.
+
+        Raises:
+            CheckpointError: see `float8.replace_linears`.
+        """
+        decoder = self.language_model.decoder
+        replace_linears(self.language_model.layers)
+        widest = max(decoder.hidden, decoder.inner, decoder.heads * decoder.head_dim)
+        more = EXTRA_BYTES * widest
+        self.cost = replace(self.cost, token_bytes=self.cost.token_bytes + more)
 
     def compile_layers(self, **options: Any) -> None:
         """Compile the layers' row-wise halves when they are first run; for any number of rows.

@@ -30,6 +30,7 @@ from .architectures import ARCHITECTURES, Architecture
 from .architectures.fields import Fields
 from .backbone import Encoder, RewardModel, ValueHead
 from .decoder import DecoderConfig
+from .float8 import weights_of
 from .geometry import Geometry
 from .processors import Pixels, load_pixels
 from .vision import Cut, Tower, VisionTower
@@ -195,6 +196,7 @@ def load_model(
     deterministic: bool = False,
     cache_bytes: int = 0,
     encoder: Encoder | None = None,
+    float8: bool = False,
 ) -> RewardModel:
     """Load a verified model for inference.
 
@@ -205,13 +207,18 @@ def load_model(
         deterministic: see `RewardModel`.
         cache_bytes: see `RewardModel`.
         encoder: likewise; with one the vision tower's weights are not read.
+        float8: hold the language model's linears in float8 (`engine/float8.py`).
 
     Raises:
-        CheckpointError: see `verify`; or a weight is not finite.
+        CheckpointError: see `verify`; or a weight is not finite; or `float8.replace_linears`.
     """
     blueprint = check_tensors(checkpoint).aligned()
-    model = empty_model(blueprint, dtype, deterministic, cache_bytes, encoder)
-    state = read_state(checkpoint, dtype, device, lambda name: not (encoder and _is(_VISION, name)))
+    model = empty_model(blueprint, dtype, deterministic, cache_bytes, encoder, float8)
+
+    def wanted(name: str) -> bool:
+        return not (encoder and _is(_VISION, name))
+
+    state = read_state(checkpoint, dtype, device, wanted, weights_of(model))
     if blueprint.tower is not None:
         widen_gated_mlps(state, _VISION, blueprint.tower.intermediate_size)
     model.load_state_dict(state, strict=True, assign=True)
@@ -224,10 +231,11 @@ def empty_model(
     deterministic: bool = False,
     cache_bytes: int = 0,
     encoder: Encoder | None = None,
+    float8: bool = False,
 ) -> RewardModel:
     """Return the model without weights, on the meta device; arguments as for `load_model`."""
     with torch.device("meta"):
-        return RewardModel(
+        model = RewardModel(
             blueprint.geometry,
             blueprint.decoder,
             blueprint.vision() if encoder is None else None,
@@ -237,6 +245,9 @@ def empty_model(
             cache_bytes,
             encoder,
         )
+    if float8:
+        model.hold_in_float8()
+    return model
 
 
 def load_cut(checkpoint: Path) -> tuple[Cut, int]:

@@ -14,10 +14,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .attention import Layout, LogitRules, blocks, join, varlen
-from .layers import GatedMLP, RMSNorm, rotate_
+from .layers import GatedMLP, Linear, RMSNorm, rotate_
 
 # Those of a pass's rows [T, 2 G, D] -> those that its queries see.
 KeysAndValues = Callable[[Tensor], Tensor]
@@ -102,7 +101,7 @@ class Attention(nn.Module):
         self.queries = decoder.heads
         self.keys = decoder.kv_heads
         heads = self.queries + 2 * self.keys
-        self.qkv_proj = nn.Linear(decoder.hidden, heads * self.head_dim, bias=decoder.qkv_bias)
+        self.qkv_proj = Linear(decoder.hidden, heads * self.head_dim, bias=decoder.qkv_bias)
         self.o_proj = nn.Linear(self.queries * self.head_dim, decoder.hidden, bias=False)
         if decoder.qk_norm:
             self.q_norm = decoder.norm(self.head_dim)
@@ -113,10 +112,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, first: int, last: int) -> Tensor:
         """Heads `first` up to `last`: [T, dim] -> [T, last - first, D]. Values are not rotated."""
         rows = slice(first * self.head_dim, last * self.head_dim)
-        bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[rows]
-        heads: Tensor = F.linear(x, self.qkv_proj.weight[rows], bias).unflatten(
-            -1, (-1, self.head_dim)
-        )
+        heads: Tensor = self.qkv_proj.part(x, rows).unflatten(-1, (-1, self.head_dim))
         rotated = heads[:, : min(last, self.queries + self.keys) - first]
         if self.qk_norm:
             queries = max(0, self.queries - first)

@@ -57,6 +57,15 @@ class RMSNorm(nn.Module):
         return out
 
 
+class Linear(nn.Linear):
+    """A linear layer of which some outputs can be asked for."""
+
+    def part(self, x: Tensor, outputs: slice) -> Tensor:
+        """Compute these outputs alone: [T, inputs] -> [T, their number]."""
+        bias = None if self.bias is None else self.bias[outputs]
+        return F.linear(x, self.weight[outputs], bias)
+
+
 class GatedMLP(nn.Module):
     """Gated linear unit (arXiv:2002.05202); gate and up projections are one matrix."""
 

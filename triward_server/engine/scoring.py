@@ -41,6 +41,7 @@ from ..schema import Features, Float32Array, Scores
 from . import packing
 from .backbone import Encoder, RewardModel
 from .checkpoint import load_model
+from .float8 import activations, check_float8
 from .geometry import Geometry, check
 from .packing import SortedBatch
 from .passes import Launched, Observer, Pass, Passes
@@ -76,7 +77,7 @@ class Scorer:
 
     Raises:
         CheckpointError: the checkpoint is not complete and exact.
-        ConfigError: the model has fewer positions than `max_tokens`.
+        ConfigError: the model has fewer positions than `max_tokens`, or the GPU no float8.
     """
 
     def __init__(
@@ -90,19 +91,22 @@ class Scorer:
         self._sees = encoder is None
         if config.threads:
             torch.set_num_threads(config.threads)
-        device = select(config.device)
+        device, float8 = select(config.device), config.dtype == "float8"
+        if float8:
+            check_float8(device)
         self._model = model or load_model(
             checkpoint,
-            getattr(torch, config.dtype),
+            activations(config.dtype),
             device,
             config.deterministic,
             config.embedding_cache_bytes,
             encoder,
+            float8,
         )
         self._prefixes = PrefixCache(
             prefix_bytes(config, self._model.device),
             self._model.language_model.decoder,
-            getattr(torch, config.dtype),
+            activations(config.dtype),
             self._model.device,
             config.deterministic,
         )

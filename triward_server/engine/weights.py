@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import CheckpointError
 from .backbone import HEADS
+from .float8 import quantise_weight
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +81,25 @@ def open_tensors(file: Path, device: str) -> Any:
 
 
 def read_state(
-    checkpoint: Path, dtype: torch.dtype, device: torch.device, wanted: Callable[[str], bool]
+    checkpoint: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: Callable[[str], bool],
+    in_float8: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Return the wanted tensors by our names, joined; the head is float32 always."""
-    tensors = _join(_tensors(weight_files(checkpoint), device, lambda name: wanted(_whole(name))))
-    return {name: t.to(torch.float32 if _is_head(name) else dtype) for name, t in tensors}
+    """Return the wanted tensors by our names, joined; the head is float32 always.
+
+    Those in `in_float8` become e4m3 and a `scale` each, as soon as they are read.
+    """
+    state: dict[str, Tensor] = {}
+    files = weight_files(checkpoint)
+    for name, tensor in _join(_tensors(files, device, lambda name: wanted(_whole(name)))):
+        if name in in_float8:
+            scale = f"{name.removesuffix('weight')}scale"
+            state[name], state[scale] = quantise_weight(tensor)
+        else:
+            state[name] = tensor.to(torch.float32 if _is_head(name) else dtype)
+    return state
 
 
 def widen_gated_mlps(state: dict[str, Tensor], prefix: str, inner: int) -> None:

@@ -43,7 +43,8 @@ from ..schema import ModelNames
 from ..serving.canary import TOLERANCE, Canary
 from ..serving.integrity import MANIFEST, describe, read_manifest
 from ..serving.repository import pin, served_models, versions
-from . import verify
+from . import calibration, verify
+from .calibration import OrderKept
 from .configuration import configure, configure_vision
 from .draft import copy_source, folders, link_or_copy, written_whole
 from .onnx import export_vision
@@ -78,7 +79,8 @@ def build(options: Options) -> None:
     preprocessor.warm_up()
     if wanted.verify:
         _verify(folder, options)
-    canary = _canary(folder, preprocessor, options)
+    calibrated = _calibrate(folder, preprocessor, options)
+    canary = _canary(folder, preprocessor, options, calibrated)
     with written_whole(wanted.output, names, None if wanted.force else version) as draft:
         copy_source(draft, names, version, options)
         configure(draft, names, options)
@@ -86,6 +88,8 @@ def build(options: Options) -> None:
         pin(draft, version, names)
         contents = [*_place_files(folder, draft, names, version, wanted.weights), *graph]
         manifest = _manifest(commit, contents, options)
+        if calibrated:
+            manifest["calibration"] = asdict(calibrated)
         public = draft / names.ensemble / version
         (public / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         canary.write(public)
@@ -168,7 +172,9 @@ def _is_ours(repository: Path, names: ModelNames) -> bool:
     return False
 
 
-def _canary(folder: Path, preprocessor: Preprocessor, options: Options) -> Canary:
+def _canary(
+    folder: Path, preprocessor: Preprocessor, options: Options, calibrated: OrderKept | None
+) -> Canary:
     """Score a request, with an image if the model reads any, of two responses, if allowed."""
     picture = BytesIO()
     Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(picture, "PNG")
@@ -179,7 +185,7 @@ def _canary(folder: Path, preprocessor: Preprocessor, options: Options) -> Canar
         responses=("Yes, from black to white.", "No.")[: options.preprocess.max_responses],
         media=(picture.getvalue(),) * len(image),
         scores=None,
-        tolerance=TOLERANCE[options.forward.dtype],
+        tolerance=calibrated.tolerance if calibrated else TOLERANCE[options.forward.dtype],
     )
     features = preprocessor.features(
         canary.messages.encode(), [text.encode() for text in canary.responses], canary.media
@@ -209,6 +215,17 @@ def _verify(folder: Path, options: Options) -> None:
         f"{report.seconds:.1f} s; triward-server verify asks more, --no-verify none",
         err=True,
     )
+
+
+def _calibrate(folder: Path, preprocessor: Preprocessor, options: Options) -> OrderKept | None:
+    """Return what a float8 model has shown; raise `ConfigError` if that is too little."""
+    if options.forward.dtype != "float8":
+        return None
+    device, file = torch.device(_device(options)), options.export.calibration
+    found = calibration.calibrate(folder, preprocessor, device, file)
+    calibration.require_order(found)
+    typer.echo(f"calibrated: {found}", err=True)
+    return found
 
 
 def _device(options: Options) -> str:

@@ -120,6 +120,13 @@ class ExportConfig:
             "written."
         ),
     ] = True
+    calibration: Annotated[
+        Path | None,
+        Field(
+            description="JSONL of messages and responses that --dtype float8 must order as float32 "
+            "does; without it a built-in set."
+        ),
+    ] = None
     weights: Annotated[
         Weights, Field(description="Hard-link weight files (same file system) or copy them.")
     ] = Weights.LINK
@@ -172,6 +179,11 @@ def read_options(values: Mapping[str, Any]) -> Options:
     Raises:
         ConfigError: a value that does not fit, by name.
     """
+    if values["calibration"] and values["dtype"] != "float8":
+        raise ConfigError(
+            f"--calibration {values['calibration']}: --dtype {values['dtype']} is not calibrated, "
+            "only float8 is"
+        )
     placed = _placement(values["device"], values["devices"])
     derived: dict[str, Any] = {
         "device": values["device"] or placed.device,

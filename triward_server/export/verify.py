@@ -28,6 +28,7 @@ from torch import Tensor
 from ..config import Dtype, ForwardConfig, PreprocessConfig
 from ..engine import checkpoint as checkpoints
 from ..engine.decoder import weights_per_layer
+from ..engine.float8 import activations, weights_of
 from ..engine.scoring import Scorer
 from ..engine.streaming import fits, load_weights
 from ..engine.weights import read_state
@@ -39,7 +40,6 @@ from .reference import Reference, fp32_budget
 _PROSE = "The chart compares five colours; purple is the tallest bar, at eighty-six. "
 _SIZES = {"tiny": (10, 10), "odd": (333, 215), "wide": (900, 56), "large": (640, 480)}
 _FRAMES = 6
-_TORCH: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def verify(
     start = time.monotonic()
     blueprint = checkpoints.check_tensors(checkpoint)
     if streamed is None:
-        streamed = not fits(_weights(blueprint), device)
+        streamed = not fits(count_weights(blueprint), device)
     torch.backends.cudnn.allow_tf32 = False  # the reference's patches are a convolution
     preprocessor = Preprocessor(checkpoint, PreprocessConfig())
     window = max(filter(None, blueprint.decoder.windows), default=0)
@@ -171,7 +171,7 @@ def verify(
     if dtype != "float32":
         rounded = _references(checkpoint, device, streamed, dtype, chosen, features)
         noise = _farthest(expected, rounded)
-    scores = _scores(_scorer(checkpoint, blueprint, device, streamed, dtype), features)
+    scores = _scores(scorer_in(checkpoint, blueprint, device, streamed, dtype), features)
     rows = [CaseScores(case.name, scores[case.name], expected[case.name], noise) for case in chosen]
     return Verification(rows, time.monotonic() - start, streamed, dtype)
 
@@ -180,13 +180,18 @@ def run(
     checkpoint: Path, device: str, streamed: bool | None, small: bool, dtype: Dtype
 ) -> Verification:
     """`verify` for the command; also raises `ConfigError` for what cannot be done here."""
+    check_device(device)
+    if small and dtype != "float32":
+        raise ConfigError(f"--small: too few conversations to know {dtype}'s noise; leave it out")
+    return verify(checkpoint, torch.device(device), streamed, small, dtype)
+
+
+def check_device(device: str) -> None:
+    """Raise `ConfigError` for what is no device, or not here."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigError(f"--device {device!r}: cpu, cuda or cuda:N")
     if device != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: this machine has no CUDA GPU; try --device cpu")
-    if small and dtype != "float32":
-        raise ConfigError(f"--small: too few conversations to know {dtype}'s noise; leave it out")
-    return verify(checkpoint, torch.device(device), streamed, small, dtype)
 
 
 def require_agreement(report: Verification) -> None:
@@ -299,7 +304,7 @@ def _references(
     features: Mapping[str, Features | str],
 ) -> dict[str, float | str]:
     """Score with transformers in a dtype; no weights are left behind."""
-    reference = Reference(checkpoint, device, streamed, _TORCH[dtype])
+    reference = Reference(checkpoint, device, streamed, activations(dtype))
     scores = {case.name: _expected(reference, case, features[case.name]) for case in chosen}
     del reference
     gc.collect()
@@ -336,26 +341,30 @@ def _scores(scorer: Scorer, features: dict[str, Features | str]) -> dict[str, fl
     return results
 
 
-def _scorer(
+def scorer_in(
     checkpoint: Path,
     blueprint: checkpoints.Blueprint,
     device: torch.device,
     streamed: bool,
     dtype: Dtype,
 ) -> Scorer:
-    config = ForwardConfig(dtype=dtype, device=str(device), embedding_cache_bytes=0)
+    """Return an engine; streamed, it has one layer's weights at a time in memory."""
+    config = ForwardConfig(
+        dtype=dtype, device=str(device), embedding_cache_bytes=0, prefix_cache_bytes=0
+    )
     if not streamed:
         return Scorer(checkpoint, config)
-    model = checkpoints.empty_model(blueprint, _TORCH[dtype])
+    model = checkpoints.empty_model(blueprint, activations(dtype), float8=dtype == "float8")
+    in_float8 = weights_of(model)
 
     def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        return read_state(checkpoint, _TORCH[dtype], device, wanted)
+        return read_state(checkpoint, activations(dtype), device, wanted, in_float8)
 
     load_weights(model, tensors, str, streamed=True)
     return Scorer(checkpoint, config, model=model)
 
 
-def _weights(blueprint: checkpoints.Blueprint) -> int:
+def count_weights(blueprint: checkpoints.Blueprint) -> int:
     """About how many numbers a model has."""
     decoder, tower = blueprint.decoder, blueprint.tower
     layer, _ = weights_per_layer(decoder)
