@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() == "x86_64"
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -60,30 +57,13 @@ class RMSNorm(nn.Module):
         return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[T, inputs] -> [T, outputs]: x Wᵀ + b.
-
-    In float32 on an x86 CPU by oneDNN, which torch has but does not take there: MKL leaves AMD's
-    wide vector units idle and takes more than twice as long (`docs/engine.md`).
-    """
-    traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
-    if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and not traced:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return out
-    return F.linear(x, weight, bias)
-
-
 class Linear(nn.Linear):
     """A linear layer of which some outputs can be asked for."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, inputs] -> [T, outputs]."""
-        return linear(x, self.weight, self.bias)
 
     def part(self, x: Tensor, outputs: slice) -> Tensor:
         """Compute these outputs alone: [T, inputs] -> [T, their number]."""
         bias = None if self.bias is None else self.bias[outputs]
-        return linear(x, self.weight[outputs], bias)
+        return F.linear(x, self.weight[outputs], bias)
 
 
 class GatedMLP(nn.Module):
@@ -92,8 +72,8 @@ class GatedMLP(nn.Module):
     def __init__(self, dim: int, inner: int, bias: bool, activation: str = "silu") -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.gate_up_proj = Linear(dim, 2 * inner, bias=bias)
-        self.down_proj = Linear(inner, dim, bias=bias)
+        self.gate_up_proj = nn.Linear(dim, 2 * inner, bias=bias)
+        self.down_proj = nn.Linear(inner, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, dim] -> [T, dim]."""
