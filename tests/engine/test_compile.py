@@ -86,7 +86,7 @@ def test_nothing_is_compiled_after_warm_up(
     scorer.warm_up()
     warm = len(graphs)
     assert 0 < warm <= MAX_GRAPHS
-    scorer._warm = False  # or what nothing compiled would be run as it is written, unnoticed
+    scorer._passes.recompile = True  # or what nothing compiled would be run as it is written, unnoticed
     assert_close(scorer, Scorer(checkpoint, replace(COMPILED, compile=False)))
     assert len(graphs) == warm, "a request paid for a compilation"
 
@@ -110,7 +110,7 @@ def test_compiled_layers_never_compile_for_a_request(checkpoint: Path) -> None:
         return graph.forward
 
     scorer._model.compile_layers(backend=count)
-    scorer._warm = True
+    scorer._passes.recompile = False
     assert_close(scorer, Scorer(checkpoint, replace(COMPILED, compile=False)))
     assert graphs == []
 
