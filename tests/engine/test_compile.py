@@ -86,7 +86,7 @@ def test_nothing_is_compiled_after_warm_up(
     scorer.warm_up()
     warm = len(graphs)
     assert 0 < warm <= MAX_GRAPHS
-    scorer._passes.recompile = True  # or what nothing compiled would be run as it is written, unnoticed
+    scorer._passes.recompile = True  # or shapes without code would run as written, unnoticed
     assert_close(scorer, Scorer(checkpoint, replace(COMPILED, compile=False)))
     assert len(graphs) == warm, "a request paid for a compilation"
 
