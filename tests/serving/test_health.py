@@ -59,7 +59,7 @@ class TritonPythonModel:
         if (FOLDER / "nan").exists():
             self._backend._scorer._model.v_head.summary.bias.data.fill_(float("nan"))
         if (FOLDER / "fault").exists():
-            self._backend._scorer._forward = fault
+            self._backend._scorer._passes.launch = fault
         return self._backend.execute(requests)
 """
 
