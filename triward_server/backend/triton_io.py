@@ -45,7 +45,7 @@ from .onnx_vision import remote_tower
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_DIRECTORY = "checkpoint"
-KEPT_BYTES = 1024**3  # of free memory in the forward model's process: a CPU's passes take less
+KEPT_BYTES = 1024**3  # of free memory, which the forward model's process does not give back at once
 _MAX_MESSAGE = 500  # characters; gRPC sends them as a header
 T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", PreprocessConfig, ForwardConfig)

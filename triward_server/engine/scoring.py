@@ -54,8 +54,8 @@ logger = logging.getLogger(__name__)
 # dimension of the model that happens to be as large.
 _WARM_UP_TOKENS = (23, 131, 1031, 8209)
 _WARM_UP_LENGTH = 4099  # of one conversation in them
-_GIVEN_UP = "the caller has cancelled, or its timeout has passed"
 _CPU_TFLOP = 0.01  # of the language model in one such pass on a CPU
+_GIVEN_UP = "the caller has cancelled, or its timeout has passed"
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,7 @@ class Scorer:
             for chosen in plan(ordered, self._model.cost, self._config):
                 callers = {ordered.branches[i].request for i in chosen} - errors.keys()
                 for caller in filter(is_cancelled, callers):
-                    errors[caller] = Cancelled(
-                        "the caller has cancelled, or its timeout has passed"
-                    )
+                    errors[caller] = Cancelled(_GIVEN_UP)
                 yield [i for i in chosen if ordered.branches[i].request not in errors]
 
         for i, score in self._run(ordered, filter(None, micro_batches()), observe):

@@ -87,29 +87,30 @@ def _connect(allowed: Allowed) -> Callable[..., socket.socket]:
     return connect
 
 
+def _connecting(
+    kind: type[http.client.HTTPConnection], allowed: Allowed
+) -> Callable[..., http.client.HTTPConnection]:
+    def made(host: str, **settings: Any) -> http.client.HTTPConnection:
+        connection = kind(host, **settings)
+        connection._create_connection = _connect(allowed)  # type: ignore[attr-defined]
+        return connection
+
+    return made
+
+
 class _Http(HTTPHandler):
     def __init__(self, allowed: Allowed) -> None:
         super().__init__()
-        self._connect = _connect(allowed)
+        self._made = _connecting(http.client.HTTPConnection, allowed)
 
     def http_open(self, req: Request) -> Any:
         return self.do_open(self._made, req)
-
-    def _made(self, host: str, **settings: Any) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection(host, **settings)
-        connection._create_connection = self._connect  # type: ignore[attr-defined]
-        return connection
 
 
 class _Https(HTTPSHandler):
     def __init__(self, allowed: Allowed) -> None:
         super().__init__()
-        self._connect = _connect(allowed)
+        self._made = _connecting(http.client.HTTPSConnection, allowed)
 
     def https_open(self, req: Request) -> Any:
         return self.do_open(self._made, req)
-
-    def _made(self, host: str, **settings: Any) -> http.client.HTTPSConnection:
-        connection = http.client.HTTPSConnection(host, **settings)
-        connection._create_connection = self._connect  # type: ignore[attr-defined]
-        return connection
