@@ -146,9 +146,9 @@ def main(
     columns = column or list(COLUMNS)
     if dtype not in TOLERANCE or set(columns) - set(COLUMNS):
         raise typer.BadParameter(f"no dtype {dtype!r}, or no column among {columns}")
+    writable(output)
     if not sides.PYTHON.exists():
         raise typer.BadParameter("vLLM is not here: `make peers` first")
-    writable(output)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # vLLM ends, too
     console = Console()
     results: dict[str, Any] = {"machine": machine(), "peer": sides.peer_versions()}
