@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import tritonclient.grpc as triton
 
@@ -422,6 +423,19 @@ def test_only_a_failure_of_the_server_ends_it_at_once(
     monkeypatch.setattr(TritonHttp, "infer", infer)
     with pytest.raises(kind):
         watchdog.ask_canary(TritonHttp("h", 1), Canaries(repository), 1)
+
+
+def test_a_process_that_goes_while_the_watchdog_begins_ends_nothing(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker that decodes media does when it is replaced."""
+
+    class Gone:
+        def name(self) -> str:
+            raise psutil.NoSuchProcess(7)
+
+    monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [Gone()])
+    Watchdog(TritonHttp("h", 1), 2, repository, os.getpid(), hang_timeout=10)
 
 
 def test_a_missing_process_is_noticed_twice_before_it_counts(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -128,7 +129,9 @@ class Watchdog:
         self._canaries = Canaries(self.repository)
         self._alive = dict.fromkeys(self._canaries.models(), time.monotonic())
         # While they live: a dead process no longer knows its name.
-        self._names = {process.pid: _name(process) for process in self._processes()}
+        self._names = {}
+        with suppress(psutil.NoSuchProcess):  # one went while we looked; the first round names all
+            self._names = {process.pid: _name(process) for process in self._processes()}
 
     def check(self) -> None:
         """Make one round.
