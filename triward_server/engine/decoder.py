@@ -102,7 +102,7 @@ class Attention(nn.Module):
         self.keys = decoder.kv_heads
         heads = self.queries + 2 * self.keys
         self.qkv_proj = Linear(decoder.hidden, heads * self.head_dim, bias=decoder.qkv_bias)
-        self.o_proj = nn.Linear(self.queries * self.head_dim, decoder.hidden, bias=False)
+        self.o_proj = Linear(self.queries * self.head_dim, decoder.hidden, bias=False)
         if decoder.qk_norm:
             self.q_norm = decoder.norm(self.head_dim)
             self.k_norm = decoder.norm(self.head_dim)

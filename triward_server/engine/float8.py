@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import Dtype
 from ..errors import CheckpointError, ConfigError
+from .layers import linear
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
@@ -79,7 +79,7 @@ def multiply(
             out_dtype=torch.bfloat16, use_fast_accum=False,
         )  # fmt: skip
         return out
-    product = F.linear(values.float(), weight.float()).mul_(scale).mul_(weight_scale.t())
+    product = linear(values.float(), weight.float()).mul_(scale).mul_(weight_scale.t())
     return (product if bias is None else product.add_(bias)).to(torch.bfloat16)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() == "x86_64"
+_ONEDNN_WEIGHTS = 2**18  # smaller matrices take as long either way, and MKL rounds less
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -57,13 +61,32 @@ class RMSNorm(nn.Module):
         return out
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[T, inputs] -> [T, outputs]: x Wᵀ + b.
+
+    In float32 on an x86 CPU by oneDNN, which torch has but does not take there: MKL leaves AMD's
+    wide vector units idle and takes more than twice as long (`docs/engine.md`). oneDNN adds up
+    longer rows at once and rounds 1.5 to 2.2 times as much, a few 1e-7 of a result.
+    """
+    traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu" and not traced
+    if _ONEDNN and on_cpu and weight.numel() >= _ONEDNN_WEIGHTS:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return out
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
     """A linear layer of which some outputs can be asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, inputs] -> [T, outputs]."""
+        return linear(x, self.weight, self.bias)
 
     def part(self, x: Tensor, outputs: slice) -> Tensor:
         """Compute these outputs alone: [T, inputs] -> [T, their number]."""
         bias = None if self.bias is None else self.bias[outputs]
-        return F.linear(x, self.weight[outputs], bias)
+        return linear(x, self.weight[outputs], bias)
 
 
 class GatedMLP(nn.Module):
@@ -72,8 +95,8 @@ class GatedMLP(nn.Module):
     def __init__(self, dim: int, inner: int, bias: bool, activation: str = "silu") -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.gate_up_proj = nn.Linear(dim, 2 * inner, bias=bias)
-        self.down_proj = nn.Linear(inner, dim, bias=bias)
+        self.gate_up_proj = Linear(dim, 2 * inner, bias=bias)
+        self.down_proj = Linear(inner, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, dim] -> [T, dim]."""

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ..schema import FRAMES_PER_GRID, Grid, Int64Array
 from .arena import Arena
 from .attention import Layout, blocks, join, make_layout, varlen
-from .layers import GatedMLP, RMSNorm, rotate_
+from .layers import GatedMLP, Linear, RMSNorm, linear, rotate_
 
 CHANNELS = 3  # red, green, blue
 
@@ -63,8 +63,8 @@ class VisionAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
 
 class VisionBlock(nn.Module):
@@ -108,7 +108,7 @@ class PatchEmbed(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """[T, channels * frames * patch * patch] -> float32 [T, dim]."""
         weight = self.proj.weight.flatten(1)
-        return F.linear(patches.to(weight.dtype), weight).float()
+        return linear(patches.to(weight.dtype), weight).float()
 
 
 class PatchMerger(nn.Module):
@@ -119,9 +119,9 @@ class PatchMerger(nn.Module):
         self.merged = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = RMSNorm(config.hidden_size, eps=1e-6)
         self.mlp = nn.Sequential(
-            nn.Linear(self.merged, self.merged),
+            Linear(self.merged, self.merged),
             nn.GELU(),
-            nn.Linear(self.merged, config.out_hidden_size),
+            Linear(self.merged, config.out_hidden_size),
         )
 
     def forward(self, x: Tensor) -> Tensor:
