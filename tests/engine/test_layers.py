@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.engine import test_engine
 from tests.engine.test_fake_cuda import Calls
 from triward_server.engine import layers
 from triward_server.engine.layers import Linear, linear
+from triward_server.engine.scoring import Scorer
 
 ONEDNN = "mkldnn._linear_pointwise.default"
 MISSING = pytest.mark.skipif(not layers._ONEDNN, reason="torch has oneDNN on x86 alone")
@@ -41,6 +46,14 @@ def test_float32_on_a_cpu_takes_onednn() -> None:
     with Calls() as calls:
         linear(x.bfloat16(), layer.weight.bfloat16())
     assert not calls.names[ONEDNN], "torch takes it by itself there"
+
+
+@MISSING
+def test_deterministic_scores_by_onednn(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_ONEDNN_WEIGHTS", 0)  # all matrices of the tiny model
+    exact = Scorer(checkpoint, replace(test_engine.CPU, deterministic=True))
+    test_engine.test_deterministic_scores_do_not_depend_on_company(exact)
+    test_engine.test_a_deterministic_score_does_not_depend_on_its_twin(exact)
 
 
 @torch.inference_mode()

@@ -5,8 +5,9 @@ lie, so that sequences can share them. One index serves all layers of a forward 
 
 Two kernels, chosen openly when a layout is built (`kernel_for`): torch's varlen flash attention
 for 16-bit CUDA tensors, and scaled_dot_product_attention over each run of equally long sequences
-for everything else (CPU, float32), which the varlen kernel does not support. Neither caps the
-products of query and key; where a model does (Gemma 2), attention is written out.
+for everything else (CPU, float32), which the varlen kernel does not support; long sequences on a
+CPU are written out, which is faster there (`products`). Neither kernel caps the products of query
+and key; where a model does (Gemma 2), attention is written out too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..errors import is_device_fault
 from ..schema import Int32Array
+from . import products
 from .arena import Arena
 
 Kernel = Literal["sdpa", "varlen"]
@@ -181,10 +183,17 @@ def _sdpa_by_shape(
         seen = slice(first_key, first_key + count * keys)
         # Gathered run by run: what all runs see together can be many times what there is.
         own = seen if layout.key_rows is None else layout.key_rows[seen]
-        q, k, v = (
-            tensor.unflatten(0, (count, -1)).transpose(1, 2)
-            for tensor in (query[rows], key[own], value[own])
-        )
+        run = [t.unflatten(0, (count, -1)) for t in (query[rows], key[own], value[own])]
+        first_query, first_key = rows.stop, seen.stop
+        if rules.softcap is None and products.pays(query, queries, keys, key.shape[1]):
+            scale = rules.scale or query.shape[-1] ** -0.5
+            for index, (q, k, v) in enumerate(zip(*run, strict=True)):
+                first = rows.start + index * queries
+                out[first : first + queries] = products.attend(
+                    q, k, v, scale, rules.window, layout.causal
+                )
+            continue
+        q, k, v = (tensor.transpose(1, 2) for tensor in run)
         causal = layout.causal and queries > 1
         windowed = layout.causal and rules.window is not None and keys > rules.window
         far_ahead = causal and keys >= 2 * queries
@@ -197,7 +206,6 @@ def _sdpa_by_shape(
                 q = pad(q, (0, 0, keys - queries, 0))
             attended = _sdpa(q, k, v, rules, is_causal=causal)
         out[rows] = attended[:, :, -queries:].transpose(1, 2).flatten(0, 1)
-        first_query, first_key = rows.stop, seen.stop
     return out
 
 

@@ -61,6 +61,12 @@ class RMSNorm(nn.Module):
         return out
 
 
+def takes_onednn(device: torch.device) -> bool:
+    """Return True where oneDNN's products may be asked for; graphs have torch's own operators."""
+    traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    return _ONEDNN and device.type == "cpu" and not traced
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[T, inputs] -> [T, outputs]: x Wᵀ + b.
 
@@ -68,9 +74,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     wide vector units idle and takes more than twice as long (`docs/engine.md`). oneDNN adds up
     longer rows at once and rounds 1.5 to 2.2 times as much, a few 1e-7 of a result.
     """
-    traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
-    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu" and not traced
-    if _ONEDNN and on_cpu and weight.numel() >= _ONEDNN_WEIGHTS:
+    large = x.dtype == torch.float32 and weight.numel() >= _ONEDNN_WEIGHTS
+    if large and takes_onednn(x.device):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out
     return F.linear(x, weight, bias)
