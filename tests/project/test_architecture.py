@@ -19,8 +19,8 @@ from triward_server.serving.repository import DRAINING_VERSION
 # In the order in which data flows; a module imports only what stands above it.
 ROOMS = {
     "": "errors schema contract config memory device",
-    "intake": "workers image_codec video_codec codec_worker conversation decoding media video "
-    "resizing token_bound tokenization preprocess",
+    "intake": "workers tiles image_codec video_codec codec_worker conversation decoding media "
+    "video resizing token_bound tokenization preprocess",
     "engine": "geometry positions tree digests packing arena attention layers float8 decoder "
     "vision planning prefixes prefix_cache architectures processors backbone passes weights "
     "checkpoint streaming scoring",
