@@ -20,7 +20,8 @@ from triward_server.serving.repository import DRAINING_VERSION
 ROOMS = {
     "": "errors schema contract config memory device",
     "intake": "workers tiles image_codec video_codec codec_worker conversation decoding media "
-    "video resizing token_bound tokenization preprocess",
+    "video resizing family qwen sheet tokenizer_model ixc families token_bound tokenization "
+    "preprocess",
     "engine": "geometry positions tree digests packing arena attention layers float8 decoder "
     "vision planning prefixes prefix_cache architectures processors backbone passes weights "
     "checkpoint streaming scoring",

@@ -88,7 +88,7 @@ class Tiles:
 
 def _not_flat(height: int, width: int) -> Size:
     if height == 0:
-        raise ValueError(f"resized to {width} pixels along its longer side it has no other")
+        raise ValueError(f"its shorter side would be 0 pixels long, the longer one {width}")
     return height, width
 
 
@@ -101,11 +101,11 @@ def frames_shown(count: int, rate: float, most: int) -> Sequence[int]:
         most: that are shown; of more, so many from the beginning on, evenly spaced.
 
     Raises:
-        ValueError: it has fewer than one frame in two seconds.
+        ValueError: it has no more than one frame in two seconds.
     """
     stride = round(rate)
     if stride < 1:
-        raise ValueError(f"{rate:g} frames a second, at least one in two seconds is needed")
+        raise ValueError(f"{rate:g} frames a second, more than one in two seconds is needed")
     numbers = range(0, count, stride)
     if len(numbers) <= most:
         return numbers

@@ -1,0 +1,54 @@
+"""Which checkpoint is of which family: the one table, and the reading of what it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+from ..config import PreprocessConfig
+from ..errors import CheckpointError, ConfigError
+from .family import Family, parts_chat, text_chat
+from .ixc import load_ixc
+from .qwen import QwenMedia
+
+# By the class that config.json names, for families of which transformers knows no processor.
+FAMILIES: dict[str, Callable[[Path, PreprocessConfig, dict[str, Any]], Family]] = {
+    "InternLMXComposer2ForCausalLM": load_ixc,
+}
+
+
+def load_family(checkpoint: Path, config: PreprocessConfig) -> Family:
+    """Read a checkpoint's processor files.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        ConfigError: an option that the family does not have.
+    """
+    try:
+        written = json.loads((checkpoint / "config.json").read_text())
+        [*_, named] = written.get("architectures") or [None]
+        if named in FAMILIES:
+            return FAMILIES[named](checkpoint, config, written)
+        model = AutoConfig.from_pretrained(checkpoint)
+        multimodal = getattr(model, "vision_config", None) is not None
+        processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(checkpoint)
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:  # transformers raises many types
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint}: the processor cannot be loaded: {reason}") from error
+    if processor.chat_template is None:
+        raise CheckpointError(f"{checkpoint}: the processor has no chat template")
+    if config.hd_num:
+        raise ConfigError(
+            f"hd_num {config.hd_num}: this checkpoint's images are not cut into tiles"
+        )
+    positions = int(model.get_text_config().max_position_embeddings)
+    if not multimodal:
+        return Family(processor, positions, text_chat)
+    ids = tuple(getattr(processor, f"{kind}_token_id") for kind in ("image", "video"))
+    return Family(processor, positions, parts_chat, QwenMedia(processor, config), ids)
