@@ -52,6 +52,8 @@ def test_a_checkpoint_has_the_files_of_its_kind(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "internlmxcomposer2"
     assert config["num_attention_heads"] == 4 * config["num_key_value_heads"]
+    assert config["image_token_id"] == config["vocab_size"] - 147
+    assert config["vision_config"]["image_size"] == 56
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index) == set(_shapes(IXC_SIZES["tiny"]))
     shapes = {}

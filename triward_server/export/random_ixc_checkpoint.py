@@ -1,8 +1,9 @@
 """Checkpoints with random weights in the on-disk layout of IXC-2.5-Reward-7B.
 
-The published tensor names and files, without the remote code that `auto_map` names. What
-config.json does not say is in the tensors' shapes, as in the published checkpoint: the rank of the
-partial LoRA, and the vision tower, whose heads are 64 wide in every size.
+The published tensor names and files, without the remote code that `auto_map` names. The published
+config.json says nothing of the vision tower, which is CLIP-L/14 of 560 pixels, nor which token
+stands for a picture's; a smaller checkpoint's says both. The rank of the partial LoRA is in the
+tensors' shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .options import Size
 from .random_checkpoint import random_tensor, write_json, write_shards
-from .random_sentencepiece import sentencepiece_model
+from .random_sentencepiece import USER_DEFINED, sentencepiece_model
 
 PATCH = 14
 _CODE = "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"
@@ -105,7 +106,8 @@ def make_ixc_checkpoint(
     d = IXC_SIZES[size]
     (output / "tokenizer.model").write_bytes(sentencepiece_model(d.vocab_size, d.merges, seed))
     write_json(output / "tokenizer_config.json", _TOKENIZER)
-    write_json(output / "config.json", _config(d))
+    smaller = {} if size == "7b" else _smaller(d)
+    write_json(output / "config.json", dict(sorted((_config(d) | smaller).items())))
     if font:
         shutil.copyfile(font, output / "SimHei.ttf")
     shapes = {name: torch.Size(shape) for name, shape in _shapes(d).items()}
@@ -113,7 +115,7 @@ def make_ixc_checkpoint(
 
 
 def _config(d: IxcDimensions) -> dict[str, Any]:
-    sizes = {
+    return _FIELDS | {
         "hidden_size": d.hidden,
         "intermediate_size": d.inner,
         "num_attention_heads": d.heads,
@@ -121,7 +123,24 @@ def _config(d: IxcDimensions) -> dict[str, Any]:
         "num_key_value_heads": d.kv_heads,
         "vocab_size": d.vocab_size,
     }
-    return dict(sorted((_FIELDS | sizes).items()))
+
+
+def _smaller(d: IxcDimensions) -> dict[str, Any]:
+    """Return the fields that replace the published sizes, under transformers' names."""
+    placeholder = "[UNUSED_TOKEN_0]"  # 92397 in the published vocabulary
+    return {
+        "image_token_id": d.vocab_size - len(USER_DEFINED) + USER_DEFINED.index(placeholder),
+        "vision_config": {
+            "hidden_act": "quick_gelu",
+            "hidden_size": d.vision_hidden,
+            "image_size": d.tile,
+            "intermediate_size": d.vision_inner,
+            "layer_norm_eps": 1e-05,
+            "num_attention_heads": d.vision_hidden // 64,
+            "num_hidden_layers": d.vision_layers,
+            "patch_size": PATCH,
+        },
+    }
 
 
 def _shapes(d: IxcDimensions) -> dict[str, tuple[int, ...]]:
