@@ -60,7 +60,7 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         "contract_version": "1",
     }  # fmt: skip
     assert parameters(output, "reward_preprocess") == {
-        "device": "cpu", "resize": "pillow",
+        "device": "cpu", "resize": "pillow", "hd_num": "0",
         "max_responses": "8", "max_text_bytes": "1000", "max_media": "5",
         "max_media_bytes": "2000", "max_image_pixels": "3000", "max_parts": "7",
         "max_request_bytes": "4000", "max_decode_seconds": "1.5", "max_tokens": "900",

@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -38,6 +38,7 @@ from ..engine import checkpoint, weights
 from ..engine.scoring import Scorer
 from ..engine.vision import CHANNELS
 from ..errors import ConfigError, LaunchError, TriwardError
+from ..intake.ixc import FONT
 from ..intake.preprocess import Preprocessor
 from ..schema import ModelNames
 from ..serving.canary import TOLERANCE, Canary
@@ -57,7 +58,7 @@ PROCESSOR_FILES = (
     "config.json", "preprocessor_config.json", "video_preprocessor_config.json",
     "processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model",
+    "merges.txt", "tokenizer.model", FONT,
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "tokenizers", "qwen-vl-utils", "pillow", "av", "numpy")
 
@@ -87,6 +88,7 @@ def build(options: Options) -> None:
         graph = _write_vision(folder, draft, names, version, options)
         pin(draft, version, names)
         contents = [*_place_files(folder, draft, names, version, wanted.weights), *graph]
+        contents += _write_made(preprocessor.made, draft, names, version)
         manifest = _manifest(commit, contents, options)
         if calibrated:
             manifest["calibration"] = asdict(calibrated)
@@ -112,6 +114,16 @@ def _place_files(
         for role, placed in read.items()
         for file in placed
     ]
+
+
+def _write_made(
+    made: Mapping[str, str], draft: Path, names: ModelNames, version: str
+) -> list[tuple[str, Path]]:
+    """Write what the checkpoint lacks and the preprocessing has made of its other files."""
+    folder = draft / names.preprocess / version / CHECKPOINT_DIRECTORY
+    for name, text in made.items():
+        (folder / name).write_text(text)
+    return [(f"preprocess/{CHECKPOINT_DIRECTORY}/{name}", folder / name) for name in made]
 
 
 def _write_vision(

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..errors import InvalidRequest
@@ -79,6 +79,8 @@ class Family:
         chat: how a prompt is given to the template.
         media: None: a text model.
         placeholders: the ids that stand for media.
+        place: what a prompt's text has where a media item stands, if its part does not say so.
+        made: files that an export adds to the checkpoint's, so that they are not made again.
     """
 
     processor: Any
@@ -86,6 +88,8 @@ class Family:
     chat: Chat
     media: Media | None = None
     placeholders: tuple[int, ...] = ()
+    place: str = ""
+    made: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_options(place: MediaPlace, known: AbstractSet[str]) -> None:

@@ -24,7 +24,7 @@ from .image_codec import Manner, resized
 from .media import check_pixels
 from .sheet import FONT_SIZE, FRAMES, MOST_FRAMES, Sheet, frame_size
 from .tiles import Size, Tiles, frames_shown
-from .tokenizer_model import load_tokenizer
+from .tokenizer_model import TOKENIZER_FILE, load_tokenizer
 
 PLACE = "<ImageHere>"
 FONT = "SimHei.ttf"
@@ -58,12 +58,15 @@ def load_ixc(checkpoint: Path, config: PreprocessConfig, written: dict[str, Any]
             f"preprocess_device {config.device!r}: this checkpoint's images are resized on the cpu"
         )
     tokenizer = load_tokenizer(checkpoint, TEMPLATE)
+    made = {}
+    if not (checkpoint / TOKENIZER_FILE).is_file():
+        made = {TOKENIZER_FILE: tokenizer.backend_tokenizer.to_str(pretty=True)}
     placeholder = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     vision = written.get("vision_config", {})
     tiles = Tiles(vision.get("image_size", 560), vision.get("patch_size", 14))
     positions = min(written.get("max_length", 16_384), written["max_position_embeddings"])
     media = IxcMedia(tiles, checkpoint / FONT, config)
-    return Family(tokenizer, positions, places_chat, media, (placeholder,))
+    return Family(tokenizer, positions, places_chat, media, (placeholder,), PLACE, made)
 
 
 def places_chat(conversation: Conversation, mark: Mark) -> list[dict[str, Any]]:
