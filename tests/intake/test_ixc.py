@@ -14,9 +14,13 @@ from tokenizers import Tokenizer
 
 from tests.conftest import encode
 from tests.conversations import picture
+from tests.ixc_conversations import ixc_conversations
 from tests.videos import film_bytes, frames
+from triward.conversation import build_request, split_conversation
+from triward.deadline import Deadline
 from triward_server.config import PreprocessConfig
 from triward_server.errors import CheckpointError, ConfigError, InvalidRequest
+from triward_server.export.ixc_reference import IxcOracle
 from triward_server.intake.ixc import FONT
 from triward_server.intake.preprocess import Preprocessor
 from triward_server.intake.tokenizer_model import MODEL_FILE, convert
@@ -194,6 +198,24 @@ def test_no_text_becomes_control(
     assert slow.decode(found, skip_special_tokens=False) == "<s>" + rendered(
         ("user", "".join(parts)), ("assistant", response)
     )
+
+
+def test_ids_and_canvases_are_the_restatements(
+    ixc: Preprocessor, ixc_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of all conversations that the served model is judged by, pixel for pixel."""
+    oracle = IxcOracle(ixc_checkpoint)
+    seen = 0
+    for name, messages in ixc_conversations(tmp_path).items():
+        prompt, response = split_conversation(messages)
+        wire = build_request(prompt, [response], Deadline(60))
+        found = ixc.features(wire.messages, list(wire.responses), list(wire.media))
+        expected = oracle.inputs(messages)
+        assert ids(found) == expected.ids, name
+        for ours, theirs in zip(found.media, expected.canvases, strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
+        seen += len(found.media)
+    assert seen > 40
 
 
 class TestTiles:

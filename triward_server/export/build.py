@@ -219,12 +219,12 @@ def _canary(
 
 
 def _verify(folder: Path, options: Options) -> None:
-    """Compare a few scores with transformers' own; raise `CheckpointError` if they differ."""
+    """Compare a few scores with the reference's; raise `CheckpointError` if they differ."""
     report = verify.verify(folder, torch.device(_device(options)), small=True)
     verify.require_agreement(report)
     typer.echo(
-        f"verified: {len(report.rows)} scores are transformers' own to {report.largest:.0e}, in "
-        f"{report.seconds:.1f} s; triward-server verify asks more, --no-verify none",
+        f"verified: {len(report.rows)} scores are those of {report.judge} to {report.largest:.0e}, "
+        f"in {report.seconds:.1f} s; triward-server verify asks more, --no-verify none",
         err=True,
     )
 

@@ -115,10 +115,7 @@ class ExportConfig:
     ] = True
     verify: Annotated[
         bool,
-        Field(
-            description="Compare a few scores with transformers' own class before anything is "
-            "written."
-        ),
+        Field(description="Compare a few scores with the reference's before anything is written."),
     ] = True
     calibration: Annotated[
         Path | None,

@@ -1,0 +1,92 @@
+"""References by kind of checkpoint: what `verify` compares the engine's scores with.
+
+transformers' own class where it has one; or else a plain restatement of the published code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ..errors import ConfigError
+from ..schema import Int32Array
+from .ixc_reference import IxcOracle
+from .reference import Messages, Reference
+
+
+class Refusal(Exception):
+    """The reference has no score for a conversation; the text says why."""
+
+
+class Judge(Protocol):
+    """Scores one conversation at a time."""
+
+    def score(self, messages: Messages) -> float:
+        """Return the number for a conversation; `Refusal` or `TemplateError` if it has none."""
+
+    def score_ids(self, ids: Int32Array) -> float:
+        """Return the number for the token ids [L] of a conversation without media."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """References of one kind.
+
+    Attributes:
+        words: for them, in reports.
+        make: takes a checkpoint, a device, whether layers come and go one by one, and a dtype.
+        dtypes: in which they compute; empty: in any.
+    """
+
+    words: str
+    make: Callable[[Path, torch.device, bool, torch.dtype], Judge]
+    dtypes: tuple[torch.dtype, ...] = ()
+
+
+class IxcJudge:
+    """`Judge` by the restatement of IXC-2.5-Reward; arguments as of `Reference`."""
+
+    def __init__(
+        self, checkpoint: Path, device: torch.device, streamed: bool, dtype: torch.dtype
+    ) -> None:
+        assert dtype == torch.float32
+        self._oracle = IxcOracle(checkpoint, device=str(device), streamed=streamed)
+
+    def score(self, messages: Messages) -> float:
+        """See `Judge`."""
+        try:
+            return self._oracle.score(messages)
+        except (ValueError, OSError) as error:
+            raise Refusal(str(error)) from None
+
+    def score_ids(self, ids: Int32Array) -> float:
+        """See `Judge`."""
+        return self._oracle.score_inputs(ids.tolist(), [])
+
+
+TRANSFORMERS = Bench("transformers' own class", Reference)
+# By the class that config.json names.
+BENCHES = {
+    "InternLMXComposer2ForCausalLM": Bench(
+        "the restatement of IXC-2.5-Reward", IxcJudge, (torch.float32,)
+    ),
+}
+
+
+def bench_of(checkpoint: Path) -> Bench:
+    """Return the references of a checkpoint that the engine has read."""
+    classes = json.loads((checkpoint / "config.json").read_text()).get("architectures") or [None]
+    return BENCHES.get(classes[-1], TRANSFORMERS)
+
+
+def check_dtype(bench: Bench, dtype: torch.dtype) -> None:
+    """Raise `ConfigError` for a dtype in which the references do not compute."""
+    if bench.dtypes and dtype not in bench.dtypes:
+        raise ConfigError(
+            f"--dtype: {bench.words} computes in float32 alone, so {dtype} has no noise"
+        )
