@@ -26,14 +26,15 @@ from transformers import (
 )
 
 from ..errors import CheckpointError
-from .architectures import ARCHITECTURES, Architecture
+from .architectures import ARCHITECTURES, Architecture, Vision
 from .architectures.fields import Fields
 from .backbone import Encoder, RewardModel, ValueHead
 from .decoder import DecoderConfig
 from .float8 import weights_of
 from .geometry import Geometry
 from .processors import Pixels, load_pixels
-from .vision import Cut, Tower, VisionTower
+from .towers import Cut, MediaTower, TowerConfig
+from .vision import VisionTower
 from .weights import (
     UNREAD,
     VALUE_HEAD_FILE,
@@ -65,22 +66,19 @@ class Blueprint:
 
     geometry: Geometry
     decoder: DecoderConfig
-    tower: Tower | None
+    tower: TowerConfig | None
     cut: Cut | None
     head: str
 
-    def vision(self) -> VisionTower | None:
+    def vision(self) -> MediaTower | None:
         """Return a tower without weights, on torch's default device."""
         if self.tower is None or self.cut is None:
             return None
-        return VisionTower(self.tower, self.cut)
+        return self.tower.build(self.cut)
 
     def aligned(self) -> Blueprint:
         """Return the same model, its tower's inner width a multiple of `_ALIGNMENT`."""
-        if self.tower is None:
-            return self
-        inner = -(-self.tower.intermediate_size // _ALIGNMENT) * _ALIGNMENT
-        return replace(self, tower=replace(self.tower, intermediate_size=inner))
+        return self if self.tower is None else replace(self, tower=self.tower.aligned(_ALIGNMENT))
 
 
 def load_config(checkpoint: Path) -> Any:
@@ -149,13 +147,14 @@ def read_blueprint(checkpoint: Path, config: Any) -> Blueprint:
     fields, architecture = Fields(config), architecture_of(config)
     head = head_of(checkpoint, config)
     decoder = architecture.decoder(fields)
-    tower, pixels = None, None
+    vision, pixels = None, None
     if architecture.vision is not None:
-        tower = architecture.vision(fields)
-        pixels = load_pixels(checkpoint, tower)
-    geometry = _geometry(fields, decoder, tower, pixels, head)
+        vision = architecture.vision(fields)
+        pixels = load_pixels(checkpoint, vision)
+    geometry = _geometry(fields, decoder, vision, pixels, head)
     fields.refuse_unread(f"{checkpoint / 'config.json'}", config.model_type)
-    return Blueprint(geometry, decoder, tower, None if pixels is None else pixels.cut, head)
+    tower, cut = (None, None) if vision is None or pixels is None else (vision.tower, pixels.cut)
+    return Blueprint(geometry, decoder, tower, cut, head)
 
 
 def check_tensors(checkpoint: Path) -> Blueprint:
@@ -273,6 +272,8 @@ def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
         tower, head = blueprint.vision(), ValueHead(blueprint.decoder.hidden)
     if tower is None:
         raise CheckpointError(f"{checkpoint}: the model has no vision tower")
+    if not isinstance(tower, VisionTower):
+        raise CheckpointError(f"{checkpoint}: no ONNX graph of a {type(tower).__name__} is made")
     for prefix, module in ((_VISION, tower), (_HEAD, head)):
         state = read_state(checkpoint, torch.float32, torch.device("cpu"), partial(_is, prefix))
         names = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -282,9 +283,13 @@ def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
 
 
 def _geometry(
-    fields: Fields, decoder: DecoderConfig, tower: Tower | None, pixels: Pixels | None, head: str
+    fields: Fields,
+    decoder: DecoderConfig,
+    vision: Vision | None,
+    pixels: Pixels | None,
+    head: str,
 ) -> Geometry:
-    if tower is None or pixels is None:
+    if vision is None or pixels is None:
         return Geometry(
             image_token_id=None,
             patch_size=1,
@@ -295,14 +300,15 @@ def _geometry(
             padding_id=fields.text.pad_token_id if head == "score" else None,
         )
     return Geometry(
-        image_token_id=fields.image_token_id,
-        patch_size=tower.patch_size,
-        merge_size=tower.spatial_merge_size,
+        image_token_id=vision.image_token_id,
+        patch_size=vision.tower.patch_size,
+        merge_size=vision.tower.spatial_merge_size,
         vocab_size=decoder.vocab_size,
         max_tokens=decoder.positions,
-        video_token_id=fields.video_token_id,
-        tokens_per_second=fields.vision_config.tokens_per_second,
+        video_token_id=vision.video_token_id,
+        tokens_per_second=vision.tokens_per_second,
         video_limits=pixels.video_limits,
+        tile=vision.tower.tile,
     )
 
 

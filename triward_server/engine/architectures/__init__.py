@@ -6,7 +6,7 @@ docs/adding-a-model.md shows how to add one.
 from __future__ import annotations
 
 from . import gemma2, llama, qwen2, qwen2_5_vl, qwen3
-from .interface import Architecture
+from .interface import Architecture, Vision
 
 # By `model_type` of a checkpoint's config.json.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -17,4 +17,4 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": qwen3.ARCHITECTURE,
 }
 
-__all__ = ["ARCHITECTURES", "Architecture"]
+__all__ = ["ARCHITECTURES", "Architecture", "Vision"]

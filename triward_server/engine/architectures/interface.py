@@ -14,10 +14,29 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..decoder import DecoderConfig, Rope
 from ..layers import ACTIVATIONS
-from ..vision import Tower
+from ..towers import Cut, TowerConfig
 from .fields import Fields, only
 
-__all__ = ["Architecture", "Fields", "common_decoder", "only"]
+__all__ = ["Architecture", "Fields", "Vision", "common_decoder", "only"]
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What a model reads of images and videos.
+
+    Attributes:
+        tower: what encodes them.
+        image_token_id: see `Geometry`.
+        video_token_id: likewise.
+        tokens_per_second: likewise.
+        cut: how they become patches; None: the processors' files say it.
+    """
+
+    tower: TowerConfig
+    image_token_id: int
+    video_token_id: int | None = None
+    tokens_per_second: int = 0
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True)
@@ -29,11 +48,11 @@ class Architecture:
 
     Attributes:
         decoder: what the language model computes.
-        vision: what the vision tower computes; None: a text model.
+        vision: what is read of images and videos; None: a text model.
     """
 
     decoder: Callable[[Fields], DecoderConfig]
-    vision: Callable[[Fields], Tower] | None = None
+    vision: Callable[[Fields], Vision] | None = None
 
 
 # Kinds of rotary positions whose frequencies do not depend on a conversation's length.
@@ -69,6 +88,7 @@ def common_decoder(config: Fields) -> DecoderConfig:
         embedding_scale=1.0,
         scale=head_dim**-0.5,
         softcap=None,
+        media_rank=0,
     )
 
 
