@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..errors import is_device_fault
-from ..schema import Int32Array
+from ..schema import Int32Array, Int64Array
 from .arena import Arena
 
 Kernel = Literal["sdpa", "varlen"]
@@ -58,8 +58,8 @@ class Layout:
         blocks: numbers of rows that row-wise layers compute at once (`blocks`).
         deterministic: whether every sequence is computed as if it were alone, so that no rounding
             depends on its company; the blocks are the sequences then.
-        media: for each block int64 [M], the rows in it of media, or None where there are none;
-            None: no layer asks.
+        media: for each block int64 [R, 2], first and last + 1 of its runs of media, or None where
+            it has none; None: no layer asks.
     """
 
     query_lengths: tuple[int, ...]
@@ -71,7 +71,7 @@ class Layout:
     kernel: Kernel
     blocks: tuple[int, ...]
     deterministic: bool
-    media: tuple[Tensor | None, ...] | None = None
+    media: tuple[Int64Array | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def make_layout(
     key_lengths: Sequence[int] | None = None,
     key_rows: NDArray[np.int64] | None = None,
     deterministic: bool = False,
-    media_rows: NDArray[np.int64] | None = None,
+    media_rows: Int64Array | None = None,
 ) -> Layout:
     """Describe sequences of `lengths` queries that lie one behind the other.
 
@@ -136,24 +136,27 @@ def make_layout(
         kernel=kernel_for(arena.device, dtype),
         blocks=cut,
         deterministic=deterministic,
-        media=None if media_rows is None else tuple(_by_block(media_rows, cut, arena)),
+        media=None if media_rows is None else tuple(_runs_of_media(media_rows, cut)),
     )
 
 
-def _by_block(
-    rows: NDArray[np.int64], lengths: Sequence[int], arena: Arena
-) -> Iterator[Tensor | None]:
-    """Rows of each block, counted from its first."""
+def _runs_of_media(rows: Int64Array, lengths: Sequence[int]) -> Iterator[Int64Array | None]:
+    """Find each block's runs, counted from its first row; behind them an empty one.
+
+    So there are two at least, which compiled code does not treat apart.
+    """
     ends = np.cumsum(lengths)
     parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
-    for part, end, length in zip(parts, ends, lengths, strict=True):
-        yield arena.add(part - (end - length)) if len(part) else None
+    for part, first in zip(parts, ends - lengths, strict=True):
+        gaps = np.flatnonzero(np.diff(part) > 1)
+        runs = np.stack([part[[0, *(gaps + 1)]], part[[*gaps, -1]] + 1], 1) if len(part) else None
+        yield None if runs is None else np.concatenate([runs - first, [[0, 0]]])
 
 
-def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
     """Iterate over [Q, …] tensors block by block, for layers that compute each row for itself.
 
-    Behind the tensors' parts come a block's rows of media, where it has any.
+    Behind the tensors' parts come a block's runs of media, where it has any.
 
     On CUDA one block is the whole row. On the CPU a block's intermediate results stay in its
     caches. In deterministic mode a block is a sequence: how a matrix product rounds a row depends

@@ -141,6 +141,5 @@ def costs(decoder: DecoderConfig, vision: TowerConfig | None, itemsize: int) -> 
 
 
 def _update_bytes(decoder: DecoderConfig) -> int:
-    """Count the values of the largest update: gathered, between A and B, added, joined."""
-    rank = decoder.media_rank
-    return decoder.hidden + 2 * rank + 3 * 2 * decoder.inner if rank else 0
+    """Count the values of the largest update, between A and B; it is added in place."""
+    return 2 * decoder.media_rank
