@@ -357,7 +357,9 @@ def scorer_in(
     in_float8 = weights_of(model)
 
     def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        return read_state(checkpoint, activations(dtype), device, wanted, in_float8)
+        return read_state(
+            checkpoint, activations(dtype), device, wanted, in_float8, blueprint.naming
+        )
 
     load_weights(model, tensors, str, streamed=True)
     return Scorer(checkpoint, config, model=model)

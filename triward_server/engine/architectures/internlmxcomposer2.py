@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...model_configs import COMPOSER
 from ..clip_tower import TiledTower
 from ..decoder import DecoderConfig
 from ..naming import Naming
@@ -37,6 +38,8 @@ _PUBLISHED: dict[str, Any] = {
 }
 _MERGE = 2
 _TOWER = "vit.vision_tower.vision_model."
+# Positions that older savers wrote, and a norm behind the states that are read.
+_UNREAD = r".*\.rotary_emb\.inv_freq|visual\.(post_layernorm\.\w+|embeddings\.position_ids)"
 _LINEAR = ("attention.wqkv", "attention.wo", *(f"feed_forward.w{n}" for n in (1, 2, 3)))
 
 
@@ -94,7 +97,8 @@ def _naming(decoder: DecoderConfig) -> Naming:
         (r"^vision_proj\.", "visual.proj."),
         (r"^plora_", "visual.plora_"),
     )
-    return Naming(renames, _Rows(decoder.kv_heads, decoder.heads // decoder.kv_heads))
+    rows = _Rows(decoder.kv_heads, decoder.heads // decoder.kv_heads)
+    return Naming(renames, rows, _UNREAD)
 
 
 def _shapes(decoder: DecoderConfig, tower: TowerConfig | None) -> Shapes:
@@ -144,5 +148,5 @@ ARCHITECTURE = Architecture(
     _vision,
     naming=_naming,
     shapes=_shapes,
-    heads={"InternLMXComposer2ForCausalLM": Head("score")},
+    heads={COMPOSER: Head("score")},
 )
