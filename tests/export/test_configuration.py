@@ -26,9 +26,10 @@ from triward_server.engine.checkpoint import (
     load_config,
     read_blueprint,
 )
+from triward_server.engine.naming import canonical_name
 from triward_server.engine.scoring import Scorer
 from triward_server.engine.streaming import load_weights
-from triward_server.engine.weights import canonical_name, read_tensors
+from triward_server.engine.weights import read_tensors
 from triward_server.errors import CheckpointError, TriwardError
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint

@@ -36,7 +36,7 @@ from ..backend.onnx_runner import VISION_FILE
 from ..backend.triton_io import CHECKPOINT_DIRECTORY
 from ..engine import checkpoint, weights
 from ..engine.scoring import Scorer
-from ..engine.vision import CHANNELS
+from ..engine.towers import CHANNELS
 from ..errors import ConfigError, LaunchError, TriwardError
 from ..intake.ixc import FONT
 from ..intake.preprocess import Preprocessor

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from ..errors import ConfigError
+from ..model_configs import kind_of
 from ..schema import Int32Array
 from .ixc_reference import IxcOracle
 from .reference import Messages, Reference
@@ -70,18 +71,16 @@ class IxcJudge:
 
 
 TRANSFORMERS = Bench("transformers' own class", Reference)
-# By the class that config.json names.
+# By `kind_of`.
 BENCHES = {
-    "InternLMXComposer2ForCausalLM": Bench(
-        "the restatement of IXC-2.5-Reward", IxcJudge, (torch.float32,)
-    ),
+    "internlmxcomposer2": Bench("the restatement of IXC-2.5-Reward", IxcJudge, (torch.float32,)),
 }
 
 
 def bench_of(checkpoint: Path) -> Bench:
     """Return the references of a checkpoint that the engine has read."""
-    classes = json.loads((checkpoint / "config.json").read_text()).get("architectures") or [None]
-    return BENCHES.get(classes[-1], TRANSFORMERS)
+    kind = kind_of(json.loads((checkpoint / "config.json").read_text()))
+    return BENCHES.get(kind, TRANSFORMERS)
 
 
 def check_dtype(bench: Bench, dtype: torch.dtype) -> None:

@@ -130,6 +130,7 @@ def _smaller(d: IxcDimensions) -> dict[str, Any]:
     placeholder = "[UNUSED_TOKEN_0]"  # 92397 in the published vocabulary
     return {
         "image_token_id": d.vocab_size - len(USER_DEFINED) + USER_DEFINED.index(placeholder),
+        "plora_rank": d.rank,
         "vision_config": {
             "hidden_act": "quick_gelu",
             "hidden_size": d.vision_hidden,

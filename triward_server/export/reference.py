@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from ..engine.checkpoint import architecture_of, head_of, load_config
+from ..engine.naming import canonical_name
 from ..engine.streaming import load_weights, parameters_on_meta
-from ..engine.weights import canonical_name, read_tensors
+from ..engine.weights import read_tensors
 from ..schema import Int32Array
 
 Messages = Sequence[dict[str, Any]]
@@ -52,7 +53,7 @@ class Reference:
         auto = AutoProcessor if self._sees else AutoTokenizer
         self._processor: Any = auto.from_pretrained(checkpoint)
         self._device = device
-        valued = head_of(checkpoint, config) == "v_head"
+        valued = head_of(checkpoint, config).kind == "v_head"
         self._model = reference_model(config, valued, device, dtype)
 
         def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:

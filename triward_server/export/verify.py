@@ -28,7 +28,6 @@ from torch import Tensor
 
 from ..config import Dtype, ForwardConfig, PreprocessConfig
 from ..engine import checkpoint as checkpoints
-from ..engine.decoder import weights_per_layer
 from ..engine.float8 import activations, weights_of
 from ..engine.scoring import Scorer
 from ..engine.streaming import fits, load_weights
@@ -367,18 +366,15 @@ def scorer_in(
     in_float8 = weights_of(model)
 
     def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        return read_state(checkpoint, activations(dtype), device, wanted, in_float8)
+        return read_state(
+            checkpoint, activations(dtype), device, wanted, in_float8, blueprint.naming
+        )
 
     load_weights(model, tensors, str, streamed=True)
     return Scorer(checkpoint, config, model=model)
 
 
 def count_weights(blueprint: checkpoints.Blueprint) -> int:
-    """About how many numbers a model has."""
-    decoder, tower = blueprint.decoder, blueprint.tower
-    layer, _ = weights_per_layer(decoder)
-    count = layer * decoder.layers + decoder.vocab_size * decoder.hidden
-    if tower is not None:
-        width, inner = tower.hidden_size, tower.intermediate_size
-        count += tower.depth * (4 * width**2 + 3 * width * inner)
-    return count
+    """Count a model's numbers."""
+    model = checkpoints.empty_model(blueprint, torch.float32)
+    return sum(weights.numel() for weights in model.parameters())

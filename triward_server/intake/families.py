@@ -11,13 +11,14 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from ..config import PreprocessConfig
 from ..errors import CheckpointError, ConfigError
+from ..model_configs import kind_of
 from .family import Family, parts_chat, text_chat
 from .ixc import load_ixc
 from .qwen import QwenMedia
 
-# By the class that config.json names, for families of which transformers knows no processor.
+# By `kind_of`, for families of which transformers knows no processor.
 FAMILIES: dict[str, Callable[[Path, PreprocessConfig, dict[str, Any]], Family]] = {
-    "InternLMXComposer2ForCausalLM": load_ixc,
+    "internlmxcomposer2": load_ixc,
 }
 
 
@@ -30,9 +31,9 @@ def load_family(checkpoint: Path, config: PreprocessConfig) -> Family:
     """
     try:
         written = json.loads((checkpoint / "config.json").read_text())
-        [*_, named] = written.get("architectures") or [None]
-        if named in FAMILIES:
-            return FAMILIES[named](checkpoint, config, written)
+        kind = kind_of(written)
+        if kind in FAMILIES:
+            return FAMILIES[kind](checkpoint, config, written)
         model = AutoConfig.from_pretrained(checkpoint)
         multimodal = getattr(model, "vision_config", None) is not None
         processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(checkpoint)
