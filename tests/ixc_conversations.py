@@ -76,8 +76,8 @@ def _places(photo: str, saved: Any) -> dict[str, Messages]:
         user(one, f"What is {PLACE}?"), says("A gradient."), user(two, f"And\n{PLACE}\n?"),
         says("Another one."),
     ]  # fmt: skip
-    cases["places/assistant"] = [
-        user("Draw."), {"role": "assistant", "content": f"Here: {PLACE}"}, user(one, "Again?"),
+    cases["places/in-an-answer"] = [
+        user("Draw."), says(f"Here: {PLACE}"), user(one, two, f"Not {PLACE} but {PLACE}?"),
         says("No."),
     ]  # fmt: skip
     cases["places/in-response-too"] = [user(image(photo), "What?"), says(f"As {PLACE} shows.")]

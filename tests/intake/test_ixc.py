@@ -117,7 +117,6 @@ class TestIds:
             ["Compare.<ImageHere> <ImageHere>"],
             ["Image1 <ImageHere>; Image2 <ImageHere>; which?"],
             ["First <ImageHere>", "I see.", "Then\n<ImageHere>\n?"],
-            ["Draw.", "<ImageHere><ImageHere>", "Thanks."],
         ],
     )
     def test_several_stand_in_their_places(
@@ -151,6 +150,17 @@ class TestIds:
         text = rendered(("user", "What?"), ("assistant", "<ImageHere> it is."))
         assert ids(found)[14:] == encoded(slow, text)
         assert len(found.media) == 1
+
+    def test_nor_is_it_a_place_in_what_was_a_response(
+        self, ixc: Preprocessor, slow: Tokenizer
+    ) -> None:
+        """The same tokens when it is scored and when the next turn is."""
+        answer = "<ImageHere> it is."
+        first = features(ixc, [asks(IMAGE, "What?")], png(TILE, TILE), responses=(answer,))
+        turns = [asks(IMAGE, "What?"), asks(answer, role="assistant"), asks("Sure?")]
+        second = features(ixc, turns, png(TILE, TILE))
+        said = len(ids(first)) - 2  # but for the end of the conversation
+        assert ids(second)[:said] == ids(first)[:said]
 
     def test_responses_share_the_prompt(self, ixc: Preprocessor) -> None:
         messages = [asks(IMAGE, "What is shown?")]
@@ -367,3 +377,21 @@ def copied(checkpoint: Path, folder: Path, without: str) -> Path:
         if file.name != without and file.suffix != ".safetensors":
             (folder / file.name).write_bytes(file.read_bytes())
     return folder
+
+
+def test_a_tokenizer_that_takes_text_for_control(ixc_checkpoint: Path, tmp_path: Path) -> None:
+    folder = copied(ixc_checkpoint, tmp_path, without=MODEL_FILE)
+    made = json.loads(convert(ixc_checkpoint).to_str())
+    for token in made["added_tokens"]:
+        token["special"] = not token["content"].startswith("[UNUSED_")
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: \[UNUSED_TOKEN_0\] is not special"):
+        Preprocessor(folder, PreprocessConfig())
+
+
+def test_a_tokenizer_of_another_model(ixc_checkpoint: Path, tmp_path: Path) -> None:
+    folder = copied(ixc_checkpoint, tmp_path, without="config.json")
+    config = json.loads((ixc_checkpoint / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_id": 7}))
+    with pytest.raises(CheckpointError, match=r"TOKEN_0\] has id \d+ in the tokenizer, .* reads 7"):
+        Preprocessor(folder, PreprocessConfig())

@@ -95,7 +95,7 @@ class Family:
 def check_options(place: MediaPlace, known: AbstractSet[str]) -> None:
     """Raise `InvalidRequest` for an option of a media part that the family does not know."""
     given = place.part.model_dump(exclude={"type", "frames"}, exclude_none=True)
-    for name in given.keys() - known:
+    for name in sorted(given.keys() - known):
         options = ", ".join(sorted(known)) or "none"
         raise InvalidRequest(
             f"{place.path}.{name}",

@@ -17,7 +17,7 @@ from PIL import ImageFont
 from ..config import PreprocessConfig
 from ..errors import CheckpointError, ConfigError, InvalidRequest
 from ..schema import UInt8Array
-from .conversation import Conversation, ImagePart, MediaPlace, VideoPart
+from .conversation import Conversation, ImagePart, MediaPlace, Message, VideoPart
 from .decoding import Header, Reading
 from .family import Family, Item, Mark, check_options, done, joined
 from .image_codec import Manner, resized
@@ -30,6 +30,7 @@ PLACE = "<ImageHere>"
 FONT = "SimHei.ttf"
 HD_NUM, HD_NUM_OF_SEVERAL = 9, 6
 IMAGE_TOKEN = "[UNUSED_TOKEN_0]"  # no text that is scored has it
+_PLACEHOLDER = 92_397  # its id, unless config.json says otherwise
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.media_first %}" + IMAGE_TOKEN + "{% endif %}"
@@ -61,8 +62,14 @@ def load_ixc(checkpoint: Path, config: PreprocessConfig, written: dict[str, Any]
     made = {}
     if not (checkpoint / TOKENIZER_FILE).is_file():
         made = {TOKENIZER_FILE: tokenizer.backend_tokenizer.to_str(pretty=True)}
-    placeholder = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    vision = written.get("vision_config", {})
+    placeholder = written.get("image_token_id", _PLACEHOLDER)
+    found = tokenizer.get_vocab().get(IMAGE_TOKEN)
+    if found != placeholder:
+        raise CheckpointError(
+            f"{checkpoint}: {IMAGE_TOKEN} has id {found} in the tokenizer, the model reads "
+            f"{placeholder}"
+        )
+    vision = written.get("vision_config") or {}
     tiles = Tiles(vision.get("image_size", 560), vision.get("patch_size", 14))
     positions = min(written.get("max_length", 16_384), written["max_position_embeddings"])
     media = IxcMedia(tiles, checkpoint / FONT, config)
@@ -72,9 +79,10 @@ def load_ixc(checkpoint: Path, config: PreprocessConfig, written: dict[str, Any]
 def places_chat(conversation: Conversation, mark: Mark) -> list[dict[str, Any]]:
     """`family.Chat`: one item without a place stands in front of the prompt, others in places.
 
-    Where their parts stand says nothing. In a response `<ImageHere>` is text.
+    Where their parts stand says nothing. What an assistant said holds no places: neither a response
+    nor what was one in an earlier turn may move an image.
     """
-    texts = [joined(message.content).split(PLACE) for message in conversation.messages]
+    texts = [_between_places(message) for message in conversation.messages]
     places, count = sum(len(pieces) - 1 for pieces in texts), len(conversation.media_places)
     if places != count and (places, count) != (0, 1):
         raise InvalidRequest(
@@ -89,6 +97,11 @@ def places_chat(conversation: Conversation, mark: Mark) -> list[dict[str, Any]]:
     if count > places:
         chat[0]["media_first"] = True
     return chat
+
+
+def _between_places(message: Message) -> list[str]:
+    text = joined(message.content)
+    return [text] if message.role == "assistant" else text.split(PLACE)
 
 
 class IxcMedia:

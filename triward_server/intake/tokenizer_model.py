@@ -56,6 +56,13 @@ def load_tokenizer(checkpoint: Path, template: str) -> Any:
     """
     written = checkpoint / TOKENIZER_FILE
     backend = Tokenizer.from_file(str(written)) if written.is_file() else convert(checkpoint)
+    tokens = backend.get_added_tokens_decoder().values()
+    for token in tokens:
+        if _CONTROL.fullmatch(token.content) and not token.special:
+            raise CheckpointError(
+                f"{written}: {token.content} is not special, so that callers' text could be a "
+                f"control token; without the file the tokenizer is made of {MODEL_FILE}"
+            )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=_FIRST, eos_token=_LAST, chat_template=template
     )
