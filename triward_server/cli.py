@@ -292,7 +292,9 @@ def verify(
     typer.echo(f"{verdict}; {dtype} on {device}, loaded {how}, {report.seconds:.1f} s")
     if dtype != "float32":
         farthest = max((row.noise for row in report.rows), default=0.0)
-        typer.echo(f"{report.judge}: its {dtype} scores are up to {farthest:.1e} from its float32")
+        typer.echo(
+            f"{report.referee}: its {dtype} scores are up to {farthest:.1e} from its float32"
+        )
     raise typer.Exit(1 if report.wrong else 0)
 
 

@@ -29,7 +29,7 @@ ROOMS = {
     "serving": "canary log repository integrity triton_http installation signals child endpoints "
     "gpu progress ending launch instances watchdog switch",
     "export": "placement options reference ixc_tokens ixc_pictures ixc_network ixc_reference "
-    "judges verify calibration onnx configuration draft build random_checkpoint "
+    "referees verify calibration onnx configuration draft build random_checkpoint "
     "random_text_checkpoint random_sentencepiece random_ixc_checkpoint commands",
     "testing": "oracle echo_models echo",
     "commands": "cli",

@@ -223,7 +223,7 @@ def _verify(folder: Path, options: Options) -> None:
     report = verify.verify(folder, torch.device(_device(options)), small=True)
     verify.require_agreement(report)
     typer.echo(
-        f"verified: {len(report.rows)} scores are those of {report.judge} to {report.largest:.0e}, "
+        f"verified: {len(report.rows)} scores are those of {report.referee} to {report.largest:.0e}, "
         f"in {report.seconds:.1f} s; triward-server verify asks more, --no-verify none",
         err=True,
     )

@@ -1,6 +1,6 @@
 """Comparison of the engine's scores with a reference's: `triward-server verify`.
 
-A built-in set of conversations is scored by a `judges.Judge` in float32 and by what serves
+A built-in set of conversations is scored by a `referees.Referee` in float32 and by what serves
 (`Preprocessor`, `Scorer`). In float32 both agree within `fp32_budget`. The engine's bfloat16 may be
 twice as far from the float32 reference as the reference's own bfloat16 is in the worst
 conversation: the worst of a dozen varies. An export asks a few conversations in float32, so that an
@@ -35,7 +35,7 @@ from ..engine.weights import read_state
 from ..errors import CheckpointError, ConfigError, InvalidRequest, TriwardError
 from ..intake.preprocess import Preprocessor
 from ..schema import Features
-from .judges import TRANSFORMERS, Bench, Judge, Refusal, bench_of, check_dtype
+from .referees import TRANSFORMERS, Referee, RefereeKind, Refusal, check_dtype, kind_of_referee
 from .reference import fp32_budget
 
 _PROSE = "The chart compares five colours; purple is the tallest bar, at eighty-six. "
@@ -117,14 +117,14 @@ class Verification:
         seconds: that both sides took.
         streamed: whether layers came and went one by one.
         dtype: the engine's.
-        judge: words for the reference.
+        referee: words for the reference.
     """
 
     rows: list[CaseScores] = field(default_factory=list)
     seconds: float = 0.0
     streamed: bool = False
     dtype: Dtype = "float32"
-    judge: str = TRANSFORMERS.words
+    referee: str = TRANSFORMERS.words
 
     @property
     def wrong(self) -> list[CaseScores]:
@@ -162,8 +162,8 @@ def verify(
     """
     start = time.monotonic()
     blueprint = checkpoints.check_tensors(checkpoint)
-    bench = bench_of(checkpoint)
-    check_dtype(bench, activations(dtype))
+    kind = kind_of_referee(checkpoint)
+    check_dtype(kind, activations(dtype))
     if streamed is None:
         streamed = not fits(count_weights(blueprint), device)
     torch.backends.cudnn.allow_tf32 = False  # the reference's patches are a convolution
@@ -172,14 +172,14 @@ def verify(
     within = window if 8 * window <= blueprint.geometry.max_tokens else 0
     chosen = cases(preprocessor.reads_images, small, within, preprocessor.place)
     features = {case.name: _features(preprocessor, case) for case in chosen}
-    references = partial(_references, bench, checkpoint, device, streamed)
+    references = partial(_references, kind, checkpoint, device, streamed)
     expected = references("float32", chosen, features)
     noise = 0.0
     if dtype != "float32":
         noise = _farthest(expected, references(dtype, chosen, features))
     scores = _scores(scorer_in(checkpoint, blueprint, device, streamed, dtype), features)
     rows = [CaseScores(case.name, scores[case.name], expected[case.name], noise) for case in chosen]
-    return Verification(rows, time.monotonic() - start, streamed, dtype, bench.words)
+    return Verification(rows, time.monotonic() - start, streamed, dtype, kind.words)
 
 
 def run(
@@ -204,7 +204,7 @@ def require_agreement(report: Verification) -> None:
     """Raise `CheckpointError` that names the cases beyond the budget."""
     for row in report.wrong:
         raise CheckpointError(
-            f"verify: conversation {row.name!r}: the score is {row.score}, {report.judge} "
+            f"verify: conversation {row.name!r}: the score is {row.score}, {report.referee} "
             f"has {row.reference}; the architecture is not read as it computes "
             f"({len(report.wrong)} of {len(report.rows)} conversations differ)"
         )
@@ -303,7 +303,7 @@ def _features(preprocessor: Preprocessor, case: Case) -> Features | str:
 
 
 def _references(
-    bench: Bench,
+    kind: RefereeKind,
     checkpoint: Path,
     device: torch.device,
     streamed: bool,
@@ -312,7 +312,7 @@ def _references(
     features: Mapping[str, Features | str],
 ) -> dict[str, float | str]:
     """Score with the reference in a dtype; no weights are left behind."""
-    reference = bench.make(checkpoint, device, streamed, activations(dtype))
+    reference = kind.make(checkpoint, device, streamed, activations(dtype))
     scores = {case.name: _expected(reference, case, features[case.name]) for case in chosen}
     del reference
     gc.collect()
@@ -326,7 +326,7 @@ def _farthest(exact: Mapping[str, float | str], rounded: Mapping[str, float | st
     return max(distances, default=0.0)
 
 
-def _expected(reference: Judge, case: Case, features: Features | str) -> float | str:
+def _expected(reference: Referee, case: Case, features: Features | str) -> float | str:
     if case.literal and isinstance(features, Features):
         return reference.score_ids(np.concatenate([features.prompt_ids, features.response_ids[0]]))
     try:

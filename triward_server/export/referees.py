@@ -24,7 +24,7 @@ class Refusal(Exception):
     """The reference has no score for a conversation; the text says why."""
 
 
-class Judge(Protocol):
+class Referee(Protocol):
     """Scores one conversation at a time."""
 
     def score(self, messages: Messages) -> float:
@@ -35,7 +35,7 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class Bench:
+class RefereeKind:
     """References of one kind.
 
     Attributes:
@@ -45,12 +45,12 @@ class Bench:
     """
 
     words: str
-    make: Callable[[Path, torch.device, bool, torch.dtype], Judge]
+    make: Callable[[Path, torch.device, bool, torch.dtype], Referee]
     dtypes: tuple[torch.dtype, ...] = ()
 
 
-class IxcJudge:
-    """`Judge` by the restatement of IXC-2.5-Reward; arguments as of `Reference`."""
+class IxcReferee:
+    """`Referee` by the restatement of IXC-2.5-Reward; arguments as of `Reference`."""
 
     def __init__(
         self, checkpoint: Path, device: torch.device, streamed: bool, dtype: torch.dtype
@@ -59,33 +59,35 @@ class IxcJudge:
         self._oracle = IxcOracle(checkpoint, device=str(device), streamed=streamed)
 
     def score(self, messages: Messages) -> float:
-        """See `Judge`."""
+        """See `Referee`."""
         try:
             return self._oracle.score(messages)
         except (ValueError, OSError) as error:
             raise Refusal(str(error)) from None
 
     def score_ids(self, ids: Int32Array) -> float:
-        """See `Judge`."""
+        """See `Referee`."""
         return self._oracle.score_inputs(ids.tolist(), [])
 
 
-TRANSFORMERS = Bench("transformers' own class", Reference)
+TRANSFORMERS = RefereeKind("transformers' own class", Reference)
 # By `kind_of`.
-BENCHES = {
-    "internlmxcomposer2": Bench("the restatement of IXC-2.5-Reward", IxcJudge, (torch.float32,)),
+KINDS = {
+    "internlmxcomposer2": RefereeKind(
+        "the restatement of IXC-2.5-Reward", IxcReferee, (torch.float32,)
+    ),
 }
 
 
-def bench_of(checkpoint: Path) -> Bench:
+def kind_of_referee(checkpoint: Path) -> RefereeKind:
     """Return the references of a checkpoint that the engine has read."""
     kind = kind_of(json.loads((checkpoint / "config.json").read_text()))
-    return BENCHES.get(kind, TRANSFORMERS)
+    return KINDS.get(kind, TRANSFORMERS)
 
 
-def check_dtype(bench: Bench, dtype: torch.dtype) -> None:
+def check_dtype(kind: RefereeKind, dtype: torch.dtype) -> None:
     """Raise `ConfigError` for a dtype in which the references do not compute."""
-    if bench.dtypes and dtype not in bench.dtypes:
+    if kind.dtypes and dtype not in kind.dtypes:
         raise ConfigError(
-            f"--dtype: {bench.words} computes in float32 alone, so {dtype} has no noise"
+            f"--dtype: {kind.words} computes in float32 alone, so {dtype} has no noise"
         )
