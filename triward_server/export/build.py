@@ -223,8 +223,9 @@ def _verify(folder: Path, options: Options) -> None:
     report = verify.verify(folder, torch.device(_device(options)), small=True)
     verify.require_agreement(report)
     typer.echo(
-        f"verified: {len(report.rows)} scores are those of {report.referee} to {report.largest:.0e}, "
-        f"in {report.seconds:.1f} s; triward-server verify asks more, --no-verify none",
+        f"verified: {len(report.rows)} scores are those of {report.referee} to "
+        f"{report.largest:.0e}, in {report.seconds:.1f} s; triward-server verify asks more, "
+        "--no-verify none",
         err=True,
     )
 
