@@ -25,19 +25,21 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from .. import model_configs  # noqa: F401 - what it registers
 from ..errors import CheckpointError
 from .architectures import ARCHITECTURES, Architecture
 from .architectures.fields import Fields
+from .architectures.interface import Head
 from .backbone import Encoder, RewardModel, ValueHead
 from .decoder import DecoderConfig
 from .float8 import weights_of
 from .geometry import Geometry
+from .naming import Naming, canonical_name
 from .processors import Pixels, load_pixels
 from .vision import Cut, Tower, VisionTower
 from .weights import (
     UNREAD,
     VALUE_HEAD_FILE,
-    canonical_name,
     open_tensors,
     read_state,
     weight_files,
@@ -61,6 +63,7 @@ class Blueprint:
         tower: what the vision tower computes; None: a text model.
         cut: how media become the tower's patches; None with it.
         head: which of `backbone.HEADS`.
+        naming: how the checkpoint's tensors become ours.
     """
 
     geometry: Geometry
@@ -68,6 +71,7 @@ class Blueprint:
     tower: Tower | None
     cut: Cut | None
     head: str
+    naming: Naming
 
     def vision(self) -> VisionTower | None:
         """Return a tower without weights, on torch's default device."""
@@ -114,30 +118,34 @@ def architecture_of(config: Any) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-def head_of(checkpoint: Path, config: Any) -> str:
-    """Return the key of `backbone.HEADS`: trl's value head, or transformers' classification head.
+def head_of(checkpoint: Path, config: Any) -> Head:
+    """Return the head: trl's value head, transformers' classification head, or the class's own.
 
     Raises:
-        CheckpointError: neither, or both, or one of several labels.
+        CheckpointError: none, or two of them, or one of several labels.
     """
-    classes = list(config.architectures or ())
-    classifies = any(name.endswith("ForSequenceClassification") for name in classes)
+    classes, architecture = list(config.architectures or ()), architecture_of(config)
     valued = (checkpoint / VALUE_HEAD_FILE).is_file()
-    if classifies == valued:
+    own = next((architecture.heads[name] for name in classes if name in architecture.heads), None)
+    classifies = any(name.endswith("ForSequenceClassification") for name in classes)
+    if (classifies or own is not None) == valued:
         found = "both" if valued else "neither"
+        kinds = " or ".join(["a ForSequenceClassification", *architecture.heads])
         raise CheckpointError(
-            f"{checkpoint}: a reward model has {VALUE_HEAD_FILE} or is a ForSequenceClassification "
-            f"in config.json; this is {found} (architectures {classes})"
+            f"{checkpoint}: a reward model has {VALUE_HEAD_FILE} or is {kinds} in config.json; "
+            f"this is {found} (architectures {classes})"
         )
     if valued:
-        return "v_head"
+        return Head("v_head")
+    if own is not None:
+        return own
     if config.num_labels != 1:
         raise CheckpointError(
             f"{checkpoint}: the head has {config.num_labels} labels, only 1 works"
         )
-    if architecture_of(config).vision is not None:
+    if architecture.vision is not None:
         raise CheckpointError(f"{checkpoint}: {classes[0]} is not supported, only a value head is")
-    return "score"
+    return Head("score", skips_padding=True)
 
 
 def read_blueprint(checkpoint: Path, config: Any) -> Blueprint:
@@ -155,7 +163,8 @@ def read_blueprint(checkpoint: Path, config: Any) -> Blueprint:
         pixels = load_pixels(checkpoint, tower)
     geometry = _geometry(fields, decoder, tower, pixels, head)
     fields.refuse_unread(f"{checkpoint / 'config.json'}", config.model_type)
-    return Blueprint(geometry, decoder, tower, None if pixels is None else pixels.cut, head)
+    cut = None if pixels is None else pixels.cut
+    return Blueprint(geometry, decoder, tower, cut, head.kind, architecture.naming(decoder))
 
 
 def check_tensors(checkpoint: Path) -> Blueprint:
@@ -167,12 +176,12 @@ def check_tensors(checkpoint: Path) -> Blueprint:
     """
     config = load_config(checkpoint)
     blueprint = read_blueprint(checkpoint, config)
-    expected = _expected_shapes(config, blueprint.head)
+    expected = _expected_shapes(config, blueprint)
     found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(checkpoint):
         with open_tensors(file, "cpu") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - no mapping, only named like one
-                name = canonical_name(key)
+                name = blueprint.naming.name(key)
                 if name in found:
                     raise CheckpointError(f"{file}: tensor {key!r} is there twice")
                 found[name] = tuple(tensors.get_slice(key).get_shape())
@@ -218,7 +227,8 @@ def load_model(
     def wanted(name: str) -> bool:
         return not (encoder and _is(_VISION, name))
 
-    state = read_state(checkpoint, dtype, device, wanted, weights_of(model))
+    in_float8 = weights_of(model)
+    state = read_state(checkpoint, dtype, device, wanted, in_float8, blueprint.naming)
     if blueprint.tower is not None:
         widen_gated_mlps(state, _VISION, blueprint.tower.intermediate_size)
     model.load_state_dict(state, strict=True, assign=True)
@@ -274,7 +284,8 @@ def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
     if tower is None:
         raise CheckpointError(f"{checkpoint}: the model has no vision tower")
     for prefix, module in ((_VISION, tower), (_HEAD, head)):
-        state = read_state(checkpoint, torch.float32, torch.device("cpu"), partial(_is, prefix))
+        cpu, wanted = torch.device("cpu"), partial(_is, prefix)
+        state = read_state(checkpoint, torch.float32, cpu, wanted, naming=blueprint.naming)
         names = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         module.load_state_dict(names, strict=True, assign=True)
         module.requires_grad_(False).eval()
@@ -282,7 +293,7 @@ def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
 
 
 def _geometry(
-    fields: Fields, decoder: DecoderConfig, tower: Tower | None, pixels: Pixels | None, head: str
+    fields: Fields, decoder: DecoderConfig, tower: Tower | None, pixels: Pixels | None, head: Head
 ) -> Geometry:
     if tower is None or pixels is None:
         return Geometry(
@@ -291,8 +302,8 @@ def _geometry(
             merge_size=1,
             vocab_size=decoder.vocab_size,
             max_tokens=decoder.positions,
-            # transformers' classification head looks in front of these; trl's value head does not.
-            padding_id=fields.text.pad_token_id if head == "score" else None,
+            padding_id=fields.text.pad_token_id if head.skips_padding else None,
+            read_id=getattr(fields, head.token) if head.token else None,
         )
     return Geometry(
         image_token_id=fields.image_token_id,
@@ -306,10 +317,15 @@ def _geometry(
     )
 
 
-def _expected_shapes(config: Any, head: str) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(config: Any, blueprint: Blueprint) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors, by our names."""
+    architecture, head = architecture_of(config), blueprint.head
+    if architecture.shapes is not None:
+        shapes = architecture.shapes(blueprint.decoder)
+        return {blueprint.naming.name(key): shape for key, shape in shapes.items()}
     auto: Any = AutoModelForSequenceClassification
     if head == "v_head":
-        multimodal = architecture_of(config).vision is not None
+        multimodal = architecture.vision is not None
         auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     try:
         with torch.device("meta"):
@@ -317,13 +333,13 @@ def _expected_shapes(config: Any, head: str) -> dict[str, tuple[int, ...]]:
     except Exception as error:  # transformers raises many types
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"config.json describes no model: {reason}") from None
-    shapes = {canonical_name(k): tuple(v.shape) for k, v in reference.state_dict().items()}
+    found = {canonical_name(k): tuple(v.shape) for k, v in reference.state_dict().items()}
     if head == "v_head":
         if config.tie_word_embeddings:
-            del shapes["lm_head.weight"]
+            del found["lm_head.weight"]
         hidden = config.get_text_config().hidden_size
-        shapes |= {"v_head.summary.weight": (1, hidden), "v_head.summary.bias": (1,)}
-    return shapes
+        found |= {"v_head.summary.weight": (1, hidden), "v_head.summary.bias": (1,)}
+    return found
 
 
 def _is(prefix: str, name: str) -> bool:

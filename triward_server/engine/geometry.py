@@ -27,6 +27,7 @@ class Geometry:
         tokens_per_second: positions that a second of a video takes.
         video_limits: fewest and most pixels of a frame that the processor leaves as it is.
         padding_id: a conversation is scored at its last token of another id; None: at its last.
+        read_id: what the last token of a conversation must be; None: anything.
     """
 
     image_token_id: int | None
@@ -38,6 +39,7 @@ class Geometry:
     tokens_per_second: int = 0
     video_limits: tuple[int, int] | None = None
     padding_id: int | None = None
+    read_id: int | None = None
 
     @property
     def media_token_ids(self) -> tuple[int, ...]:
@@ -99,6 +101,12 @@ def check(features: Features, geometry: Geometry, limits: ForwardConfig) -> None
         if not geometry.read(np.concatenate([features.prompt_ids, response])):
             raise InvalidRequest(
                 "input_ids", f"conversation {index} is nothing but padding (id {response[0]})"
+            )
+        if geometry.read_id not in (None, response[-1]):
+            raise InvalidRequest(
+                "input_ids",
+                f"conversation {index} ends with id {response[-1]}, the head is read at "
+                f"{geometry.read_id}",
             )
     outside = (ids < 0) | (ids >= geometry.vocab_size)
     if outside.any():

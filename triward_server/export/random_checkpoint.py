@@ -236,7 +236,7 @@ def random_tensor(name: str, shape: torch.Size, seed: int, device: str) -> Tenso
         noise = 1 + 0.2 * noise
     elif name.endswith(".bias"):
         noise = 0.2 * noise
-    elif "embed_tokens" not in name:
+    elif not name.endswith(("embed_tokens.weight", "tok_embeddings.weight")):
         noise = noise / shape[1:].numel() ** 0.5
     return noise.to(torch.bfloat16).cpu()
 
@@ -266,7 +266,7 @@ def train_tokenizer(
     trainer = BpeTrainer(
         vocab_size=len(alphabet) + merges, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_corpus(seed), trainer)
+    tokenizer.train_from_iterator(corpus(seed), trainer)
     tokenizer.add_special_tokens([_added(token, special=True) for token in special])
     tokenizer.add_tokens([_added(token, special=False) for token in ordinary])
     return tokenizer
@@ -276,7 +276,7 @@ def _added(token: str, special: bool) -> AddedToken:
     return AddedToken(token, special=special, normalized=False)
 
 
-def _corpus(seed: int) -> Iterator[str]:
+def corpus(seed: int) -> Iterator[str]:
     """Invented words that follow a Zipf law between a few real ones, in several scripts."""
     rng = random.Random(seed)
     onsets = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "z", "ch", "sh", "st")

@@ -35,6 +35,7 @@ from ..engine.weights import read_state
 from ..errors import CheckpointError, ConfigError, InvalidRequest, TriwardError
 from ..intake.preprocess import Preprocessor
 from ..schema import Features
+from .prepared import prepared
 from .reference import Reference, fp32_budget
 
 _PROSE = "The chart compares five colours; purple is the tallest bar, at eighty-six. "
@@ -183,7 +184,9 @@ def run(
     check_device(device)
     if small and dtype != "float32":
         raise ConfigError(f"--small: too few conversations to know {dtype}'s noise; leave it out")
-    return verify(checkpoint, torch.device(device), streamed, small, dtype)
+    checkpoints.load_config(checkpoint)
+    with prepared(checkpoint) as folder:
+        return verify(folder, torch.device(device), streamed, small, dtype)
 
 
 def check_device(device: str) -> None:
@@ -358,7 +361,9 @@ def scorer_in(
     in_float8 = weights_of(model)
 
     def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        return read_state(checkpoint, activations(dtype), device, wanted, in_float8)
+        return read_state(
+            checkpoint, activations(dtype), device, wanted, in_float8, blueprint.naming
+        )
 
     load_weights(model, tensors, str, streamed=True)
     return Scorer(checkpoint, config, model=model)
