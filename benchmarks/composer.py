@@ -41,7 +41,7 @@ _TILES = ((1, 1), (1, 2), (2, 2), (2, 3))  # rows and columns of a single conver
 _PROMPT, _RESPONSE = 60, 120  # tokens of text
 
 
-def workloads(geometry: Geometry) -> dict[str, list[Features]]:
+def batches_of(geometry: Geometry) -> dict[str, list[Features]]:
     """Make the batches, by name."""
     rng = np.random.default_rng(0)
     side = (geometry.tile or 1) * geometry.patch_size
@@ -165,7 +165,7 @@ def main(
         ways = Ways(checkpoint)
         results["workloads"] = {
             name: measure(ways, batch, repeats)
-            for name, batch in workloads(ways.scorer.geometry).items()
+            for name, batch in batches_of(ways.scorer.geometry).items()
         }
     text = json.dumps(results, indent=2)
     print(text)

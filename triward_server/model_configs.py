@@ -54,6 +54,7 @@ class InternLMXComposer2Config(InternLM2Config):
 
     model_type = "internlmxcomposer2"
 
+    reward_token_id: int | None = None  # type: ignore[assignment] # the template writes it
     max_length: int = 16_384
     image_token_id: int = 92_397
     plora_rank: int = 256

@@ -49,6 +49,7 @@ from .configuration import configure, configure_vision
 from .draft import copy_source, folders, link_or_copy, written_whole
 from .onnx import export_vision
 from .options import Options, Weights
+from .prepared import prepared
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -72,7 +73,16 @@ def build(options: Options) -> None:
     names, version = model_names(wanted.name), str(wanted.version)
     _say_where(options)
     _check_output(wanted.output, names, version, wanted.force)
-    folder, commit = _resolve(wanted.checkpoint, wanted.revision)
+    source, commit = _resolve(wanted.checkpoint, wanted.revision)
+    checkpoint.load_config(source)
+    with prepared(source) as folder:
+        _build(folder, commit, names, version, options)
+
+
+def _build(
+    folder: Path, commit: str | None, names: ModelNames, version: str, options: Options
+) -> None:
+    wanted = options.export
     checkpoint.check_tensors(folder)
     # Here the processor's files are tried, wherever they will run.
     preprocessor = Preprocessor(folder, replace(options.preprocess, device="cpu"))

@@ -34,6 +34,7 @@ from ..engine.weights import read_state
 from ..errors import CheckpointError, ConfigError, InvalidRequest, TriwardError
 from ..intake.preprocess import Preprocessor
 from ..schema import Features
+from .prepared import prepared
 from .reference import Reference, fp32_budget
 
 _PROSE = "The chart compares five colours; purple is the tallest bar, at eighty-six. "
@@ -182,7 +183,9 @@ def run(
     check_device(device)
     if small and dtype != "float32":
         raise ConfigError(f"--small: too few conversations to know {dtype}'s noise; leave it out")
-    return verify(checkpoint, torch.device(device), streamed, small, dtype)
+    checkpoints.load_config(checkpoint)
+    with prepared(checkpoint) as folder:
+        return verify(folder, torch.device(device), streamed, small, dtype)
 
 
 def check_device(device: str) -> None:

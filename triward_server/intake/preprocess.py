@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.video_utils import VideoMetadata
 
+from .. import model_configs  # noqa: F401 - what it registers
 from ..config import PreprocessConfig, token_limit
 from ..device import select
 from ..errors import CheckpointError, InvalidRequest
