@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measure import in_turns, machine, row, scores, work, writable
 from triward_server.config import ForwardConfig
 from triward_server.engine.geometry import Geometry
 from triward_server.engine.scoring import Scorer
+from triward_server.export.ixc_network import IxcNetwork
 from triward_server.export.ixc_reference import IxcOracle
 from triward_server.export.options import Size
 from triward_server.export.random_ixc_checkpoint import make_ixc_checkpoint
@@ -37,7 +41,7 @@ _TILES = ((1, 1), (1, 2), (2, 2), (2, 3))  # rows and columns of a single conver
 _PROMPT, _RESPONSE = 60, 120  # tokens of text
 
 
-def workloads(geometry: Geometry) -> dict[str, list[Features]]:
+def batches_of(geometry: Geometry) -> dict[str, list[Features]]:
     """Make the batches, by name."""
     rng = np.random.default_rng(0)
     side = (geometry.tile or 1) * geometry.patch_size
@@ -58,6 +62,27 @@ def workloads(geometry: Geometry) -> dict[str, list[Features]]:
     }
 
 
+class _Fused(IxcNetwork):
+    """The restatement's networks with torch's attention for all heads at once."""
+
+    def _attention(self, layer: str, x: Tensor, mask: Tensor) -> Tensor:
+        groups = self.config["num_key_value_heads"]
+        each = self.config["num_attention_heads"] // groups
+        rows = self._linear(f"{layer}.attention.wqkv", x, mask).unflatten(1, (groups, each + 2, -1))
+        q, k, v = (part.flatten(1, 2).transpose(0, 1) for part in rows.split([each, 1, 1], dim=2))
+        angles = self._angles(len(x), q.shape[-1])
+        out = scaled_dot_product_attention(
+            _turned(q, angles)[None], _turned(k, angles)[None], v[None],
+            is_causal=True, enable_gqa=True,
+        )  # fmt: skip
+        return self._linear(f"{layer}.attention.wo", out[0].transpose(0, 1).flatten(1), mask)
+
+
+def _turned(x: Tensor, angles: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+
 class Ways:
     """The ways to score a batch.
 
@@ -70,6 +95,7 @@ class Ways:
         # No cache: a pass that repeats must not be faster for it.
         self.scorer = Scorer(checkpoint, replace(config, embedding_cache_bytes=0))
         self._loop = IxcOracle(checkpoint)
+        self._loop.network = _Fused(checkpoint)
         self._language = self.scorer._model.language_model
         self._decoder = self._language.decoder
 
@@ -139,7 +165,7 @@ def main(
         ways = Ways(checkpoint)
         results["workloads"] = {
             name: measure(ways, batch, repeats)
-            for name, batch in workloads(ways.scorer.geometry).items()
+            for name, batch in batches_of(ways.scorer.geometry).items()
         }
     text = json.dumps(results, indent=2)
     print(text)

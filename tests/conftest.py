@@ -32,6 +32,7 @@ from tests.commands import BIN, Command, has_ended
 from tests.conversations import Messages, conversations
 from tests.fonts import FREE_FONT
 from triward import RewardClient
+from triward_server.export.prepared import prepared
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.export.random_ixc_checkpoint import make_ixc_checkpoint
 from triward_server.schema import DRAINING, ModelNames
@@ -121,6 +122,13 @@ def ixc_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ixc") / "checkpoint"
     make_ixc_checkpoint("tiny", 0, folder, font=FREE_FONT)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ixc_folder(ixc_checkpoint: Path) -> Iterator[Path]:
+    """The same as an export reads it, its tokenizer made."""
+    with prepared(ixc_checkpoint) as folder:
+        yield folder
 
 
 @dataclass(frozen=True)

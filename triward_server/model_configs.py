@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 @strict
-class InternLM2Config(PreTrainedConfig):
+class InternLM2Config(PreTrainedConfig):  # type: ignore[misc]
     """InternLM2's (arXiv:2403.17297), with the reward model's token."""
 
     model_type = "internlm2"
@@ -57,6 +57,7 @@ class InternLMXComposer2Config(InternLM2Config):
 
     model_type = "internlmxcomposer2"
 
+    reward_token_id: int | None = None  # type: ignore[assignment] # the template writes it
     max_length: int = 16_384
     image_token_id: int = 92_397
     plora_rank: int = 256

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from triward_server.cli import app
 from triward_server.export.random_ixc_checkpoint import IXC_SIZES, _shapes, make_ixc_checkpoint
-from triward_server.export.random_sentencepiece import USER_DEFINED, sentencepiece_model
+from triward_server.export.random_ixc_tokenizer import USER_DEFINED, sentencepiece_model
 
 
 def test_the_real_dimensions_are_the_published_ones() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests.conftest import Exit
+from tests.fonts import FREE_FONT
 from triward_server.cli import app
 from triward_server.config import ForwardConfig
 from triward_server.engine import architectures, streaming
@@ -26,6 +27,7 @@ from triward_server.engine.scoring import Scorer
 from triward_server.engine.weights import read_state
 from triward_server.errors import CheckpointError
 from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.export.random_ixc_checkpoint import make_ixc_checkpoint
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
 from triward_server.export.reference import fp32_budget
 from triward_server.export.verify import CaseScores, Verification, cases, require_agreement, verify
@@ -40,7 +42,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_checkpoint("tiny", 0, folder / "qwen2_5_vl")
     for name in KINDS:
         make_text_checkpoint(name, "tiny", 0, folder / name)
-    return {name: folder / name for name in ("qwen2_5_vl", *KINDS)}
+    make_ixc_checkpoint("tiny", 0, folder / "internlmxcomposer2", font=FREE_FONT)
+    return {name: folder / name for name in ("qwen2_5_vl", "internlmxcomposer2", *KINDS)}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -56,7 +59,8 @@ def test_what_is_shipped_scores_as_transformers_does(folders: dict[str, Path], n
         assert isinstance(refused.score, str) and isinstance(refused.reference, str)
     names = {row.name for row in whole.rows if isinstance(row.score, float)}
     assert names >= {"several turns", "unicode", "long", "control tokens as text"}
-    assert ("video" in names) == ("image odd" in names) == (name == "qwen2_5_vl")
+    sees = name in ("qwen2_5_vl", "internlmxcomposer2")
+    assert ("video" in names) == ("image odd" in names) == ("several images" in names) == sees
 
 
 WRONG: dict[str, tuple[str, Callable[[DecoderConfig], DecoderConfig]]] = {

@@ -58,8 +58,8 @@ class Layout:
         blocks: numbers of rows that row-wise layers compute at once (`blocks`).
         deterministic: whether every sequence is computed as if it were alone, so that no rounding
             depends on its company; the blocks are the sequences then.
-        media: for each block int64 [R, 2], first and last + 1 of its runs of media, or None where
-            it has none; None: no layer asks.
+        media: for each block int64 [R, 2] on the CPU, first and last + 1 of its runs of media, or
+            None where it has none; None: no layer asks.
     """
 
     query_lengths: tuple[int, ...]
@@ -71,7 +71,7 @@ class Layout:
     kernel: Kernel
     blocks: tuple[int, ...]
     deterministic: bool
-    media: tuple[Int64Array | None, ...] | None = None
+    media: tuple[Tensor | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def make_layout(
     )
 
 
-def _runs_of_media(rows: Int64Array, lengths: Sequence[int]) -> Iterator[Int64Array | None]:
+def _runs_of_media(rows: Int64Array, lengths: Sequence[int]) -> Iterator[Tensor | None]:
     """Find each block's runs, counted from its first row; behind them an empty one.
 
     So there are two at least, which compiled code does not treat apart.
@@ -149,8 +149,11 @@ def _runs_of_media(rows: Int64Array, lengths: Sequence[int]) -> Iterator[Int64Ar
     parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
     for part, first in zip(parts, ends - lengths, strict=True):
         gaps = np.flatnonzero(np.diff(part) > 1)
-        runs = np.stack([part[[0, *(gaps + 1)]], part[[*gaps, -1]] + 1], 1) if len(part) else None
-        yield None if runs is None else np.concatenate([runs - first, [[0, 0]]])
+        if not len(part):
+            yield None
+            continue
+        runs = np.stack([part[[0, *(gaps + 1)]], part[[*gaps, -1]] + 1], axis=1) - first
+        yield torch.from_numpy(np.concatenate([runs, [[0, 0]]]))
 
 
 def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Any, ...]]:

@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..schema import Int64Array
 from .attention import Layout, LogitRules, blocks, join, varlen
 from .layers import GatedMLP, Linear, RMSNorm, rotate_
 
@@ -115,7 +114,7 @@ class Attention(nn.Module):
         self.rules = LogitRules(decoder.scale, decoder.softcap, window)
 
     def project(
-        self, x: Tensor, cos: Tensor, sin: Tensor, media: Int64Array | None, first: int, last: int
+        self, x: Tensor, cos: Tensor, sin: Tensor, media: Tensor | None, first: int, last: int
     ) -> Tensor:
         """Heads `first` up to `last`: [T, dim] -> [T, last - first, D]. Values are not rotated."""
         rows = slice(first * self.head_dim, last * self.head_dim)
@@ -179,9 +178,7 @@ class DecoderLayer(nn.Module):
             self.after_(*each)
         return x
 
-    def before(
-        self, x: Tensor, cos: Tensor, sin: Tensor, media: Int64Array | None = None
-    ) -> Tensor:
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor, media: Tensor | None = None) -> Tensor:
         """Project to queries, keys and values: residual stream [T, dim] -> [T, H + 2 G, D]."""
         attention = self.self_attn
         heads = attention.queries + 2 * attention.keys
@@ -193,14 +190,14 @@ class DecoderLayer(nn.Module):
         return attention.project(self.input_layernorm(x), cos, sin, None, 0, attention.queries)
 
     def keys_and_values(
-        self, x: Tensor, cos: Tensor, sin: Tensor, media: Int64Array | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, media: Tensor | None = None
     ) -> Tensor:
         """Keys and values alone: [T, dim] -> [T, 2 G, D]."""
         attention = self.self_attn
         heads = attention.queries + 2 * attention.keys
         return attention.project(self.input_layernorm(x), cos, sin, media, attention.queries, heads)
 
-    def after_(self, x: Tensor, attended: Tensor, media: Int64Array | None = None) -> None:
+    def after_(self, x: Tensor, attended: Tensor, media: Tensor | None = None) -> None:
         """Add attention's [T, H, D] and what follows to the residual stream [T, dim], in place."""
         x += self.self_attn.o_proj(attended.flatten(1), media)
         x += self.mlp(self.post_attention_layernorm(x), media)
@@ -214,7 +211,7 @@ class SandwichLayer(DecoderLayer):
         self.pre_feedforward_layernorm = decoder.norm(decoder.hidden)
         self.post_feedforward_layernorm = decoder.norm(decoder.hidden)
 
-    def after_(self, x: Tensor, attended: Tensor, media: Int64Array | None = None) -> None:
+    def after_(self, x: Tensor, attended: Tensor, media: Tensor | None = None) -> None:
         """Add as every layer does, the results of both halves normalised."""
         result = self.self_attn.o_proj(attended.flatten(1), media)
         x += self.post_attention_layernorm(result.float())

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from ..config import Dtype
 from ..errors import CheckpointError, ConfigError
-from ..schema import Int64Array
 from .layers import Linear, LowRank, updated
 
 E4M3 = torch.float8_e4m3fn
@@ -47,11 +46,11 @@ class Float8Linear(nn.Module):
         self.bias = None if shape is None else nn.Parameter(torch.empty(shape))
         self.plora = plora
 
-    def forward(self, x: Tensor, media: Int64Array | None = None) -> Tensor:
+    def forward(self, x: Tensor, media: Tensor | None = None) -> Tensor:
         """bfloat16 [T, inputs] -> [T, outputs]; `media` as in `layers.Linear`."""
         return self.part(x, slice(None), media)
 
-    def part(self, x: Tensor, outputs: slice, media: Int64Array | None = None) -> Tensor:
+    def part(self, x: Tensor, outputs: slice, media: Tensor | None = None) -> Tensor:
         """Compute some outputs alone; the slice begins and ends at multiples of `ALIGNMENT`."""
         bias = None if self.bias is None else self.bias[outputs]
         values, scale = quantise(x)

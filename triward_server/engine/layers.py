@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..schema import Int64Array
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
@@ -88,19 +86,20 @@ class LowRank(nn.Module):
         self.A = nn.Parameter(torch.empty(parts * rank, inputs))
         self.B = nn.Parameter(torch.empty(outputs, rank))
 
-    def add_(self, y: Tensor, x: Tensor, runs: Int64Array, outputs: slice) -> None:
+    def add_(self, y: Tensor, x: Tensor, runs: Tensor, outputs: slice) -> None:
         """Add B A x to some rows of the layer's result, in place.
 
         Args:
             y: [T, number of outputs].
             x: [T, inputs], what it was made of.
-            runs: int64 [R, 2], first and last + 1 of rows that lie one behind the other.
+            runs: int64 [R, 2] on the CPU, first and last + 1 of rows that lie one behind the
+                other.
             outputs: those that y has; all of them where there are several parts.
         """
         matrix = self.B[outputs]
         if torch.compiler.is_compiling():
             # One call whatever the runs are: a compiler would make code for each number of them.
-            _add_low_rank(y, x, self.A, matrix, torch.from_numpy(runs))
+            _add_low_rank(y, x, self.A, matrix, runs)
         else:
             _add_to_runs(y, x, self.A, matrix, runs.tolist())
 
@@ -143,18 +142,18 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias)
         self.plora = LowRank(inputs, outputs, rank, parts) if rank else None
 
-    def forward(self, x: Tensor, media: Int64Array | None = None) -> Tensor:
+    def forward(self, x: Tensor, media: Tensor | None = None) -> Tensor:
         """[T, inputs] -> [T, outputs]; `media`: the runs of rows that get the update."""
         return self.part(x, slice(None), media)
 
-    def part(self, x: Tensor, outputs: slice, media: Int64Array | None = None) -> Tensor:
+    def part(self, x: Tensor, outputs: slice, media: Tensor | None = None) -> Tensor:
         """Compute these outputs alone: [T, inputs] -> [T, their number]."""
         bias = None if self.bias is None else self.bias[outputs]
         return updated(F.linear(x, self.weight[outputs], bias), self.plora, x, media, outputs)
 
 
 def updated(
-    y: Tensor, plora: LowRank | None, x: Tensor, media: Int64Array | None, outputs: slice
+    y: Tensor, plora: LowRank | None, x: Tensor, media: Tensor | None, outputs: slice
 ) -> Tensor:
     """Add a layer's low-rank update to its result; there are runs only where there is an update."""
     if media is not None:
@@ -174,7 +173,7 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = Linear(dim, 2 * inner, bias, rank, parts=2)
         self.down_proj = Linear(inner, dim, bias, rank)
 
-    def forward(self, x: Tensor, media: Int64Array | None = None) -> Tensor:
+    def forward(self, x: Tensor, media: Tensor | None = None) -> Tensor:
         """[T, dim] -> [T, dim]; `media` as in `Linear`."""
         gate, up = self.gate_up_proj(x, media).chunk(2, dim=-1)
         out: Tensor = self.down_proj(self.activation(gate).mul_(up), media)

@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -50,6 +50,7 @@ from .configuration import configure, configure_vision
 from .draft import copy_source, folders, link_or_copy, written_whole
 from .onnx import export_vision
 from .options import Options, Weights
+from .prepared import prepared
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -73,7 +74,16 @@ def build(options: Options) -> None:
     names, version = model_names(wanted.name), str(wanted.version)
     _say_where(options)
     _check_output(wanted.output, names, version, wanted.force)
-    folder, commit = _resolve(wanted.checkpoint, wanted.revision)
+    source, commit = _resolve(wanted.checkpoint, wanted.revision)
+    checkpoint.load_config(source)
+    with prepared(source) as folder:
+        _build(folder, commit, names, version, options)
+
+
+def _build(
+    folder: Path, commit: str | None, names: ModelNames, version: str, options: Options
+) -> None:
+    wanted = options.export
     checkpoint.check_tensors(folder)
     # Here the processor's files are tried, wherever they will run.
     preprocessor = Preprocessor(folder, replace(options.preprocess, device="cpu"))
@@ -88,7 +98,6 @@ def build(options: Options) -> None:
         graph = _write_vision(folder, draft, names, version, options)
         pin(draft, version, names)
         contents = [*_place_files(folder, draft, names, version, wanted.weights), *graph]
-        contents += _write_made(preprocessor.made, draft, names, version)
         manifest = _manifest(commit, contents, options)
         if calibrated:
             manifest["calibration"] = asdict(calibrated)
@@ -114,16 +123,6 @@ def _place_files(
         for role, placed in read.items()
         for file in placed
     ]
-
-
-def _write_made(
-    made: Mapping[str, str], draft: Path, names: ModelNames, version: str
-) -> list[tuple[str, Path]]:
-    """Write what the checkpoint lacks and the preprocessing has made of its other files."""
-    folder = draft / names.preprocess / version / CHECKPOINT_DIRECTORY
-    for name, text in made.items():
-        (folder / name).write_text(text)
-    return [(f"preprocess/{CHECKPOINT_DIRECTORY}/{name}", folder / name) for name in made]
 
 
 def _write_vision(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .options import Size
 from .random_checkpoint import random_tensor, write_json, write_shards
-from .random_sentencepiece import USER_DEFINED, sentencepiece_model
+from .random_ixc_tokenizer import USER_DEFINED, sentencepiece_model
 
 PATCH = 14
 _CODE = "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"

@@ -35,6 +35,7 @@ from ..engine.weights import read_state
 from ..errors import CheckpointError, ConfigError, InvalidRequest, TriwardError
 from ..intake.preprocess import Preprocessor
 from ..schema import Features
+from .prepared import prepared
 from .referees import TRANSFORMERS, Referee, RefereeKind, Refusal, check_dtype, kind_of_referee
 from .reference import fp32_budget
 
@@ -189,7 +190,9 @@ def run(
     check_device(device)
     if small and dtype != "float32":
         raise ConfigError(f"--small: too few conversations to know {dtype}'s noise; leave it out")
-    return verify(checkpoint, torch.device(device), streamed, small, dtype)
+    checkpoints.load_config(checkpoint)
+    with prepared(checkpoint) as folder:
+        return verify(folder, torch.device(device), streamed, small, dtype)
 
 
 def check_device(device: str) -> None:

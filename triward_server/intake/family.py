@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import InvalidRequest
@@ -80,7 +80,6 @@ class Family:
         media: None: a text model.
         placeholders: the ids that stand for media.
         place: what a prompt's text has where a media item stands, if its part does not say so.
-        made: files that an export adds to the checkpoint's, so that they are not made again.
     """
 
     processor: Any
@@ -89,7 +88,6 @@ class Family:
     media: Media | None = None
     placeholders: tuple[int, ...] = ()
     place: str = ""
-    made: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_options(place: MediaPlace, known: AbstractSet[str]) -> None:

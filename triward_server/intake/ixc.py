@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ImageFont
+from transformers import AutoTokenizer
 
 from ..config import PreprocessConfig
 from ..errors import CheckpointError, ConfigError, InvalidRequest
@@ -24,18 +25,18 @@ from .image_codec import Manner, resized
 from .media import check_pixels
 from .sheet import FONT_SIZE, FRAMES, MOST_FRAMES, Sheet, frame_size
 from .tiles import Size, Tiles, frames_shown
-from .tokenizer_model import TOKENIZER_FILE, load_tokenizer
 
 PLACE = "<ImageHere>"
 FONT = "SimHei.ttf"
 HD_NUM, HD_NUM_OF_SEVERAL = 9, 6
-IMAGE_TOKEN = "[UNUSED_TOKEN_0]"  # no text that is scored has it
+_IMAGE = "[UNUSED_TOKEN_0]"  # no text that is scored has it
 _PLACEHOLDER = 92_397  # its id, unless config.json says otherwise
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.media_first %}" + IMAGE_TOKEN + "{% endif %}"
-    "[UNUSED_TOKEN_146]{{ message.role }}\n{{ message.content }}[UNUSED_TOKEN_145]\n"
-    "{% endfor %}</s>[UNUSED_TOKEN_130]"
+_CONTROL = {"image": 0, "scored": 130, "end": 145, "start": 146}  # `[UNUSED_TOKEN_n]`
+_TEMPLATE = (
+    "{{% for message in messages %}}"
+    "{{% if message.media_first %}}{image}{{% endif %}}"
+    "{start}{{{{ message.role }}}}\n{{{{ message.content }}}}{end}\n"
+    "{{% endfor %}}{eos}{scored}"
 )
 
 _MANNER = Manner("bilinear", on_white=False, mirrors_tall=True)
@@ -58,45 +59,62 @@ def load_ixc(checkpoint: Path, config: PreprocessConfig, written: dict[str, Any]
         raise ConfigError(
             f"preprocess_device {config.device!r}: this checkpoint's images are resized on the cpu"
         )
-    tokenizer = load_tokenizer(checkpoint, TEMPLATE)
-    made = {}
-    if not (checkpoint / TOKENIZER_FILE).is_file():
-        made = {TOKENIZER_FILE: tokenizer.backend_tokenizer.to_str(pretty=True)}
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     placeholder = written.get("image_token_id", _PLACEHOLDER)
-    found = tokenizer.get_vocab().get(IMAGE_TOKEN)
-    if found != placeholder:
-        raise CheckpointError(
-            f"{checkpoint}: {IMAGE_TOKEN} has id {found} in the tokenizer, the model reads "
-            f"{placeholder}"
-        )
+    control = _control_tokens(checkpoint, tokenizer, placeholder)
+    tokenizer.chat_template = _TEMPLATE.format(**control)
     vision = written.get("vision_config") or {}
     tiles = Tiles(vision.get("image_size", 560), vision.get("patch_size", 14))
     positions = min(written.get("max_length", 16_384), written["max_position_embeddings"])
     media = IxcMedia(tiles, checkpoint / FONT, config)
-    return Family(tokenizer, positions, places_chat, media, (placeholder,), PLACE, made)
+    chat = PlacesChat(control["image"])
+    return Family(tokenizer, positions, chat, media, (placeholder,), PLACE)
 
 
-def places_chat(conversation: Conversation, mark: Mark) -> list[dict[str, Any]]:
+def _control_tokens(checkpoint: Path, tokenizer: Any, placeholder: int) -> dict[str, str]:
+    """Return the names of what the template writes, which a tokenizer's files may have changed."""
+    special = {id_: str(t) for id_, t in tokenizer.added_tokens_decoder.items() if t.special}
+    found = {role: special.get(placeholder + number) for role, number in _CONTROL.items()}
+    found["eos"] = tokenizer.eos_token
+    for role, name in found.items():
+        if name not in special.values() or (role == "image" and name != _IMAGE):
+            raise CheckpointError(
+                f"{checkpoint}: the tokenizer's token for {role!r} is {name!r}, of the ids from "
+                f"{placeholder} on; the model's has {_IMAGE} there, all of them special"
+            )
+    return {role: str(name) for role, name in found.items()}
+
+
+@dataclass(frozen=True)
+class PlacesChat:
     """`family.Chat`: one item without a place stands in front of the prompt, others in places.
 
     Where their parts stand says nothing. What an assistant said holds no places: neither a response
     nor what was one in an earlier turn may move an image.
+
+    Attributes:
+        image: the token that stands for one.
     """
-    texts = [_between_places(message) for message in conversation.messages]
-    places, count = sum(len(pieces) - 1 for pieces in texts), len(conversation.media_places)
-    if places != count and (places, count) != (0, 1):
-        raise InvalidRequest(
-            "messages",
-            f"{places} places {PLACE} in the text for {count} images and videos; there must be "
-            "one for each, or none for a single one",
-        )
-    chat: list[dict[str, Any]] = [
-        {"role": message.role, "content": IMAGE_TOKEN.join(map(mark, pieces))}
-        for message, pieces in zip(conversation.messages, texts, strict=True)
-    ]
-    if count > places:
-        chat[0]["media_first"] = True
-    return chat
+
+    image: str
+
+    def __call__(self, conversation: Conversation, mark: Mark) -> list[dict[str, Any]]:
+        """See `family.Chat`."""
+        texts = [_between_places(message) for message in conversation.messages]
+        places, count = sum(len(pieces) - 1 for pieces in texts), len(conversation.media_places)
+        if places != count and (places, count) != (0, 1):
+            raise InvalidRequest(
+                "messages",
+                f"{places} places {PLACE} in the text for {count} images and videos; there must be "
+                "one for each, or none for a single one",
+            )
+        chat: list[dict[str, Any]] = [
+            {"role": message.role, "content": self.image.join(map(mark, pieces))}
+            for message, pieces in zip(conversation.messages, texts, strict=True)
+        ]
+        if count > places:
+            chat[0]["media_first"] = True
+        return chat
 
 
 def _between_places(message: Message) -> list[str]:

@@ -55,7 +55,7 @@ class Preprocessor:
         self._config = config
         family = load_family(checkpoint, config)
         self._media = family.media
-        self.place, self.made = family.place, family.made
+        self.place = family.place
         self.patch_size = family.media.patch_size if family.media else 1
         self._max_tokens = token_limit(config.max_tokens, family.positions)
         self._tokenizer = ConversationTokenizer(family, self._max_tokens, config.max_request_tokens)

@@ -12,10 +12,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.conversations import RESPONSES
+from triward_server.errors import CheckpointError
 from triward_server.export.ixc_tokens import SlowTokenizer
-from triward_server.export.random_sentencepiece import Piece, PieceType, _model
-from triward_server.intake.tokenizer_model import MODEL_FILE, convert
+from triward_server.export.prepared import prepared
+from triward_server.export.sentencepiece import read_vocabulary, tokenizer_of
 
+MODEL_FILE = "tokenizer.model"
 COUNT = 2000
 POOLS = (
     "abcdefghij klmno pqr stuv", "0123456789.,", "中文字符测试图表", "الجواب هو", "\n\t  ",
@@ -27,6 +29,10 @@ WORDS = ("[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_0]", "</s>", "<unk>", "<s>", " the
 # tokenizer.model (1,477,754 bytes): </s>, <s> and <unk> cut out and named as the slow class does,
 # the rest by `SentencePieceProcessor.encode` of sentencepiece 0.2.3.
 PUBLISHED = "def2ded0018fd942d811ecadb1917d686952c5b828fd8f6d078465737e200b90"
+
+
+def convert(folder: Path) -> Tokenizer:
+    return tokenizer_of(read_vocabulary(folder / MODEL_FILE))
 
 
 def prompts() -> list[str]:
@@ -47,8 +53,8 @@ def equal(tokenizer: Tokenizer, slow: SlowTokenizer) -> str:
     texts = prompts()
     digest = hashlib.sha256()
     for text, encoding in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        assert encoding.ids == [1, *slow.published(text)], text
-        digest.update(struct.pack(f"<{len(encoding.ids)}i", *encoding.ids[1:], -1))
+        assert encoding.ids == slow.published(text), text
+        digest.update(struct.pack(f"<{len(encoding.ids) + 1}i", *encoding.ids, -1))
     return digest.hexdigest()
 
 
@@ -72,14 +78,24 @@ def test_what_is_saved_is_the_same(ixc_checkpoint: Path, tmp_path: Path) -> None
     equal(again, SlowTokenizer(ixc_checkpoint / MODEL_FILE))
 
 
-def test_a_nul_is_a_byte(tmp_path: Path) -> None:
+def test_a_nul_is_a_byte(ixc_checkpoint: Path, tmp_path: Path) -> None:
     """The published file has a piece for it, which SentencePiece does not use."""
-    kinds = {"<unk>": PieceType.UNKNOWN, "<s>": PieceType.CONTROL, "</s>": PieceType.CONTROL}
-    named = [Piece(text, 0.0, kind) for text, kind in kinds.items()]
-    bytes_ = [Piece(f"<0x{byte:02X}>", 0.0, PieceType.BYTE) for byte in range(256)]
-    normal = [Piece(text, -float(n), PieceType.NORMAL) for n, text in enumerate(("\0", "a", "b"))]
-    (tmp_path / MODEL_FILE).write_bytes(_model([*named, *bytes_, *normal]))
-    assert convert(tmp_path).encode("a\0b").ids == [1, 260, 3, 261]
+    data = (ixc_checkpoint / MODEL_FILE).read_bytes()
+    piece = b"\x0a\x01Q\x15"  # the text Q, and the score's tag
+    assert data.count(piece) == 1
+    (tmp_path / MODEL_FILE).write_bytes(data.replace(piece, b"\x0a\x01\0\x15"))
+    assert convert(tmp_path).encode("\0").ids == [3]
+    assert convert(ixc_checkpoint).encode("Q").ids != [3]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x0a\x05ab", b"\xff" * 9, b"\x0a\x02\x0a\x00"])
+def test_a_damaged_model(content: bytes | None, ixc_checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((ixc_checkpoint / name).read_bytes())
+    if content is not None:
+        (tmp_path / MODEL_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"), prepared(tmp_path):
+        pass
 
 
 @pytest.mark.skipif("TRIWARD_INTERNLM2_TOKENIZER" not in os.environ, reason="not at hand")
