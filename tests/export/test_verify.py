@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from triward_server.engine.decoder import DecoderConfig
 from triward_server.engine.scoring import Scorer
 from triward_server.engine.weights import read_state
 from triward_server.errors import CheckpointError
+from triward_server.export.prepared import prepared
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.export.random_ixc_checkpoint import make_ixc_checkpoint
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
@@ -36,14 +38,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """As an export reads them, tokenizers made where they are remote code."""
     folder = tmp_path_factory.mktemp("verified")
     torch.set_num_threads(1)
     make_checkpoint("tiny", 0, folder / "qwen2_5_vl")
     for name in KINDS:
         make_text_checkpoint(name, "tiny", 0, folder / name)
     make_ixc_checkpoint("tiny", 0, folder / "internlmxcomposer2", font=FREE_FONT)
-    return {name: folder / name for name in ("qwen2_5_vl", "internlmxcomposer2", *KINDS)}
+    with ExitStack() as stack:
+        yield {each.name: stack.enter_context(prepared(each)) for each in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

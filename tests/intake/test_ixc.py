@@ -362,6 +362,20 @@ def test_only_pillow_resizes(ixc_folder: Path) -> None:
         Preprocessor(ixc_folder, PreprocessConfig(device="cuda", resize="torch"))
 
 
+@pytest.mark.parametrize("kind", ["internlmxcomposer2", "internlm2"])
+def test_nobody_is_asked_to_run_a_checkpoints_code(
+    kind: str, ixc_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would, on a terminal, where nothing says no."""
+    folder = copied(ixc_checkpoint, tmp_path, without="config.json")
+    config = json.loads((ixc_checkpoint / "config.json").read_text())
+    config |= {"model_type": kind, "architectures": config["architectures"][: kind != "internlm2"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody is asked"))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        Preprocessor(folder, PreprocessConfig())
+
+
 def test_a_tokenizer_that_takes_text_for_control(ixc_folder: Path, tmp_path: Path) -> None:
     folder = copied(ixc_folder, tmp_path, without=TOKENIZER)
     made = json.loads((ixc_folder / TOKENIZER).read_text())

@@ -34,9 +34,11 @@ def load_family(checkpoint: Path, config: PreprocessConfig) -> Family:
         kind = kind_of(written)
         if kind in FAMILIES:
             return FAMILIES[kind](checkpoint, config, written)
-        model = AutoConfig.from_pretrained(checkpoint)
+        # False: transformers does not even ask whether it may run a checkpoint's code.
+        model = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         multimodal = getattr(model, "vision_config", None) is not None
-        processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(checkpoint)
+        auto: Any = AutoProcessor if multimodal else AutoTokenizer
+        processor = auto.from_pretrained(checkpoint, trust_remote_code=False)
     except (CheckpointError, ConfigError):
         raise
     except Exception as error:  # transformers raises many types

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ImageFont
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from ..config import PreprocessConfig
 from ..errors import CheckpointError, ConfigError, InvalidRequest
@@ -59,7 +59,7 @@ def load_ixc(checkpoint: Path, config: PreprocessConfig, written: dict[str, Any]
         raise ConfigError(
             f"preprocess_device {config.device!r}: this checkpoint's images are resized on the cpu"
         )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(checkpoint)  # never the remote class
     placeholder = written.get("image_token_id", _PLACEHOLDER)
     control = _control_tokens(checkpoint, tokenizer, placeholder)
     tokenizer.chat_template = _TEMPLATE.format(**control)
