@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -16,14 +17,13 @@ from triward_server.export.ixc_pictures import (
     film_frames,
     image_canvas,
     normalized,
-    pixel_rows,
+    patch_rows,
     sheet,
     sheet_canvas,
     whole_and_tiles,
 )
 from triward_server.export.ixc_reference import token_count
 
-matplotlib = pytest.importorskip("matplotlib")
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
@@ -94,7 +94,7 @@ def test_the_whole_image_comes_first_and_tiles_row_by_row() -> None:
             part = pixels[:, 56 * row : 56 * row + 56, 56 * column : 56 * column + 56]
             torch.testing.assert_close(images[1 + row * columns + column], part, rtol=0, atol=0)
     assert float((images[0] - pixels[:, :56, :56]).abs().max()) > 0.1
-    cut = pixel_rows(images, 14)
+    cut = patch_rows(images, 14)
     assert cut.shape == (7 * 16, 588)
     patch = images[1, :, 14:28, 28:42].flatten()  # the first tile's second row, third column
     torch.testing.assert_close(cut[16 + 4 + 2], patch, rtol=0, atol=0)

@@ -182,14 +182,16 @@ def test_where_pictures_stand(oracle: IxcOracle) -> None:
     one = show(56, 56)
     in_front = oracle.inputs([user("Look.", one, " What?"), says("Bars.")])
     assert in_front.ids[:15] == [1, *[place] * 13, opening]
-    inside = oracle.inputs([user(one, "Look: <ImageHere>"), says("As <ImageHere>.")])
+    inside = oracle.inputs(
+        [user(one, "Look: <ImageHere>"), says("A <ImageHere>."), user("?"), says("<ImageHere>")]
+    )
     before = [1, opening, *tokens.plain("user\nLook: ")]
     assert inside.ids[: len(before) + 14] == [
         *before,
         *[place] * 13,
         tokens.ids["[UNUSED_TOKEN_145]"],
     ]
-    assert inside.ids.count(place) == 13, "a response holds no place"
+    assert inside.ids.count(place) == 13, "what an assistant says holds no place"
     two = oracle.inputs([user(one, one, "<ImageHere><ImageHere>"), says("")])
     assert two.ids.count(place) == 26
 

@@ -92,7 +92,8 @@ class IxcOracle:
         """Return what a conversation is to the network.
 
         A single picture stands in front of everything, unless `<ImageHere>` in a prompt's text says
-        where; several pictures need as many of these. A response holds none: there it is text.
+        where; several pictures need as many of these. What an assistant says holds none: there it
+        is text.
 
         Raises:
             ValueError: the number of places does not fit, or the role of a message is unknown.
@@ -118,12 +119,12 @@ class IxcOracle:
         named, plain = self.tokenizer.ids, self.tokenizer.plain
         segments: list[list[int]] = [[]]
         for index, message in enumerate(messages):
+            said = message["role"] == "assistant"
             if message["role"] not in ("system", "user", "assistant"):
                 raise ValueError(f"messages[{index}].role is {message['role']!r}")
             segments[-1].append(named["[UNUSED_TOKEN_146]"])
             text = f"{message['role']}\n{_text_of(message)}"
-            response = index == len(messages) - 1
-            first, *others = [text] if response else text.split(PLACE)
+            first, *others = [text] if said else text.split(PLACE)
             segments[-1] += plain(first)
             segments += [plain(part) for part in others]
             segments[-1] += [named["[UNUSED_TOKEN_145]"], *plain("\n")]
