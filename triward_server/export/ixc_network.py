@@ -41,7 +41,7 @@ class _Tensors:
         self._kept: dict[str, Tensor] | None = None if streamed else {}
         self._files: dict[str, Any] = {}
         for path in sorted(checkpoint.glob("*.safetensors")):
-            file = safe_open(path, framework="pt", device="cpu")
+            file: Any = safe_open(path, framework="pt", device="cpu")
             self._files |= dict.fromkeys(file.keys(), file)
         self.names = list(self._files)
 

@@ -73,7 +73,8 @@ def film_frames(file: str | Path) -> list[Image.Image]:
     """Return the frames of a video file that are shown: one a second, 32 at most."""
     with av.open(str(file)) as container:
         rate = float(container.streams.video[0].average_rate or 0)
-        frames = [frame.to_image() for frame in container.decode(video=0)]
+        shown = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+        frames = [Image.fromarray(pixels) for pixels in shown]
     stride = round(rate)
     if stride < 1:
         raise ValueError(f"{file} has {rate} frames a second")
@@ -143,7 +144,7 @@ def whole_and_tiles(canvas: UInt8Array, tile: int) -> Tensor:
     return torch.cat([whole, torch.stack(tiles)])
 
 
-def pixel_rows(images: Tensor, patch: int) -> Tensor:
+def patch_rows(images: Tensor, patch: int) -> Tensor:
     """Cut [N, 3, S, S] into rows of one patch each, float32 [N * (S / patch)^2, 3 * patch^2]."""
     grid = images.unfold(2, patch, patch).unfold(3, patch, patch)
     return grid.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1] * patch * patch)

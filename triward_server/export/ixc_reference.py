@@ -136,7 +136,7 @@ class IxcOracle:
         rows, columns = (length // self.network.tile for length in canvas.shape[:2])
         if self._mistake == "separators missing":
             return (rows * columns + 1) * side**2
-        return (rows * columns + 1) * side**2 + 1 + (rows + 1) * side
+        return token_count(rows, columns, side)
 
     def _pictures(self, messages: Sequence[dict[str, Any]]) -> list[UInt8Array]:
         parts = [
@@ -158,6 +158,11 @@ class IxcOracle:
         listed = not isinstance(source, str | Path)
         frames = at_most([*map(_opened, source)]) if listed else film_frames(source)
         return sheet_canvas(sheet(frames, self._font), tile)
+
+
+def token_count(rows: int, columns: int, side: int) -> int:
+    """Return the tokens of a canvas of `rows` x `columns` tiles, `side` x `side` tokens each."""
+    return (rows * columns + 1) * side**2 + 1 + (rows + 1) * side
 
 
 def _opened(source: Any) -> Image.Image:
