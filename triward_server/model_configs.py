@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 @strict
-class InternLM2Config(PreTrainedConfig):
+class InternLM2Config(PreTrainedConfig):  # type: ignore[misc] # an untyped package
     """InternLM2's (arXiv:2403.17297), with the reward model's token."""
 
     model_type = "internlm2"

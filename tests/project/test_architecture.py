@@ -27,8 +27,8 @@ ROOMS = {
     "backend": "metrics draining onnx_inputs onnx_runner onnx_vision codec triton_io",
     "serving": "canary log repository integrity triton_http installation signals child endpoints "
     "gpu progress ending launch instances watchdog switch",
-    "export": "placement options sentencepiece prepared internlm2 reference verify calibration "
-    "onnx configuration draft build "
+    "export": "placement options sentencepiece lora prepared internlm2 reference verify "
+    "calibration onnx configuration draft build "
     "random_checkpoint random_sentencepiece random_text_checkpoint commands",
     "testing": "oracle echo_models echo",
     "commands": "cli",

@@ -75,8 +75,14 @@ def build(options: Options) -> None:
     _check_output(wanted.output, names, version, wanted.force)
     source, commit = _resolve(wanted.checkpoint, wanted.revision)
     checkpoint.load_config(source)
-    with prepared(source) as folder:
+    with prepared(source, wanted.lora, _beside(wanted.output) if wanted.lora else None) as folder:
         _build(folder, commit, names, version, options)
+
+
+def _beside(output: Path) -> Path:
+    """Return the output's folder, which has room for weights."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output.parent
 
 
 def _build(
@@ -276,7 +282,7 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
             raise ConfigError(f"--revision {revision}: {source} is a folder and has no revisions")
         return Path(source).resolve(), None
     try:
-        patterns = [*PROCESSOR_FILES, "*.safetensors", weights.INDEX_FILE]
+        patterns = [*PROCESSOR_FILES, "*.safetensors", weights.INDEX_FILE, "value_head.bin"]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -293,6 +299,7 @@ def _manifest(
     return {
         "source": options.export.checkpoint,
         "revision": commit,
+        "lora": str(options.export.lora) if options.export.lora else None,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "triward_server": __version__,
         "python": sys.version.split()[0],

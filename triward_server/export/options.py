@@ -20,8 +20,8 @@ from .placement import Placement, placement
 
 Size = Literal["tiny", "small", "7b"]  # of a checkpoint with random weights
 TextModel = Literal[
-    "llama", "gemma2", "qwen2", "qwen3", "internlm2"
-]  # random ones of text, by model_type
+    "llama", "gemma2", "qwen2", "qwen2-score", "qwen2-reward", "qwen3", "mistral", "internlm2"
+]  # fmt: skip
 # Of ONNX's operators: the first that has attention as one operator, from which runtimes choose a
 # fused kernel; ONNX Runtime takes it from 1.22 on.
 OPSET = 23
@@ -103,6 +103,9 @@ class ExportConfig:
         str,
         Field(description="What callers will call the model; another one adds a model."),
     ] = schema.ENSEMBLE
+    lora: Annotated[
+        Path | None, Field(description="Folder of a PEFT adapter of LoRA, which is merged in.")
+    ] = None
     revision: Annotated[str | None, Field(description="Branch, tag or commit on the hub.")] = None
     version: Annotated[
         int,

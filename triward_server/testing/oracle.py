@@ -34,7 +34,6 @@ from ..export.reference import (
     Reference,
     card_inputs,
     fp32_budget,
-    is_restated,
     text_inputs,
 )
 from ..schema import Features, Int32Array
@@ -150,7 +149,8 @@ class TextOracle:
         head = Path(checkpoint, "value_head.safetensors")
         self.has_value_head = head.is_file()
         self.restated: Reference | None = None
-        if is_restated(AutoConfig.from_pretrained(checkpoint)):
+        classes = AutoConfig.from_pretrained(checkpoint).architectures or [""]
+        if not classes[0].endswith(("ForSequenceClassification", "ForCausalLM")):
             self.restated = Reference(Path(checkpoint), torch.device(device), dtype=dtype)
             return
         auto = AutoModelForCausalLM if self.has_value_head else AutoModelForSequenceClassification

@@ -5,7 +5,7 @@ docs/adding-a-model.md shows how to add one.
 
 from __future__ import annotations
 
-from . import gemma2, internlm2, llama, qwen2, qwen2_5_vl, qwen3
+from . import gemma2, internlm2, llama, mistral, qwen2, qwen2_5_vl, qwen3
 from .interface import Architecture
 
 # By `model_type` of a checkpoint's config.json.
@@ -16,6 +16,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": qwen2.ARCHITECTURE,
     "qwen3": qwen3.ARCHITECTURE,
     "internlm2": internlm2.ARCHITECTURE,
+    "mistral": mistral.ARCHITECTURE,
 }
 
 __all__ = ["ARCHITECTURES", "Architecture"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..decoder import DecoderConfig
 from ..naming import Naming
-from .interface import ROPE_TYPES, Architecture, Fields, Head, Shapes, common_decoder, only
+from .interface import Architecture, Fields, Head, Shapes, common_decoder, only
 
 RENAMES = (
     (r"\btok_embeddings\.", "embed_tokens."),
@@ -55,9 +55,8 @@ def internlm2_decoder(config: Fields) -> DecoderConfig:
     heads, keys = config.num_attention_heads, config.num_key_value_heads
     only("hidden_size modulo num_attention_heads", [config.hidden_size % heads], [0])
     only("num_attention_heads modulo num_key_value_heads", [heads % keys], [0])
-    config.ignore("auto_map")  # names the remote code that this file stands for
     # "dynamic" stretches conversations beyond `max_position_embeddings` alone, which are refused.
-    return common_decoder(config, (*ROPE_TYPES, "dynamic"))
+    return common_decoder(config, ("default", "linear", "dynamic"))
 
 
 def _naming(decoder: DecoderConfig) -> Naming:
@@ -85,7 +84,6 @@ def _shapes(decoder: DecoderConfig) -> Shapes:
         "model.tok_embeddings.weight": (decoder.vocab_size, hidden),
         **layers,
         "model.norm.weight": (hidden,),
-        "v_head.weight": (1, hidden),
     }
 
 
