@@ -142,7 +142,7 @@ BAD = {
     "bias 'all'": (dict, {"bias": "all"}),
     "peft_type 'IA3'": (dict, {"peft_type": "IA3"}),
     "layers_to_transform": (dict, {"layers_to_transform": [1]}),
-    "lora_A has shape .*its base asks for .8, 128": (dict, {"r": 8}),
+    "lora_A has shape .4, 256., its base asks for .8, 256": (dict, {"r": 8}),
     "nothing for target module 'o_proj'": (dict, {"target_modules": [*TARGETS, "o_proj"]}),
     "has lora_B alone": (lambda t: without(t, "layers.1.self_attn.q_proj.lora_A"), {}),
     "nothing for 'language_model.layers.3.mlp.down_proj": (

@@ -75,7 +75,8 @@ def build(options: Options) -> None:
     _check_output(wanted.output, names, version, wanted.force)
     source, commit = _resolve(wanted.checkpoint, wanted.revision)
     checkpoint.load_config(source)
-    with prepared(source, wanted.lora, _beside(wanted.output) if wanted.lora else None) as folder:
+    place = _beside(wanted.output) if wanted.lora else None
+    with prepared(source, wanted.lora, place, wanted.template) as folder:
         _build(folder, commit, names, version, options)
 
 
@@ -196,8 +197,9 @@ def _canary(
     Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(picture, "PNG")
     image = [{"type": "image"}] if preprocessor.reads_images else []
     content = [*image, {"type": "text", "text": "Does it get brighter downwards?"}]
+    reference = {"reference": "Yes."} if preprocessor.needs_reference else {}
     canary = Canary(
-        messages=json.dumps([{"role": "user", "content": content}]),
+        messages=json.dumps([{"role": "user", "content": content, **reference}]),
         responses=("Yes, from black to white.", "No.")[: options.preprocess.max_responses],
         media=(picture.getvalue(),) * len(image),
         scores=None,

@@ -41,6 +41,13 @@ class Weights(str, Enum):
     COPY = "copy"
 
 
+class Template(str, Enum):
+    """Chat templates that an export can use."""
+
+    CHECKPOINT = "checkpoint"
+    POLAR = "polar"
+
+
 @dataclass(frozen=True)
 class TritonConfig:
     """Settings of `config.pbtxt` beside a model's parameters."""
@@ -106,6 +113,13 @@ class ExportConfig:
     lora: Annotated[
         Path | None, Field(description="Folder of a PEFT adapter of LoRA, which is merged in.")
     ] = None
+    template: Annotated[
+        Template,
+        Field(
+            description="checkpoint: its own chat template; polar: POLAR's, with a reference "
+            "answer in each request."
+        ),
+    ] = Template.CHECKPOINT
     revision: Annotated[str | None, Field(description="Branch, tag or commit on the hub.")] = None
     version: Annotated[
         int,

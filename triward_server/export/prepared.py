@@ -23,6 +23,7 @@ from ..engine.checkpoint import head_of, load_config
 from ..engine.weights import VALUE_HEAD_FILE
 from ..errors import CheckpointError
 from .lora import merge
+from .options import Template
 from .sentencepiece import Vocabulary, read_vocabulary, tokenizer_of
 
 _CONFIG, _MODEL, _TOKENIZER = "tokenizer_config.json", "tokenizer.model", "tokenizer.json"
@@ -32,9 +33,31 @@ _REGRESSION = "<|regression|>"
 _KEPT = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "model_max_length")
 
 
+# POLAR (github.com/InternLM/POLAR): the prompt with the reference, then with the response. In the
+# prompt alone no assistant's message is the last, or what differs is written with the response.
+_POLAR_TEMPLATE = """\
+{%- set found = namespace(prompt=[], reference='', output='') -%}
+{%- for message in messages -%}
+{%- if loop.last and message.role == 'assistant' -%}
+{%- set found.output = message.content -%}
+{%- else -%}
+{%- set found.prompt = found.prompt + [message.content] -%}
+{%- endif -%}
+{%- if message.reference is defined -%}
+{%- set found.reference = message.reference -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set prompt = found.prompt | join('\\n') -%}
+{{- prompt + '\\n' + found.reference + '<|reward|>' + prompt + '\\n' + found.output -}}
+"""
+
+
 @contextmanager
 def prepared(
-    checkpoint: Path, lora: Path | None = None, place: Path | None = None
+    checkpoint: Path,
+    lora: Path | None = None,
+    place: Path | None = None,
+    template: Template = Template.CHECKPOINT,
 ) -> Iterator[Path]:
     """Yield a folder that has all that serving reads: the checkpoint's own where that has.
 
@@ -42,11 +65,17 @@ def prepared(
         checkpoint: a folder.
         lora: a folder with an adapter that is merged in.
         place: where a folder is made, which with an adapter is as large as the checkpoint.
+        template: which chat template requests are rendered with.
 
     Raises:
         CheckpointError: a file cannot be written anew, or the adapter is another checkpoint's.
     """
     _refuse_regression(checkpoint)
+    polar = template is Template.POLAR
+    if polar and not (
+        _is_remote(checkpoint) and head_of(checkpoint, load_config(checkpoint)).token
+    ):
+        raise CheckpointError(f"{checkpoint}: --template polar: this is no model of POLAR's class")
     remote, pickled = _is_remote(checkpoint), (checkpoint / _PICKLED).is_file()
     if not (remote or pickled or lora):
         yield checkpoint
@@ -56,7 +85,7 @@ def prepared(
         if lora is not None:
             merge(checkpoint, lora, folder)
         if remote:
-            write_tokenizer(checkpoint, folder)
+            write_tokenizer(checkpoint, folder, polar)
         for file in checkpoint.iterdir():
             if file.is_file() and file.name != _PICKLED and not (folder / file.name).exists():
                 (folder / file.name).symlink_to(file.resolve())
@@ -84,7 +113,7 @@ def write_value_head(checkpoint: Path, output: Path) -> None:
     save_file({n: t.contiguous() for n, t in found.items()}, target, metadata={"format": "pt"})
 
 
-def write_tokenizer(checkpoint: Path, output: Path) -> None:
+def write_tokenizer(checkpoint: Path, output: Path, polar: bool = False) -> None:
     """Write `tokenizer.json` and its configuration for a tokenizer that is remote code.
 
     The names of tokens are those of `tokenizer_config.json`, whose template writes them. The
@@ -113,6 +142,8 @@ def write_tokenizer(checkpoint: Path, output: Path) -> None:
     tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=around)
     tokenizer.save(str(output / _TOKENIZER))
     kept = {name: given[name] for name in _KEPT if name in given}
+    if polar and last:
+        kept["chat_template"] = _POLAR_TEMPLATE.replace("<|reward|>", last[0])
     written = {**kept, "tokenizer_class": "PreTrainedTokenizerFast"}
     (output / _CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
 

@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from .prepared import prepared
 from .reference import Reference, fp32_budget
 
 _PROSE = "The chart compares five colours; purple is the tallest bar, at eighty-six. "
+_REFERENCE = "Purple, at eighty-six."
 _SIZES = {"tiny": (10, 10), "odd": (333, 215), "wide": (900, 56), "large": (640, 480)}
 _FRAMES = 6
 
@@ -50,6 +51,7 @@ class Case:
     Attributes:
         name: in the report.
         turns: role, and parts: text, an image, or a list of images, which is a video.
+        reference: an answer to compare with, in the first message; None: none.
         literal: its text spells control tokens, which are text to the engine and not to a card. The
             reference is given the engine's token ids.
     """
@@ -57,6 +59,7 @@ class Case:
     name: str
     turns: tuple[tuple[str, tuple[Any, ...]], ...]
     literal: bool = False
+    reference: str | None = None
 
     @property
     def media(self) -> list[Image.Image]:
@@ -66,15 +69,21 @@ class Case:
 
     def card(self) -> list[dict[str, Any]]:
         """Return the messages as a model card's code takes them."""
-        return [
-            {"role": role, "content": _content(parts, _card_part)} for role, parts in self.turns
-        ]
+        return self._messages(self.turns, _card_part)
 
     def wire(self) -> tuple[bytes, list[bytes], list[bytes]]:
         """Messages, responses and media, as a request has them."""
         *prompt, (_, (response,)) = self.turns
-        messages = [{"role": r, "content": _content(parts, _wire_part)} for r, parts in prompt]
+        messages = self._messages(prompt, _wire_part)
         return json.dumps(messages).encode(), [response.encode()], list(map(_png, self.media))
+
+    def _messages(
+        self, turns: Sequence[tuple[str, tuple[Any, ...]]], of: Callable[[Any], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        messages = [{"role": role, "content": _content(parts, of)} for role, parts in turns]
+        if self.reference is not None:
+            messages[0]["reference"] = self.reference
+        return messages
 
 
 @dataclass(frozen=True)
@@ -166,6 +175,8 @@ def verify(
     window = max(filter(None, blueprint.decoder.windows), default=0)
     within = window if 8 * window <= blueprint.geometry.max_tokens else 0
     chosen = cases(preprocessor.reads_images, small, within)
+    if preprocessor.needs_reference:
+        chosen = [replace(case, reference=_REFERENCE) for case in chosen]
     features = {case.name: _features(preprocessor, case) for case in chosen}
     expected = _references(checkpoint, device, streamed, "float32", chosen, features)
     noise = 0.0

@@ -128,7 +128,7 @@ class ConversationTokenizer:
         Raises:
             InvalidRequest: a conversation or the request has too many tokens.
         """
-        chat = [{"role": m.role, "content": self._mark_content(m)} for m in conversation.messages]
+        chat = self._chat(conversation)
         rendering = self._render(chat) if chat else _Rendering()
         prompt = self._with_prefix(rendering) if chat else []
         # Before it is rendered with each response: a prompt that is too long ends here.
@@ -155,6 +155,31 @@ class ConversationTokenizer:
         total = len(prompt_ids) + sum(map(len, response_ids))
         self._check_request(str(total), total, len(prompt_ids))
         return TokenizedConversation(prompt_ids, tuple(response_ids))
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the template writes a reference answer, without which it refuses."""
+        return "message.reference" in str(self._processor.chat_template)
+
+    def _chat(self, conversation: Conversation) -> list[dict[str, Any]]:
+        """Return the messages as the template reads them."""
+        chat: list[dict[str, Any]] = []
+        given = []
+        for index, message in enumerate(conversation.messages):
+            chat.append({"role": message.role, "content": self._mark_content(message)})
+            if message.reference is not None:
+                chat[-1]["reference"] = self._mark(message.reference)
+                given.append(index)
+        if self.needs_reference:
+            if len(given) != 1:
+                raise InvalidRequest(
+                    "messages", f"{len(given)} messages have a reference, this model needs 1"
+                )
+        elif given:
+            raise InvalidRequest(
+                f"messages[{given[0]}].reference", "this checkpoint's model reads no reference"
+            )
+        return chat
 
     def _check_length(self, field: str, prompt: int, response: int) -> None:
         if prompt + response > self._max_tokens:
