@@ -127,7 +127,7 @@ def test_it_is_exported(base: Path, tmp_path: Path, export: Callable[..., Exit])
     manifest = json.loads((output / "reward" / "1" / "manifest.json").read_text())
     assert manifest["lora"] == str(adapter)
     files = (output / "reward_forward" / "1" / "checkpoint").glob("*.safetensors")
-    assert [file.is_symlink() for file in files] == [False]
+    assert [(file.is_symlink(), file.stat().st_mode & 0o777) for file in files] == [(False, 0o644)]
     result = export(*flags, "--force")  # without the adapter there is no head
     assert result.code == 1 and "this is neither" in result.stderr
 

@@ -132,6 +132,7 @@ def merge(checkpoint: Path, folder: Path, output: Path) -> None:
             merged |= {name: adapter.whole[name] for name in new & adapter.whole.keys()}
             left -= new
         save_file(merged, output / file.name, metadata={"format": "pt"})
+        (output / file.name).chmod(0o644)  # safetensors leaves it to its owner
     for name in sorted(left):
         raise CheckpointError(f"{folder}: {name!r} is no weight of {checkpoint}, its base")
     _write_index(checkpoint, output, [name for name in adapter.whole if name not in left])

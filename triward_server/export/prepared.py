@@ -111,6 +111,7 @@ def write_value_head(checkpoint: Path, output: Path) -> None:
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise CheckpointError(f"{file}: no tensors with names, so it is not loaded")
     save_file({n: t.contiguous() for n, t in found.items()}, target, metadata={"format": "pt"})
+    target.chmod(0o644)  # safetensors leaves it to its owner
 
 
 def write_tokenizer(checkpoint: Path, output: Path, polar: bool = False) -> None:
