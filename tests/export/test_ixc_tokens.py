@@ -11,7 +11,7 @@ from tests.ixc_prompts import prompts, rendered
 from triward_server.export.ixc_reference import IxcOracle
 from triward_server.export.ixc_tokens import SlowTokenizer
 from triward_server.export.random_ixc_checkpoint import make_ixc_checkpoint
-from triward_server.export.random_sentencepiece import Piece, PieceType, _model
+from triward_server.export.random_ixc_tokenizer import _model, _Piece, _PieceType
 
 # sentencepiece 0.2.3's ids with the published tokenizer.model, of `published`'s rule for </s>.
 PUBLISHED = {
@@ -68,11 +68,11 @@ def test_merges_go_by_score_and_then_from_the_left(tmp_path: Path) -> None:
     """And not by id, nor by length; a user-defined piece takes part in none."""
     normal = [("a", -9.0), ("b", -9.0), ("c", -9.0), ("bc", -2.0), ("ab", -2.0), ("ca", -1.0)]
     pieces = [
-        Piece("<unk>", 0.0, PieceType.UNKNOWN),
-        *(Piece(f"<0x{byte:02X}>", 0.0, PieceType.BYTE) for byte in range(256)),
-        *(Piece(text, score, PieceType.NORMAL) for text, score in normal),
-        Piece("aab", 0.0, PieceType.USER_DEFINED),
-        Piece("aa", 0.0, PieceType.USER_DEFINED),
+        _Piece("<unk>", 0.0, _PieceType.UNKNOWN),
+        *(_Piece(f"<0x{byte:02X}>", 0.0, _PieceType.BYTE) for byte in range(256)),
+        *(_Piece(text, score, _PieceType.NORMAL) for text, score in normal),
+        _Piece("aab", 0.0, _PieceType.USER_DEFINED),
+        _Piece("aa", 0.0, _PieceType.USER_DEFINED),
     ]
     file = tmp_path / "tokenizer.model"
     file.write_bytes(_model(pieces))
