@@ -16,8 +16,9 @@ from transformers import AutoProcessor
 
 from benchmarks.workloads import Messages
 from triward_server.engine.checkpoint import load_config
+from triward_server.engine.naming import canonical_name
 from triward_server.engine.streaming import load_weights
-from triward_server.engine.weights import canonical_name, read_tensors
+from triward_server.engine.weights import read_tensors
 from triward_server.export.reference import card_inputs, reference_model
 
 

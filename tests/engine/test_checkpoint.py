@@ -15,8 +15,8 @@ from torch import Tensor
 
 from triward_server.config import ForwardConfig
 from triward_server.engine.checkpoint import check_tensors, load_model
+from triward_server.engine.naming import canonical_name
 from triward_server.engine.scoring import Scorer
-from triward_server.engine.weights import canonical_name
 from triward_server.errors import CheckpointError
 from triward_server.export.random_checkpoint import SIZES, make_checkpoint
 from triward_server.schema import Features

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from ..schema import Grid, Int64Array, UInt8Array
 from .arena import Arena, upload
 from .attention import Layout, make_layout
+from .clip_tower import ClipBlock
 from .decoder import DecoderConfig, DecoderLayer, LanguageModel, SandwichLayer
 from .float8 import EXTRA_BYTES, replace_linears
 from .geometry import Geometry
 from .packing import MediaItem, PackedBatch
 from .planning import costs
-from .vision import EmbeddingCache, VisionBlock, VisionTower
+from .towers import EmbeddingCache, MediaTower
+from .vision import VisionBlock
 
 # Images uint8 [H, W, 3] and videos [T, H, W, 3], and their patches -> embeddings [M, out], one
 # item's tokens behind the other's.
@@ -31,6 +33,7 @@ _ROW_WISE: dict[type[nn.Module], tuple[str, ...]] = {
     DecoderLayer: ("before", "queries", "keys_and_values", "after_"),
     SandwichLayer: ("before", "queries", "keys_and_values", "after_"),
     VisionBlock: ("before", "after_"),
+    ClipBlock: ("before", "after_"),
 }
 
 
@@ -112,7 +115,7 @@ class RewardModel(nn.Module):
         self,
         geometry: Geometry,
         decoder: DecoderConfig,
-        visual: VisionTower | None,
+        visual: MediaTower | None,
         head: str,
         dtype: torch.dtype,
         deterministic: bool = False,
@@ -188,7 +191,8 @@ class RewardModel(nn.Module):
         language = self.language_model
         input_ids, positions = arena.add(batch.input_ids), arena.add(batch.positions)
         media_rows, media_tokens = arena.add(batch.media_rows), arena.add(batch.media_tokens)
-        layout = self._layout(batch.node_lengths, batch.key_lengths, batch.key_rows, arena)
+        apart = batch.media_rows if language.decoder.media_rank and batch.media else None
+        layout = self._layout(batch.node_lengths, batch.key_lengths, batch.key_rows, arena, apart)
         # Conversations that end at one node (equal ones) are read once.
         nodes, conversations = np.unique(batch.scored, return_inverse=True)
         ends = np.cumsum(batch.key_lengths)
@@ -237,7 +241,12 @@ class RewardModel(nn.Module):
         return embeddings
 
     def _layout(
-        self, lengths: Sequence[int], keys: Sequence[int], key_rows: Int64Array, arena: Arena
+        self,
+        lengths: Sequence[int],
+        keys: Sequence[int],
+        key_rows: Int64Array,
+        arena: Arena,
+        media_rows: Int64Array | None = None,
     ) -> Layout:
         # Gathered keys lie otherwise in memory, which rounding may depend on.
         in_order = not self.deterministic and np.array_equal(key_rows, np.arange(len(key_rows)))
@@ -249,4 +258,5 @@ class RewardModel(nn.Module):
             keys,
             None if in_order else key_rows,
             deterministic=self.deterministic,
+            media_rows=media_rows,
         )

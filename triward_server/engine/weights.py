@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..errors import CheckpointError
 from .backbone import HEADS
 from .float8 import quantise_weight
+from .naming import PLAIN, Naming
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,6 @@ _JOINED = {
 }
 _PART_OF = {part: (whole, parts) for whole, parts in _JOINED.items() for part in parts}
 _PART = re.compile(r"\b(" + "|".join(_PART_OF) + r")\b")
-
-# Present in every checkpoint, read by no score.
-UNREAD = re.compile(r"^lm_head\.")
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
@@ -62,16 +60,6 @@ def check_finite(checkpoint: Path) -> None:
         pass
 
 
-def canonical_name(key: str) -> str:
-    """Our name for a checkpoint's tensor.
-
-    transformers < 4.52 wrote `model.layers…` and `visual…`, later ones
-    `model.language_model.layers…` and `model.visual…`; both are in use.
-    """
-    key = re.sub(r"^model\.(visual|language_model)\.", r"\1.", key)
-    return re.sub(r"^model\.", "language_model.", key)
-
-
 def open_tensors(file: Path, device: str) -> Any:
     """Open a safetensors file; raises `CheckpointError` if it is none."""
     try:
@@ -86,6 +74,7 @@ def read_state(
     device: torch.device,
     wanted: Callable[[str], bool],
     in_float8: Collection[str] = (),
+    naming: Naming = PLAIN,
 ) -> dict[str, Tensor]:
     """Return the wanted tensors by our names, joined; the head is float32 always.
 
@@ -93,7 +82,8 @@ def read_state(
     """
     state: dict[str, Tensor] = {}
     files = weight_files(checkpoint)
-    for name, tensor in _join(_tensors(files, device, lambda name: wanted(_whole(name)))):
+    read = _tensors(files, device, lambda name: wanted(_whole(name)), naming)
+    for name, tensor in _join(read):
         if name in in_float8:
             scale = f"{name.removesuffix('weight')}scale"
             state[name], state[scale] = quantise_weight(tensor)
@@ -135,21 +125,24 @@ def _is_head(name: str) -> bool:
 
 
 def _tensors(
-    files: Iterable[Path], device: torch.device, wanted: Callable[[str], bool]
+    files: Iterable[Path],
+    device: torch.device,
+    wanted: Callable[[str], bool],
+    naming: Naming = PLAIN,
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors that are read, each finite, by our names."""
     checked, seconds = 0, 0.0
     for file in files:
         with open_tensors(file, str(device)) as tensors:
             for key in tensors.keys():  # noqa: SIM118
-                name = canonical_name(key)
-                if not UNREAD.match(key) and wanted(name):
+                name = naming.name(key)
+                if not naming.is_unread(name) and wanted(name):
                     tensor = tensors.get_tensor(key)
                     begun = time.monotonic()
                     _check_finite(file, key, tensor)
                     seconds += time.monotonic() - begun
                     checked += tensor.nbytes
-                    yield name, tensor
+                    yield name, naming.arrange(name, tensor)
     logger.info("%s bytes of weights are finite; looking took %.2f s", f"{checked:,}", seconds)
 
 

@@ -19,7 +19,9 @@ from ..errors import ConfigError
 from .placement import Placement, placement
 
 Size = Literal["tiny", "small", "7b"]  # of a checkpoint with random weights
-TextModel = Literal["llama", "gemma2", "qwen2", "qwen3"]  # random ones of text, by model_type
+TextModel = Literal[
+    "llama", "gemma2", "qwen2", "qwen3", "internlm2"
+]  # random ones of text, by model_type
 # Of ONNX's operators: the first that has attention as one operator, from which runtimes choose a
 # fused kernel; ONNX Runtime takes it from 1.22 on.
 OPSET = 23
@@ -115,10 +117,7 @@ class ExportConfig:
     ] = True
     verify: Annotated[
         bool,
-        Field(
-            description="Compare a few scores with transformers' own class before anything is "
-            "written."
-        ),
+        Field(description="Compare a few scores with the reference's before anything is written."),
     ] = True
     calibration: Annotated[
         Path | None,

@@ -1,131 +1,80 @@
-"""A SentencePiece model of an invented language, in InternLM2's form: `tokenizer.model`.
-
-Byte-pair encoding with byte fallback, no normalisation and no dummy prefix. Ids are in the order of
-the published file: three control pieces, 256 bytes, ordinary pieces, user-defined pieces, of which
-the last 147 are `[UNUSED_TOKEN_0]` to `[UNUSED_TOKEN_146]`.
-"""
+"""A small `tokenizer.model` of SentencePiece, in the form that InternLM2's has."""
 
 from __future__ import annotations
 
-import itertools
-import string
 import struct
-from collections.abc import Iterator
-from enum import IntEnum
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
-from tokenizers import Regex, Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers
 from tokenizers import pre_tokenizers as pre
 from tokenizers.trainers import BpeTrainer
 
-from .random_checkpoint import invented_text
+from .sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Piece
 
-_SPACE = "\u2581"
-# The published file's, in its order.
-USER_DEFINED = (
-    *"ＥＦＧＨＩＪＫＬＭＮＲＵＶＷＸＹＺ", *"ａｂｃｄｅｆｇｈｉｊｋｌｍｎｏｐｑｒｓｔｕｖｗｘｙｚ",
-    "——", "……", *(f"[UNUSED_TOKEN_{number}]" for number in range(147)),
-)  # fmt: skip
+# Of `sentencepiece_model.proto`: byte-pair encoding with byte fallback; text stays as it is.
+_TRAINER = {3: 2, 35: 1}
+_NORMALIZER = {1: b"identity", 2: b"", 3: 0, 4: 0}
 
 
-class PieceType(IntEnum):
-    """`ModelProto.SentencePiece.Type`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    BYTE = 6
-
-
-class Piece(NamedTuple):
-    """An entry of the vocabulary; of two merges the one of the higher score is made first."""
-
-    text: str
-    score: float
-    type: PieceType
-
-
-def sentencepiece_model(vocab_size: int, merges: int, seed: int) -> bytes:
-    """Return the content of a `tokenizer.model`.
+def train_pieces(
+    lines: Iterable[str], merges: int, fixed: Sequence[str], roles: Sequence[str]
+) -> list[Piece]:
+    """Train a vocabulary.
 
     Args:
-        vocab_size: pieces in all; what training leaves is filled with pairs of ideographs.
-        merges: pieces to train, at most.
-        seed: of the text to train on.
+        lines: of text.
+        merges: how many pieces are made of others.
+        fixed: texts that are one piece wherever they stand.
+        roles: pieces that stand last, for templates.
     """
-    named = (
-        Piece("<unk>", 0.0, PieceType.UNKNOWN),
-        Piece("<s>", 0.0, PieceType.CONTROL),
-        Piece("</s>", 0.0, PieceType.CONTROL),
-    )
-    bytes_ = (Piece(f"<0x{byte:02X}>", 0.0, PieceType.BYTE) for byte in range(256))
-    defined = (Piece(text, 0.0, PieceType.USER_DEFINED) for text in USER_DEFINED)
-    trained = _trained(merges, seed)
-    room = vocab_size - len(named) - 256 - len(USER_DEFINED)
-    assert len(trained) <= room, f"{len(trained)} pieces, room for {room}"
-    texts = itertools.islice(dict.fromkeys(itertools.chain(trained, _filling(room))), room)
-    ordinary = (Piece(text, -float(n), PieceType.NORMAL) for n, text in enumerate(texts))
-    pieces = [*named, *bytes_, *ordinary, *defined]
-    assert len(pieces) == vocab_size
-    return _model(pieces)
-
-
-def _trained(merges: int, seed: int) -> list[str]:
-    """Single characters, then what byte-pair encoding joins, in its order."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    words = Regex(rf"{_SPACE}?\p{{L}}+|\p{{N}}|{_SPACE}+|\s+|[^\p{{L}}\p{{N}}\s{_SPACE}]+")
-    tokenizer.pre_tokenizer = pre.Split(words, behavior="isolated")
-    printable = sorted({*string.ascii_letters, *string.digits, *string.punctuation, "\n", _SPACE})
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre.Split(SPACE, behavior="merged_with_next")
+    text = list(lines)
+    alphabet = sorted({letter for line in text for letter in line.replace(" ", SPACE)})
     trainer = BpeTrainer(
-        vocab_size=len(printable) + merges, initial_alphabet=printable, show_progress=False
+        vocab_size=len(alphabet) + merges, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(invented_text(seed), trainer)
-    vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary, key=vocabulary.__getitem__)
+    tokenizer.train_from_iterator(text, trainer)
+    ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    made = [token for token, _ in ranked if len(token) > 1]
+    single = [token for token, _ in ranked if len(token) == 1]
+    return [
+        Piece("<unk>", 0.0, UNKNOWN),
+        Piece("<s>", 0.0, CONTROL),
+        Piece("</s>", 0.0, CONTROL),
+        *(Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)),
+        # Ranks, as SentencePiece has them: what was made first, then single characters.
+        *(Piece(token, -float(rank), NORMAL) for rank, token in enumerate([*made, *single])),
+        *(Piece(token, 0.0, USER_DEFINED) for token in [*fixed, *roles]),
+    ]
 
 
-def _filling(count: int) -> Iterator[str]:
-    """Enough ideographs, then their pairs."""
-    ideographs = [chr(0x4E00 + number) for number in range(int(count**0.5) + 1)]
-    return itertools.chain(ideographs, map("".join, itertools.product(ideographs, repeat=2)))
+def write_model(pieces: Iterable[Piece]) -> bytes:
+    """Return the file's bytes."""
+    found = [
+        _field(1, _field(1, p.text.encode()) + _float(2, p.score) + _field(3, p.kind))
+        for p in pieces
+    ]
+    rules = ((2, _TRAINER), (3, _NORMALIZER))
+    for number, fields in rules:
+        found.append(_field(number, b"".join(_field(n, v) for n, v in fields.items())))
+    return b"".join(found)
 
 
-def _model(pieces: list[Piece]) -> bytes:
-    """Serialize a `ModelProto`: pieces (1), trainer_spec (2) and normalizer_spec (3)."""
-    entries = (
-        _text(1, piece.text) + _tag(2, 5) + struct.pack("<f", piece.score) + _number(3, piece.type)
-        for piece in pieces
-    )
-    bpe, byte_fallback = _number(3, 2), _number(35, 1)
-    trainer = bpe + _number(4, len(pieces)) + byte_fallback
-    # name, add_dummy_prefix, remove_extra_whitespaces
-    normalizer = _text(1, "identity") + _number(3, 0) + _number(4, 0)
-    return b"".join([*(_message(1, e) for e in entries), _message(2, trainer),
-                     _message(3, normalizer)])  # fmt: skip
+def _field(number: int, value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
 
 
-def _tag(field: int, wire: int) -> bytes:
-    return _varint(field << 3 | wire)
-
-
-def _number(field: int, value: int) -> bytes:
-    return _tag(field, 0) + _varint(value)
-
-
-def _message(field: int, content: bytes) -> bytes:
-    return _tag(field, 2) + _varint(len(content)) + content
-
-
-def _text(field: int, text: str) -> bytes:
-    return _message(field, text.encode())
+def _float(number: int, value: float) -> bytes:
+    return _varint(number << 3 | 5) + struct.pack("<f", value)
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; all but the last byte have the eighth bit set."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
+    found = bytearray()
+    while value >= 0x80:
+        found.append(value & 0x7F | 0x80)
         value >>= 7
-    return bytes([*out, value])
+    return bytes([*found, value])

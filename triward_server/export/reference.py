@@ -1,5 +1,7 @@
 """The reference score: transformers' own class, with the checkpoint's head.
 
+Where transformers has no class, a restatement of the published one stands in its place.
+
 `Reference` is a model card's code without what costs memory and packages and changes no score:
 trl's wrapper, whose head is one affine map, and the logits of a vocabulary.
 """
@@ -23,11 +25,21 @@ from transformers import (
 )
 
 from ..engine.checkpoint import architecture_of, head_of, load_config
+from ..engine.naming import canonical_name
 from ..engine.streaming import load_weights, parameters_on_meta
-from ..engine.weights import canonical_name, read_tensors
+from ..engine.weights import read_tensors
 from ..schema import Int32Array
+from .internlm2 import InternLM2Reward
 
 Messages = Sequence[dict[str, Any]]
+
+# Restatements, by `model_type`.
+_RESTATED: dict[str, Callable[[Any], nn.Module]] = {"internlm2": InternLM2Reward}
+
+
+def is_restated(config: Any) -> bool:
+    """Return True if the reference is a restatement: transformers has no such class."""
+    return config.model_type in _RESTATED
 
 
 class Reference:
@@ -52,7 +64,7 @@ class Reference:
         auto = AutoProcessor if self._sees else AutoTokenizer
         self._processor: Any = auto.from_pretrained(checkpoint)
         self._device = device
-        valued = head_of(checkpoint, config) == "v_head"
+        valued = head_of(checkpoint, config).kind == "v_head"
         self._model = reference_model(config, valued, device, dtype)
 
         def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -79,6 +91,8 @@ class Reference:
 def score_inputs(model: Any, inputs: dict[str, Tensor]) -> float:
     """Return the number of a `reference_model` for one row."""
     with torch.inference_mode():
+        if type(model) in _RESTATED.values():
+            return float(model(inputs["input_ids"]))
         if not isinstance(model, _Valued):
             return float(model(**inputs, use_cache=False).logits[0, 0])
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
@@ -110,6 +124,9 @@ def reference_model(
         dtype: of its weights.
         attention: transformers' implementation; None: the one that computes what the model asks.
     """
+    if config.model_type in _RESTATED:
+        with device, parameters_on_meta():
+            return _RESTATED[config.model_type](config).to(dtype)
     sees = architecture_of(config).vision is not None
     auto: Any = AutoModelForSequenceClassification
     if valued:
