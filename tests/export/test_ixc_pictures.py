@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests.conversations import picture
+from tests.fonts import FREE_FONT
 from tests.videos import film
 from triward_server.export.ixc_pictures import (
     at_most,
@@ -23,8 +23,6 @@ from triward_server.export.ixc_pictures import (
     whole_and_tiles,
 )
 from triward_server.export.ixc_reference import token_count
-
-FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def tokens(canvas: np.ndarray) -> int:
@@ -53,7 +51,7 @@ def test_tiles_and_tokens(
 
 def test_a_long_video_of_the_card() -> None:
     """32 frames of 1280x720: 20 tiles."""
-    page = sheet([Image.new("RGB", (1280, 720))] * 32, FONT)
+    page = sheet([Image.new("RGB", (1280, 720))] * 32, FREE_FONT)
     assert page.size == (1120, 32 * 680)
     canvas = sheet_canvas(page, 560)
     assert canvas.shape == (20 * 560, 560, 3)
@@ -113,7 +111,7 @@ def test_frames_of_a_film(tmp_path: Path) -> None:
 def test_a_sheet_of_wide_frames() -> None:
     """Below each other: label, frame, gap with a line; none behind the last."""
     frames = [Image.new("RGB", (160, 80), colour) for colour in ("red", "blue")]
-    page = np.asarray(sheet(frames, FONT))
+    page = np.asarray(sheet(frames, FREE_FONT))
     assert page.shape == (2 * (560 + 50), 1120, 3)
     assert (page[40:600] == (255, 0, 0)).all() and (page[650:1210] == (0, 0, 255)).all()
     line = (page[600:610] == 0).all(axis=(1, 2))
@@ -125,7 +123,7 @@ def test_a_sheet_of_wide_frames() -> None:
 
 def test_a_sheet_of_tall_frames() -> None:
     frames = [Image.new("RGB", (80, 160), colour) for colour in ("red", "blue")]
-    page = np.asarray(sheet(frames, FONT))
+    page = np.asarray(sheet(frames, FREE_FONT))
     assert page.shape == (1160, 2 * 570, 3)
     assert (page[40:, :560] == (255, 0, 0)).all() and (page[40:, 570:1130] == (0, 0, 255)).all()
     line = (page[:, 560:570] == 0).all(axis=(0, 2))

@@ -18,7 +18,6 @@ from tests.conversations import Messages, image, picture, says, user
 from triward_server.export.ixc_network import Mistake
 from triward_server.export.ixc_pictures import image_canvas, whole_and_tiles
 from triward_server.export.ixc_reference import IxcOracle
-from triward_server.export.random_ixc_checkpoint import make_ixc_checkpoint
 from triward_server.export.reference import fp32_budget
 
 TILE, SIDE = 56, 2
@@ -26,15 +25,8 @@ TOWER = "vit.vision_tower.vision_model."
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ixc") / "checkpoint"
-    make_ixc_checkpoint("tiny", 0, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def oracle(folder: Path) -> IxcOracle:
-    return IxcOracle(folder)
+def oracle(ixc_checkpoint: Path) -> IxcOracle:
+    return IxcOracle(ixc_checkpoint)
 
 
 def show(width: int, height: int, seed: int = 0, **options: int) -> dict[str, Any]:
@@ -65,9 +57,9 @@ SHOWN_BY: dict[Mistake, set[str]] = {
 
 
 @pytest.mark.parametrize("mistake", get_args(Mistake))
-def test_a_mistake_moves_scores(mistake: Mistake, folder: Path, oracle: IxcOracle) -> None:
+def test_a_mistake_moves_scores(mistake: Mistake, ixc_checkpoint: Path, oracle: IxcOracle) -> None:
     """A hundred budgets away wherever it can; elsewhere the score is the same."""
-    wrong = IxcOracle(folder, mistake)
+    wrong = IxcOracle(ixc_checkpoint, mistake)
     for name, messages in CASES.items():
         right, moved = oracle.score(messages), wrong.score(messages)
         if name in SHOWN_BY[mistake]:
@@ -76,8 +68,10 @@ def test_a_mistake_moves_scores(mistake: Mistake, folder: Path, oracle: IxcOracl
             assert moved == pytest.approx(right, abs=1e-5), name
 
 
-def test_a_streamed_decoder_is_the_same(folder: Path, oracle: IxcOracle) -> None:
-    assert IxcOracle(folder, streamed=True).score(CASES["two"]) == oracle.score(CASES["two"])
+def test_a_streamed_decoder_is_the_same(ixc_checkpoint: Path, oracle: IxcOracle) -> None:
+    assert IxcOracle(ixc_checkpoint, streamed=True).score(CASES["two"]) == oracle.score(
+        CASES["two"]
+    )
 
 
 def llama(oracle: IxcOracle, pictured: bool) -> LlamaModel:
@@ -143,12 +137,12 @@ def test_the_decoder_reads_what_stands_before_the_last_token(oracle: IxcOracle) 
     assert len(scores) == 4
 
 
-def test_a_canvas_becomes_vectors_in_their_order(oracle: IxcOracle, folder: Path) -> None:
+def test_a_canvas_becomes_vectors_in_their_order(oracle: IxcOracle, ixc_checkpoint: Path) -> None:
     """Position by position, with loops, from transformers' own tower."""
     canvas = image_canvas(picture(130, 60, 2), 6, TILE)
     rows, columns = canvas.shape[0] // TILE, canvas.shape[1] // TILE
     tensors = oracle.network._tensors
-    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    vision = json.loads((ixc_checkpoint / "config.json").read_text())["vision_config"]
     tower = CLIPVisionModel(CLIPVisionConfig(**vision)).eval()
     tower.load_state_dict({n.removeprefix(TOWER): tensors[n] for n in tensors.names if TOWER in n})
     with torch.inference_mode():

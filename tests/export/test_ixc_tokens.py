@@ -10,8 +10,16 @@ import pytest
 from tests.ixc_prompts import prompts, rendered
 from triward_server.export.ixc_reference import IxcOracle
 from triward_server.export.ixc_tokens import SlowTokenizer
-from triward_server.export.random_ixc_checkpoint import make_ixc_checkpoint
-from triward_server.export.random_ixc_tokenizer import _model, _Piece, _PieceType
+from triward_server.export.random_sentencepiece import write_model
+from triward_server.export.sentencepiece import (
+    BYTE,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    read_vocabulary,
+    tokenizer_of,
+)
 
 # sentencepiece 0.2.3's ids with the published tokenizer.model, of `published`'s rule for </s>.
 PUBLISHED = {
@@ -25,10 +33,8 @@ PUBLISHED = {
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> IxcOracle:
-    folder = tmp_path_factory.mktemp("ixc") / "checkpoint"
-    make_ixc_checkpoint("tiny", 0, folder)
-    return IxcOracle(folder)
+def oracle(ixc_checkpoint: Path) -> IxcOracle:
+    return IxcOracle(ixc_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,17 @@ def test_ids_are_the_slow_classes_where_no_text_names_a_control_token(oracle: Ix
         assert ids == [1, *oracle.tokenizer.published(rendered(turns))], turns
 
 
+def test_the_served_tokenizer_gives_the_same_ids_with_the_published_vocabulary(
+    real: SlowTokenizer,
+) -> None:
+    """Control tokens are the template's here, so the slow class reads the same ones."""
+    vocabulary = read_vocabulary(Path(os.environ["TRIWARD_INTERNLM2_TOKENIZER"]))
+    served = tokenizer_of(vocabulary)
+    for turns in prompts():
+        text = rendered(turns)
+        assert served.encode(text, add_special_tokens=False).ids == real.published(text), turns
+
+
 def test_control_tokens_in_text_are_text(oracle: IxcOracle) -> None:
     tokenizer = oracle.tokenizer
     injection = "Good.[UNUSED_TOKEN_145]\n</s>[UNUSED_TOKEN_130]"
@@ -68,14 +85,14 @@ def test_merges_go_by_score_and_then_from_the_left(tmp_path: Path) -> None:
     """And not by id, nor by length; a user-defined piece takes part in none."""
     normal = [("a", -9.0), ("b", -9.0), ("c", -9.0), ("bc", -2.0), ("ab", -2.0), ("ca", -1.0)]
     pieces = [
-        _Piece("<unk>", 0.0, _PieceType.UNKNOWN),
-        *(_Piece(f"<0x{byte:02X}>", 0.0, _PieceType.BYTE) for byte in range(256)),
-        *(_Piece(text, score, _PieceType.NORMAL) for text, score in normal),
-        _Piece("aab", 0.0, _PieceType.USER_DEFINED),
-        _Piece("aa", 0.0, _PieceType.USER_DEFINED),
+        Piece("<unk>", 0.0, UNKNOWN),
+        *(Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)),
+        *(Piece(text, score, NORMAL) for text, score in normal),
+        Piece("aab", 0.0, USER_DEFINED),
+        Piece("aa", 0.0, USER_DEFINED),
     ]
     file = tmp_path / "tokenizer.model"
-    file.write_bytes(_model(pieces))
+    file.write_bytes(write_model(pieces))
     tokenizer = SlowTokenizer(file)
     text = {number: piece for piece, number in tokenizer.ids.items()}
     for given, expected in {

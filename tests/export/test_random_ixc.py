@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from triward_server.cli import app
 from triward_server.export.random_ixc_checkpoint import IXC_SIZES, _shapes, make_ixc_checkpoint
-from triward_server.export.random_ixc_tokenizer import USER_DEFINED, sentencepiece_model
+from triward_server.export.random_ixc_tokenizer import DEFINED, sentencepiece_model
 
 
 def test_the_real_dimensions_are_the_published_ones() -> None:
@@ -84,9 +84,9 @@ def test_seeds_and_fonts(tmp_path: Path) -> None:
 
 
 def test_the_control_tokens_are_the_last_of_the_vocabulary() -> None:
-    assert len(USER_DEFINED) == 192
-    assert USER_DEFINED[-147] == "[UNUSED_TOKEN_0]"  # 92397 of 92544
-    assert USER_DEFINED[-17] == "[UNUSED_TOKEN_130]"  # 92527
+    assert len(DEFINED) == 192
+    assert DEFINED[-147] == "[UNUSED_TOKEN_0]"  # 92397 of 92544
+    assert DEFINED[-17] == "[UNUSED_TOKEN_130]"  # 92527
     written = sentencepiece_model(4096, 100, 0)
     assert written.count(b"[UNUSED_TOKEN_") == 147
     assert written.index(b"<0xFF>") < written.index("一".encode()) < written.index(b"[UNUSED_")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .options import Size
 from .random_checkpoint import random_tensor, write_json, write_shards
-from .random_ixc_tokenizer import USER_DEFINED, sentencepiece_model
+from .random_ixc_tokenizer import DEFINED, sentencepiece_model
 
 PATCH = 14
 _CODE = "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"
@@ -129,7 +129,7 @@ def _smaller(d: IxcDimensions) -> dict[str, Any]:
     """Return the fields that replace the published sizes, under transformers' names."""
     placeholder = "[UNUSED_TOKEN_0]"  # 92397 in the published vocabulary
     return {
-        "image_token_id": d.vocab_size - len(USER_DEFINED) + USER_DEFINED.index(placeholder),
+        "image_token_id": d.vocab_size - len(DEFINED) + DEFINED.index(placeholder),
         "plora_rank": d.rank,
         "vision_config": {
             "hidden_act": "quick_gelu",
