@@ -30,8 +30,11 @@ from tests import groups
 from tests.asking import wait_until
 from tests.commands import BIN, Command, has_ended
 from tests.conversations import Messages, conversations
+from tests.fonts import FREE_FONT
 from triward import RewardClient
+from triward_server.export.prepared import prepared
 from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.export.random_ixc_checkpoint import make_ixc_checkpoint
 from triward_server.schema import DRAINING, ModelNames
 from triward_server.serving.launch import Endpoints, TritonServer
 from triward_server.serving.repository import step_folders
@@ -112,6 +115,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     make_checkpoint("tiny", 0, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ixc_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ixc") / "checkpoint"
+    make_ixc_checkpoint("tiny", 0, folder, font=FREE_FONT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ixc_folder(ixc_checkpoint: Path) -> Iterator[Path]:
+    """The same as an export reads it, its tokenizer made."""
+    with prepared(ixc_checkpoint) as folder:
+        yield folder
 
 
 @dataclass(frozen=True)

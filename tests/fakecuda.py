@@ -43,7 +43,7 @@ DECODER = DecoderConfig(
     vocab_size=152_064, positions=128_000, hidden=3584, inner=18_944, heads=28, kv_heads=4,
     head_dim=128, eps=1e-6, rope=Rope((1.0,) * 64, 1.0, (16, 24, 24)), windows=(None,),
     qkv_bias=True, qk_norm=False, activation="silu", norm_offset=0.0, sandwich=False,
-    embedding_scale=1.0, scale=128**-0.5, softcap=None,
+    embedding_scale=1.0, scale=128**-0.5, softcap=None, media_rank=0,
 )  # fmt: skip
 TOWER = Tower(32, 1280, 3456, 16, 3584, 14, 2, 112, (7, 15, 23, 31), 10_000.0)
 TEXT, IMAGE = ((3584,), (64,), (64,)), ((1280,), (40,), (40,))  # residual stream, cosines, sines

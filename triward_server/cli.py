@@ -268,17 +268,18 @@ def verify(
         Path | None, typer.Option(help="For float8: JSONL of messages and responses.")
     ] = None,
 ) -> None:
-    """Score built-in conversations with transformers' own class and with the engine, and compare.
+    """Score built-in conversations with a reference and with the engine, and compare.
 
-    Exits with 1 when a float32 score is further from transformers' than 1e-4, relative above 1. A
-    bfloat16 score may be twice as far as transformers' own bfloat16 is in the worst conversation.
+    The reference is transformers' own class, or where it has none a restatement of the model's
+    code. Exits with 1 when a float32 score is further from it than 1e-4, relative above 1. A
+    bfloat16 score may be twice as far as the reference's own bfloat16 is in the worst conversation.
     Float8 must order pairs of responses as float32 does, as for an export.
     """
     if dtype == "float8" or calibration:
         _calibrate(checkpoint, device, dtype, streamed, small, calibration)
     from .export.verify import Verification, run  # torch, which no other command needs
 
-    table = Table("conversation", "score", "transformers", "distance", "")
+    table = Table("conversation", "score", "reference", "distance", "")
     with _errors():
         report: Verification = run(checkpoint, device, streamed, small, dtype)
     for row in report.rows:
@@ -291,7 +292,9 @@ def verify(
     typer.echo(f"{verdict}; {dtype} on {device}, loaded {how}, {report.seconds:.1f} s")
     if dtype != "float32":
         farthest = max((row.noise for row in report.rows), default=0.0)
-        typer.echo(f"transformers' own {dtype} scores are up to {farthest:.1e} from its float32")
+        typer.echo(
+            f"{report.referee}: its {dtype} scores are up to {farthest:.1e} from its float32"
+        )
     raise typer.Exit(1 if report.wrong else 0)
 
 

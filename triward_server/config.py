@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=0)]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 Dtype = Literal["float32", "bfloat16", "float8"]
 _STRICT = ConfigDict(extra="forbid")
+MAX_TILES = 64  # of an image; more would be more tokens than models have positions
 
 ConfigT = TypeVar("ConfigT")
 
@@ -70,6 +71,15 @@ class PreprocessConfig(RequestLimits):
     max_media_bytes: Annotated[Positive, Field(description="Bytes of one encoded media item.")] = (
         64 * 1024 * 1024
     )
+    hd_num: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MAX_TILES,
+            description="Tiles that an image may fill unless its part says how many, for "
+            "IXC-2.5-Reward alone; 0: 9.",
+        ),
+    ] = 0
     max_image_pixels: Annotated[
         Positive, Field(description="Pixels of one image or frame before it is resized.")
     ] = 64_000_000

@@ -16,8 +16,9 @@ from transformers import AutoProcessor
 
 from benchmarks.workloads import Messages
 from triward_server.engine.checkpoint import load_config
+from triward_server.engine.naming import canonical_name
 from triward_server.engine.streaming import load_weights
-from triward_server.engine.weights import canonical_name, read_tensors
+from triward_server.engine.weights import read_tensors
 from triward_server.export.reference import card_inputs, reference_model
 
 
@@ -42,7 +43,7 @@ class Card:
     ) -> None:
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self._processor: Any = AutoProcessor.from_pretrained(checkpoint)
-        self.model = reference_model(load_config(checkpoint), True, device, dtype, attention)
+        self.model = reference_model(load_config(checkpoint), "v_head", device, dtype, attention)
         load_weights(
             self.model, self._read if weights is None else _given(weights), canonical_name, False
         )

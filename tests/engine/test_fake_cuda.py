@@ -18,17 +18,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import ROOT
-from triward_server.engine import backbone, packing
+from triward_server.engine import backbone, layers, packing
 from triward_server.engine.arena import Arena
 from triward_server.engine.backbone import RewardModel
 from triward_server.engine.checkpoint import Blueprint, empty_model, load_config, read_blueprint
 from triward_server.engine.float8 import weights_of
 from triward_server.engine.geometry import Geometry
-from triward_server.export import random_checkpoint
+from triward_server.export import random_checkpoint, random_ixc_checkpoint
 from triward_server.schema import Features
 
 CUDA = torch.device("cuda:0")
@@ -67,14 +71,33 @@ def blueprint(tmp_path_factory: pytest.TempPathFactory) -> Blueprint:
     return read_blueprint(folder, load_config(folder)).aligned()
 
 
+@pytest.fixture(scope="module")
+def composer(tmp_path_factory: pytest.TempPathFactory) -> Blueprint:
+    """IXC-2.5-Reward's, likewise."""
+    folder = tmp_path_factory.mktemp("ixc") / "checkpoint"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_ixc_checkpoint, "write_shards", lambda *_: None)
+        random_ixc_checkpoint.make_ixc_checkpoint("7b", 0, folder)
+    return read_blueprint(folder, load_config(folder)).aligned()
+
+
 def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+def listed(runs: torch.Tensor) -> list[list[int]]:
+    """Read a tensor that is on the host and no fake."""
+    with unset_fake_temporarily():
+        assert type(runs) is torch.Tensor
+        rows: list[list[int]] = runs.tolist()
+        return rows
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Fake tensors, and in place of pinned memory and events what needs no GPU."""
     monkeypatch.setattr(backbone, "upload", uploaded)
+    monkeypatch.setattr(layers, "listed", listed)
     monkeypatch.setattr(Arena, "add", lambda arena, array: uploaded(torch.from_numpy(array), CUDA))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
@@ -84,7 +107,7 @@ def model_of(
     blueprint: Blueprint, deterministic: bool = False, float8: bool = False
 ) -> RewardModel:
     model = empty_model(blueprint, torch.bfloat16, deterministic, float8=float8)
-    held = {"v_head": torch.float32, "scale": torch.float32}
+    held = {"v_head": torch.float32, "score.": torch.float32, "scale": torch.float32}
     in_float8 = dict.fromkeys(weights_of(model), torch.float8_e4m3fn)
     state = {
         name: torch.empty(
@@ -161,6 +184,30 @@ def test_a_pass_in_float8(blueprint: Blueprint, fake: FakeTensorMode) -> None:
     plain, _ = run(model_of(blueprint), conversations(model.geometry, 250, 120))
     linear = "aten.linear.default"
     assert plain.names[linear] - calls.names[linear] == 28 * 4 + 1
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_a_pass_with_tiles(float8: bool, composer: Blueprint, fake: FakeTensorMode) -> None:
+    """Two images of 6 tiles and one: the updates are added to three runs, and nothing waits."""
+    model = model_of(composer, float8=float8)
+    images = [np.full((1120, 1680, 3), value, np.uint8) for value in (0, 0, 1)]
+    sizes = [model.geometry.tokens(model.geometry.grid(image)) for image in images]
+    assert sizes == [2861] * 3
+    text = np.arange(40, dtype=np.int32)
+    shown = np.full(2861, model.geometry.image_token_id, np.int32)
+    prompt = np.concatenate([text[:1], shown, text, shown, text, shown, text])
+    features = Features(prompt, (text, text[:7]), tuple(images))
+    calls, scores = run(model, features)
+    assert scores.shape == (2,) and scores.device == CUDA
+    waits = {n: c for n, c in calls.names.items() if n.split(".")[1] in WAITS}
+    assert not waits, "the pass waits for the device"
+    assert calls.names[VARLEN] == 24 + 32, "one call of the fused kernel a layer"
+    assert not [n for n in calls.names if "scaled_dot_product" in n]
+    # Gate and up have an update each; in the last layer keys and values alone have one.
+    assert calls.names["aten.addmm_.default"] == 3 * (31 * 5 + 1)
+    tiles = 1601 * 7 * 2  # two distinct images
+    rows = len(prompt) + len(text)  # the shorter response begins the longer one
+    assert {q for q, _ in calls.shapes} == {(tiles, 16, 64), (rows, 32, 128), (2, 32, 128)}
 
 
 def test_a_value_that_is_read_would_raise(fake: FakeTensorMode) -> None:

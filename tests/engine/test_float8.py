@@ -19,6 +19,7 @@ from triward_server.config import ForwardConfig
 from triward_server.engine import float8, weights
 from triward_server.engine.checkpoint import check_tensors, empty_model, load_model
 from triward_server.engine.float8 import E4M3, Float8Linear, multiply, quantise, quantise_weight
+from triward_server.engine.layers import Linear
 from triward_server.engine.scoring import Scorer
 from triward_server.errors import CheckpointError, ConfigError, NonFiniteScore
 from triward_server.export.verify import scorer_in
@@ -187,7 +188,7 @@ class TestLoading:
     def test_a_width_that_the_kernel_does_not_take(self) -> None:
         with pytest.raises(CheckpointError, match=r"gate is 24 to 32 wide, only multiples of 16"):
             float8.replace_linears(
-                nn.ModuleDict({"mlp": nn.ModuleDict({"gate": nn.Linear(24, 32)})})
+                nn.ModuleDict({"mlp": nn.ModuleDict({"gate": Linear(24, 32, bias=False)})})
             )
 
     def test_a_gpu_without_float8(self, monkeypatch: pytest.MonkeyPatch) -> None:

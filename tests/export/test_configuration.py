@@ -26,9 +26,10 @@ from triward_server.engine.checkpoint import (
     load_config,
     read_blueprint,
 )
+from triward_server.engine.naming import canonical_name
 from triward_server.engine.scoring import Scorer
 from triward_server.engine.streaming import load_weights
-from triward_server.engine.weights import canonical_name, read_tensors
+from triward_server.engine.weights import read_tensors
 from triward_server.errors import CheckpointError, TriwardError
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
@@ -37,7 +38,7 @@ from triward_server.schema import Features, Scores
 
 CPU = ForwardConfig(dtype="float32", device="cpu", threads=1)
 VISION = "qwen2_5_vl"
-ARCHITECTURES = (VISION, *KINDS)
+ARCHITECTURES = (VISION, *(name for name in KINDS if name != "qwen2-score"))
 # What a refusal may name in a field's place: tensors of a wrong shape, or that are missing; or whom
 # the field contradicts.
 _SHAPES = (
@@ -50,6 +51,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "spatial_merge_size": ("merge_size",),
     "image_token_id": ("placeholders",),  # the tokenizer writes others than the model looks for
     "video_token_id": ("placeholders",),
+    "reward_token_id": ("the head is read at",),
 }
 # Fields that say of what class something is; another one is another checkpoint.
 KINDS_OF = {"model_type", "architectures"}
@@ -89,11 +91,12 @@ class Swept:
             make_text_checkpoint(name, "tiny", 0, folder)
         self.folder = folder
         self.config = load_config(folder)
-        self.valued = head_of(folder, self.config) == "v_head"
+        self.head = head_of(folder, self.config).kind
         cpu = torch.device("cpu")
         self.tensors = read_tensors(folder, torch.float32, cpu, lambda name: True)
         rng = np.random.default_rng(0)
         ids = rng.integers(20, 700, 150).astype(np.int32)
+        ids[-1] = getattr(self.config, "reward_token_id", ids[-1])
         self.features = Features(ids[:100], (ids[100:],))
         self.inputs: dict[str, Any] = {}
         if name == VISION:
@@ -126,7 +129,7 @@ class Swept:
     def reference(self) -> float:
         """Of the class and the configuration that are in the folder now."""
         config = AutoConfig.from_pretrained(self.folder)
-        model = reference_model(config, self.valued, torch.device("cpu"))
+        model = reference_model(config, self.head, torch.device("cpu"))
         load_weights(model, lambda wanted: self.tensors, canonical_name, streamed=False)
         ids = np.concatenate([self.features.prompt_ids, self.features.response_ids[0]])
         row = torch.from_numpy(ids.astype(np.int64))[None]
@@ -200,7 +203,10 @@ def test_every_field(name: str, tmp_path: Path) -> None:
     assert not silent, "\n".join(f"{path}: {what}" for path, what in silent.items())
     # The sweep has teeth: some fields do move the score, and are followed.
     assert "rope_theta" in {path.rsplit(".", 1)[-1] for path in moved} and len(moved) > 1
-    assert {p.rsplit(".", 1)[-1] for p in refused} >= {*UNKNOWN} - {"partial_rotary_factor"}
+    known = {"partial_rotary_factor"}
+    if name in ("internlm2", "qwen2-reward"):  # whose head stands for remote code
+        known.add("auto_map")
+    assert {p.rsplit(".", 1)[-1] for p in refused} >= {*UNKNOWN} - known
 
 
 # Fields of published configurations, with sizes of a tiny model: their authors' own layouts.
@@ -233,6 +239,11 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5": (
         "qwen2",
         {**_TEXT, "max_window_layers": 28, "sliding_window": 131_072, "use_sliding_window": False},
+    ),
+    "internlm2-reward": (
+        "internlm2",
+        {**_TEXT, "attn_implementation": "eager", "tie_word_embeddings": False,
+         "pretraining_tp": 1},
     ),
     "skywork-vl-reward": (
         VISION,

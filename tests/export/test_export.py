@@ -22,6 +22,7 @@ from tests.commands import Command
 from tests.conftest import EXPORT, ROOT, Exit
 from triward import RewardClient
 from triward_server.engine.checkpoint import check_tensors
+from triward_server.export.configuration import comparable
 
 Export = Callable[..., Exit]
 
@@ -60,7 +61,7 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         "contract_version": "1",
     }  # fmt: skip
     assert parameters(output, "reward_preprocess") == {
-        "device": "cpu", "resize": "pillow",
+        "device": "cpu", "resize": "pillow", "hd_num": "0",
         "max_responses": "8", "max_text_bytes": "1000", "max_media": "5",
         "max_media_bytes": "2000", "max_image_pixels": "3000", "max_parts": "7",
         "max_request_bytes": "4000", "max_decode_seconds": "1.5", "max_tokens": "900",
@@ -322,3 +323,22 @@ def test_the_wheel_alone_exports_and_serves(
     there = {str(p.relative_to(ROOT)) for p in (ROOT / "model_repository").glob("*/1/model.py")}
     packed = packages / "triward_server"
     assert there == {str(p.relative_to(packed)) for p in packed.glob("model_repository/*/1/*.py")}
+
+
+@pytest.mark.parametrize("model", ["reward_preprocess", "reward_forward"])
+def test_what_an_earlier_export_did_not_write_has_its_default(
+    model: str, echo_repository: Path, tmp_path: Path
+) -> None:
+    """Or a repository could get no version more once an option has been added."""
+    today = echo_repository / model / "config.pbtxt"
+    earlier = tmp_path / "config.pbtxt"
+    for name, other in (("hd_num", "4"), ("vision", "onnx"), ("contract_version", "7")):
+        written = config(echo_repository, model)
+        if name not in written.parameters:
+            continue
+        del written.parameters[name]
+        earlier.write_text(text_format.MessageToString(written))
+        assert comparable(earlier) == comparable(today), name
+        written.parameters[name].string_value = other
+        earlier.write_text(text_format.MessageToString(written))
+        assert comparable(earlier) != comparable(today), name

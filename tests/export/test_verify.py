@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests.conftest import Exit
+from tests.fonts import FREE_FONT
 from triward_server.cli import app
 from triward_server.config import ForwardConfig
 from triward_server.engine import architectures, streaming
@@ -25,7 +27,9 @@ from triward_server.engine.decoder import DecoderConfig
 from triward_server.engine.scoring import Scorer
 from triward_server.engine.weights import read_state
 from triward_server.errors import CheckpointError
+from triward_server.export.prepared import prepared
 from triward_server.export.random_checkpoint import make_checkpoint
+from triward_server.export.random_ixc_checkpoint import make_ixc_checkpoint
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
 from triward_server.export.reference import fp32_budget
 from triward_server.export.verify import CaseScores, Verification, cases, require_agreement, verify
@@ -34,16 +38,19 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """As an export reads them, tokenizers made where they are remote code."""
     folder = tmp_path_factory.mktemp("verified")
     torch.set_num_threads(1)
     make_checkpoint("tiny", 0, folder / "qwen2_5_vl")
     for name in KINDS:
         make_text_checkpoint(name, "tiny", 0, folder / name)
-    return {name: folder / name for name in ("qwen2_5_vl", *KINDS)}
+    make_ixc_checkpoint("tiny", 0, folder / "internlmxcomposer2", font=FREE_FONT)
+    with ExitStack() as stack:
+        yield {each.name: stack.enter_context(prepared(each)) for each in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *KINDS])
 def test_what_is_shipped_scores_as_transformers_does(folders: dict[str, Path], name: str) -> None:
     whole = verify(folders[name], CPU, streamed=False)
     assert whole.wrong == [] and 0 < whole.largest < 1e-4
@@ -56,7 +63,8 @@ def test_what_is_shipped_scores_as_transformers_does(folders: dict[str, Path], n
         assert isinstance(refused.score, str) and isinstance(refused.reference, str)
     names = {row.name for row in whole.rows if isinstance(row.score, float)}
     assert names >= {"several turns", "unicode", "long", "control tokens as text"}
-    assert ("video" in names) == ("image odd" in names) == (name == "qwen2_5_vl")
+    sees = name in ("qwen2_5_vl", "internlmxcomposer2")
+    assert ("video" in names) == ("image odd" in names) == ("several images" in names) == sees
 
 
 WRONG: dict[str, tuple[str, Callable[[DecoderConfig], DecoderConfig]]] = {
@@ -105,7 +113,8 @@ def test_an_export_says_what_it_compared(
     # Limits of requests are not the comparison's.
     limits = ("--max-text-bytes=1", "--max-responses=1")
     result = export(*flags, *limits, "--output", tmp_path / "models")
-    assert result.code == 1 and "verified: 3 scores are transformers' own" in result.stderr
+    said = "verified: 3 scores are those of transformers' own class"
+    assert result.code == 1 and said in result.stderr
     result = export(*flags, "--output", tmp_path / "models", "--no-verify")
     assert result.code == 0 and "verified" not in result.stderr
 
@@ -139,7 +148,7 @@ def test_bfloat16_is_judged_by_transformers_own(
     wrong = CliRunner().invoke(app, ["verify", *arguments])
     assert wrong.exit_code == 1 and "DIFFERS" in wrong.stdout
     assert "of 7 conversations differ; bfloat16 on cpu, loaded layer by layer" in wrong.stdout
-    assert f"transformers' own bfloat16 scores are up to {noise:.1e} from" in wrong.stdout
+    assert f"own class: its bfloat16 scores are up to {noise:.1e} from" in wrong.stdout
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])

@@ -18,17 +18,20 @@ from triward_server.serving.repository import DRAINING_VERSION
 
 # In the order in which data flows; a module imports only what stands above it.
 ROOMS = {
-    "": "errors schema contract config memory device",
-    "intake": "workers image_codec video_codec codec_worker conversation decoding media video "
-    "resizing token_bound tokenization preprocess",
-    "engine": "geometry positions tree digests packing arena layers products attention float8 "
-    "decoder vision planning prefixes prefix_cache architectures processors backbone passes "
-    "weights checkpoint streaming scoring",
+    "": "errors schema contract config memory device model_configs",
+    "intake": "workers tiles image_codec video_codec codec_worker conversation decoding media "
+    "video resizing family qwen sheet ixc families token_bound tokenization "
+    "preprocess",
+    "engine": "naming geometry positions tree digests packing arena layers products attention "
+    "float8 decoder towers vision clip_tower planning prefixes prefix_cache architectures "
+    "processors backbone passes weights checkpoint streaming scoring",
     "backend": "metrics draining onnx_inputs onnx_runner onnx_vision codec triton_io",
     "serving": "canary log repository integrity triton_http installation signals child endpoints "
     "gpu progress ending launch instances watchdog switch",
-    "export": "placement options reference verify calibration onnx configuration draft build "
-    "random_checkpoint random_text_checkpoint commands",
+    "export": "placement options sentencepiece lora prepared internlm2 reference ixc_tokens "
+    "ixc_pictures ixc_network ixc_reference referees verify calibration onnx configuration draft "
+    "build random_checkpoint random_sentencepiece random_text_checkpoint random_ixc_tokenizer "
+    "random_ixc_checkpoint commands",
     "testing": "oracle echo_models echo",
     "commands": "cli",
 }

@@ -28,6 +28,7 @@ from triward_server.engine.checkpoint import check_tensors, load_model
 from triward_server.engine.scoring import Scorer
 from triward_server.errors import CheckpointError
 from triward_server.errors import InvalidRequest as Refused
+from triward_server.export.prepared import prepared
 from triward_server.export.random_text_checkpoint import KINDS, make_text_checkpoint
 from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
@@ -39,14 +40,34 @@ WINDOW = KINDS["gemma2"].fields["sliding_window"]
 
 
 @pytest.fixture(scope="session")
-def text_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("text")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As they are downloaded."""
+    folder = tmp_path_factory.mktemp("published")
     for name in KINDS:
         make_text_checkpoint(name, "tiny", 0, folder / name)
     return {name: folder / name for name in KINDS}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="session")
+def text_checkpoints(
+    published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """As an export reads them."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, source in published.items():
+        with prepared(source) as whole:
+            shutil.copytree(whole, folder / name)
+    return {name: folder / name for name in KINDS}
+
+
+# What differs from another by its head alone, or by one field: its own tests are slow ones.
+FEW = [name for name in KINDS if name not in ("qwen2-score", "qwen2-reward", "mistral")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in KINDS],
+)
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -72,8 +93,16 @@ def preprocessor(folder: Path) -> Preprocessor:
 
 
 @pytest.fixture(scope="module")
-def client(architecture: str, folder: Path, served: Callable[..., Served]) -> RewardClient:
-    model = served(architecture, source=folder)
+def end(scorer: Scorer) -> list[int]:
+    """What the last token of a conversation must be, if anything."""
+    return [id_ for id_ in [scorer.geometry.read_id] if id_ is not None]
+
+
+@pytest.fixture(scope="module")
+def client(
+    architecture: str, published: dict[str, Path], served: Callable[..., Served]
+) -> RewardClient:
+    model = served(architecture, source=published[architecture])
     check_once(model.server.http, model.repository, 60, deep=True)  # its canary has no image
     return model.client
 
@@ -103,7 +132,7 @@ def conversations(architecture: str) -> dict[str, Messages]:
         "thought/open": [asks("2 + 2?"), says("<think>Two and two. Four.")],
         "thought/asked": [asks("What does </think> mean?"), says("An end.</think> It is.")],
     }
-    if architecture != "gemma2":  # whose template refuses it
+    if architecture not in ("gemma2", "mistral"):  # whose templates refuse it
         cases["system"] = [
             {"role": "system", "content": "You are a strict judge."}, asks("Hi"), says("Hello"),
         ]  # fmt: skip
@@ -211,9 +240,11 @@ responses = st.lists(prompts.filter(len), min_size=1, max_size=3)
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(batch=st.lists(st.tuples(prompts, responses), min_size=1, max_size=3))
-def test_random_trees_equal_transformers(batch: Any, scorer: Scorer, oracle: TextOracle) -> None:
+def test_random_trees_equal_transformers(
+    batch: Any, scorer: Scorer, oracle: TextOracle, end: list[int]
+) -> None:
     items = [
-        Features(np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in answers))
+        Features(np.array(prompt, np.int32), tuple(np.array(r + end, np.int32) for r in answers))
         for prompt, answers in batch
     ]
     for item, result in zip(items, scorer.score(items), strict=True):
@@ -223,13 +254,13 @@ def test_random_trees_equal_transformers(batch: Any, scorer: Scorer, oracle: Tex
             assert abs(score - expected) <= fp32_budget(expected)
 
 
-def test_deterministic_is_bitwise(folder: Path) -> None:
+def test_deterministic_is_bitwise(folder: Path, end: list[int]) -> None:
     exact = Scorer(folder, replace(CPU, deterministic=True))
     rng = np.random.default_rng(0)
     prompt = rng.integers(20, 700, 3 * WINDOW).astype(np.int32)
     # Equal lengths, as rollouts have that a limit cuts, are what an engine computes together.
     lengths = (1, 30, 30, 30, 30, 2 * WINDOW, 2 * WINDOW)
-    answers = tuple(rng.integers(20, 700, n).astype(np.int32) for n in lengths)
+    answers = tuple(np.array([*rng.integers(20, 700, n), *end], np.int32) for n in lengths)
     items = [Features(prompt, answers), Features(prompt[:50], answers[1:])]
     items += [Features(prompt, (answer,)) for answer in answers]
     for item, together in zip(items, exact.score(items), strict=True):
@@ -275,6 +306,12 @@ def long_features() -> Features:
     return Features(ids[: 3 * WINDOW], (ids[3 * WINDOW :], ids[: WINDOW // 2]))
 
 
+def ended(item: Features, end: list[int]) -> Features:
+    """The same with what the head is read at behind each response."""
+    answers = tuple(np.array([*ids, *end], np.int32) for ids in item.response_ids)
+    return replace(item, response_ids=answers)
+
+
 @pytest.mark.parametrize(
     ("name", "mistake"),
     [
@@ -287,6 +324,8 @@ def long_features() -> Features:
         ("gemma2", {"scale": 48**-0.5}),
         ("gemma2", {"activation": "silu"}),
         ("llama", {"rope": "default"}),
+        ("mistral", {"windows": (None,) * 4}),
+        ("mistral", {"windows": (WINDOW + 1,) * 4}),
     ],
     ids=str,
 )
@@ -398,7 +437,7 @@ def cpu_scorer(folder: Path) -> Scorer:
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
     [
-        ("llama", {"model_type": "mistral"}, "'mistral' is not supported, only qwen2_5_vl, llama"),
+        ("llama", {"model_type": "phi3"}, "'phi3' is not supported, only qwen2_5_vl, llama"),
         ("llama", {"attention_bias": True}, "attention_bias True"),
         ("llama", {"mlp_bias": True}, "mlp_bias True"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
@@ -410,6 +449,13 @@ def cpu_scorer(folder: Path) -> Scorer:
         ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"]}, "this is both"),
         ("qwen3", {"hidden_size": "64"}, "config.json: StrictDataclass.*hidden_size"),
         ("gemma2", {"pad_token_id": 1024}, "describes no model.*[Pp]adding_idx"),
+        ("internlm2", {"bias": True}, "bias True"),
+        ("internlm2", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("internlm2", {"num_key_value_heads": 3}, "num_attention_heads modulo"),
+        ("internlm2", {"num_key_value_heads": 4}, "'language_model.layers.0.self_attn.qkv_proj"),
+        ("internlm2", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ("internlm2", {"architectures": ["InternLM2ForCausalLM"]}, "this is neither.*CausalLM"),
+        ("internlm2", {"plora_rank": 256}, "plora_rank = 256: not supported for internlm2"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(
@@ -498,20 +544,23 @@ def test_every_tensor_is_accounted_for(folder: Path, tmp_path: Path) -> None:
     other = changed(folder, tmp_path)
     head = "value_head.safetensors" if (other / "value_head.safetensors").exists() else ""
     file = other / (head or "model.safetensors")
-    name = "v_head.summary.weight" if head else "score.weight"
     tensors = load_file(file)
+    (name,) = {"v_head.summary.weight", "score.weight", "v_head.weight"} & tensors.keys()
     save_file({k: v for k, v in tensors.items() if k != name}, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"missing tensor '{name}'"):
+    with pytest.raises(CheckpointError, match=r"missing tensor '(v_head\.summary|score)\.weight'"):
         load_model(other, torch.float32, torch.device("cpu"))
     save_file(tensors | {"more.weight": torch.zeros(1)}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"unexpected tensor 'more.weight'"):
         check_tensors(other)
 
 
-def test_compiled_layers_score_the_same(folder: Path, long_features: Features) -> None:
+def test_compiled_layers_score_the_same(
+    folder: Path, long_features: Features, end: list[int]
+) -> None:
     """Norms of heads, and layers that normalise their results, are row-wise too."""
     torch.compiler.reset()
     plain, compiled = Scorer(folder, CPU), Scorer(folder, replace(CPU, compile=True))
+    item = ended(long_features, end)
     graphs: list[Any] = []
 
     def count(graph: Any, _: Any) -> Any:
@@ -520,7 +569,7 @@ def test_compiled_layers_score_the_same(folder: Path, long_features: Features) -
 
     compiled._model.compile_layers(backend=count)
     np.testing.assert_allclose(
-        score_of(compiled, long_features), score_of(plain, long_features), rtol=1e-5, atol=1e-5
+        score_of(compiled, item), score_of(plain, item), rtol=1e-5, atol=1e-5
     )
     assert graphs
     torch.compiler.reset()

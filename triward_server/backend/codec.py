@@ -81,9 +81,9 @@ def _split_media(
 
 
 def _shape(index: int, grid: Grid, video: bool, geometry: Geometry) -> tuple[int, ...]:
-    merge, side = geometry.merge_size, geometry.patch_size
-    if min(grid) <= 0 or grid.h % merge or grid.w % merge or (grid.t != 1 and not video):
+    unit, side = geometry.unit, geometry.patch_size
+    if min(grid) <= 0 or grid.h % unit or grid.w % unit or (grid.t != 1 and not video):
         kind = "a video is t x h x w" if video else "an image is 1 x h x w"
-        raise InvalidRequest(f"grids[{index}]", f"{[*grid]}; {kind}, h and w multiples of {merge}")
+        raise InvalidRequest(f"grids[{index}]", f"{[*grid]}; {kind}, h and w multiples of {unit}")
     size = (grid.h * side, grid.w * side, 3)
     return (grid.t * schema.FRAMES_PER_GRID, *size) if video else size

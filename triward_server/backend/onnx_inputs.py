@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from .. import schema
-from ..engine.vision import Cut, normalisation, patchify, places, plan_windows
+from ..engine.towers import Cut, normalisation
+from ..engine.vision import patchify, places, plan_windows
 from ..schema import Array, Grid, Int64Array, TensorSpec, UInt8Array
 
 

@@ -11,7 +11,7 @@ from torch.utils.dlpack import from_dlpack
 
 from .. import schema
 from ..engine.checkpoint import load_cut
-from ..engine.vision import Cut
+from ..engine.towers import Cut
 from ..errors import ForwardError
 from ..schema import Grid, UInt8Array
 from .onnx_inputs import graph_inputs

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..errors import is_device_fault
-from ..schema import Int32Array
+from ..schema import Int32Array, Int64Array
 from . import products
 from .arena import Arena
 
@@ -60,6 +60,8 @@ class Layout:
         blocks: numbers of rows that row-wise layers compute at once (`blocks`).
         deterministic: whether every sequence is computed as if it were alone, so that no rounding
             depends on its company; the blocks are the sequences then.
+        media: for each block int64 [R, 2] on the CPU, first and last + 1 of its runs of media, or
+            None where it has none; None: no layer asks.
     """
 
     query_lengths: tuple[int, ...]
@@ -71,6 +73,7 @@ class Layout:
     kernel: Kernel
     blocks: tuple[int, ...]
     deterministic: bool
+    media: tuple[Tensor | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def make_layout(
     key_lengths: Sequence[int] | None = None,
     key_rows: NDArray[np.int64] | None = None,
     deterministic: bool = False,
+    media_rows: Int64Array | None = None,
 ) -> Layout:
     """Describe sequences of `lengths` queries that lie one behind the other.
 
@@ -117,11 +121,13 @@ def make_layout(
         key_lengths: keys of each sequence, where they are not the queries' rows.
         key_rows: their rows, see `Layout`.
         deterministic: see `Layout`.
+        media_rows: rows of media, ascending, where layers treat them apart.
     """
     keys = lengths if key_lengths is None else key_lengths
     total = sum(lengths)
     block = _CPU_BLOCK if arena.device.type == "cpu" else total
     even = [min(block, total - row) for row in range(0, total, block)]
+    cut = tuple(lengths if deterministic else even)
     return Layout(
         query_lengths=tuple(lengths),
         key_lengths=tuple(keys),
@@ -130,19 +136,44 @@ def make_layout(
         cu_key=arena.add(_cumulative(keys)),
         causal=causal,
         kernel=kernel_for(arena.device, dtype),
-        blocks=tuple(lengths if deterministic else even),
+        blocks=cut,
         deterministic=deterministic,
+        media=None if media_rows is None else tuple(_runs_of_media(media_rows, cut)),
     )
 
 
-def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _runs_of_media(rows: Int64Array, lengths: Sequence[int]) -> Iterator[Tensor | None]:
+    """Find each block's runs, counted from its first row; behind them an empty one.
+
+    So there are two at least, which compiled code does not treat apart.
+    """
+    ends = np.cumsum(lengths)
+    parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
+    for part, first in zip(parts, ends - lengths, strict=True):
+        gaps = np.flatnonzero(np.diff(part) > 1)
+        if not len(part):
+            yield None
+            continue
+        runs = np.stack([part[[0, *(gaps + 1)]], part[[*gaps, -1]] + 1], axis=1) - first
+        yield torch.from_numpy(np.concatenate([runs, [[0, 0]]]))
+
+
+def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
     """Iterate over [Q, …] tensors block by block, for layers that compute each row for itself.
+
+    Behind the tensors' parts come a block's runs of media, where it has any.
 
     On CUDA one block is the whole row. On the CPU a block's intermediate results stay in its
     caches. In deterministic mode a block is a sequence: how a matrix product rounds a row depends
     on how many rows it has.
     """
-    return zip(*(tensor.split(layout.blocks) for tensor in rows), strict=True)
+    parts = zip(*(tensor.split(layout.blocks) for tensor in rows), strict=True)
+    if layout.media is None:
+        return parts
+    return (
+        part if media is None else (*part, media)
+        for part, media in zip(parts, layout.media, strict=True)
+    )
 
 
 def join(parts: Iterable[Tensor]) -> Tensor:

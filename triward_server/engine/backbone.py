@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from ..schema import Grid, Int64Array, UInt8Array
 from .arena import Arena, upload
 from .attention import Layout, make_layout
+from .clip_tower import ClipBlock
 from .decoder import DecoderConfig, DecoderLayer, LanguageModel, SandwichLayer
 from .float8 import EXTRA_BYTES, replace_linears
 from .geometry import Geometry
 from .packing import MediaItem, PackedBatch
 from .planning import costs
-from .vision import EmbeddingCache, VisionBlock, VisionTower
+from .towers import EmbeddingCache, MediaTower
+from .vision import VisionBlock
 
 # Images uint8 [H, W, 3] and videos [T, H, W, 3], and their patches -> embeddings [M, out], one
 # item's tokens behind the other's.
@@ -31,6 +33,7 @@ _ROW_WISE: dict[type[nn.Module], tuple[str, ...]] = {
     DecoderLayer: ("before", "queries", "keys_and_values", "after_"),
     SandwichLayer: ("before", "queries", "keys_and_values", "after_"),
     VisionBlock: ("before", "after_"),
+    ClipBlock: ("before", "after_"),
 }
 
 
@@ -48,19 +51,49 @@ class ValueHead(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """transformers' head of one label: a linear map without bias; in float32 here."""
+    """transformers' head of one label: a linear map, of some with a bias; in float32 here."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(1, dtype=torch.float32)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[C, dim] -> float32 [C], each row for itself."""
-        return (x.float() * self.weight).sum(-1)
+        out = (x.float() * self.weight).sum(-1)
+        return out if self.bias is None else out + self.bias
 
 
-# By the name that a checkpoint's tensors begin with.
-HEADS: dict[str, Callable[[int], nn.Module]] = {"v_head": ValueHead, "score": ClassificationHead}
+class TwoLayerHead(nn.Sequential):
+    """Qwen2.5-Math-RM's head: two affine maps and a ReLU; in float32 here."""
+
+    def __init__(self, dim: int) -> None:
+        first, second = (nn.Linear(dim, width, dtype=torch.float32) for width in (dim, 1))
+        super().__init__(first, nn.ReLU(), second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[C, dim] -> float32 [C], each row for itself: how many there are moves no bit."""
+        rows = []
+        for row in x.float().split(1):
+            for layer in self:
+                row = layer(row)
+            rows.append(row)
+        return torch.cat(rows)[:, 0]
+
+
+class HeadKind(NamedTuple):
+    """What a checkpoint's tensors of a head begin with, and the head of a width."""
+
+    prefix: str
+    make: Callable[[int], nn.Module]
+
+
+HEADS: dict[str, HeadKind] = {
+    "v_head": HeadKind("v_head", ValueHead),
+    "score": HeadKind("score", ClassificationHead),
+    "biased_score": HeadKind("score", partial(ClassificationHead, bias=True)),
+    "two_layers": HeadKind("score", TwoLayerHead),
+}
 
 
 class Clock:
@@ -112,7 +145,7 @@ class RewardModel(nn.Module):
         self,
         geometry: Geometry,
         decoder: DecoderConfig,
-        visual: VisionTower | None,
+        visual: MediaTower | None,
         head: str,
         dtype: torch.dtype,
         deterministic: bool = False,
@@ -124,8 +157,8 @@ class RewardModel(nn.Module):
         self.visual = visual
         self._encode = encoder or self._encode_here
         self.language_model = LanguageModel(decoder)
-        self.head = head
-        self.add_module(head, HEADS[head](decoder.hidden))
+        self.head = HEADS[head].prefix
+        self.add_module(self.head, HEADS[head].make(decoder.hidden))
         self.embeddings = EmbeddingCache(cache_bytes)
         self.deterministic = deterministic
         tower = None if visual is None else visual.config
@@ -188,7 +221,8 @@ class RewardModel(nn.Module):
         language = self.language_model
         input_ids, positions = arena.add(batch.input_ids), arena.add(batch.positions)
         media_rows, media_tokens = arena.add(batch.media_rows), arena.add(batch.media_tokens)
-        layout = self._layout(batch.node_lengths, batch.key_lengths, batch.key_rows, arena)
+        apart = batch.media_rows if language.decoder.media_rank and batch.media else None
+        layout = self._layout(batch.node_lengths, batch.key_lengths, batch.key_rows, arena, apart)
         # Conversations that end at one node (equal ones) are read once.
         nodes, conversations = np.unique(batch.scored, return_inverse=True)
         ends = np.cumsum(batch.key_lengths)
@@ -237,7 +271,12 @@ class RewardModel(nn.Module):
         return embeddings
 
     def _layout(
-        self, lengths: Sequence[int], keys: Sequence[int], key_rows: Int64Array, arena: Arena
+        self,
+        lengths: Sequence[int],
+        keys: Sequence[int],
+        key_rows: Int64Array,
+        arena: Arena,
+        media_rows: Int64Array | None = None,
     ) -> Layout:
         # Gathered keys lie otherwise in memory, which rounding may depend on.
         in_order = not self.deterministic and np.array_equal(key_rows, np.arange(len(key_rows)))
@@ -249,4 +288,5 @@ class RewardModel(nn.Module):
             keys,
             None if in_order else key_rows,
             deterministic=self.deterministic,
+            media_rows=media_rows,
         )

@@ -18,33 +18,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForSequenceClassification,
 )
 
+from .. import model_configs
 from ..errors import CheckpointError
-from .architectures import ARCHITECTURES, Architecture
+from .architectures import ARCHITECTURES, Architecture, Head, Vision
 from .architectures.fields import Fields
-from .backbone import Encoder, RewardModel, ValueHead
+from .backbone import HEADS, Encoder, RewardModel
 from .decoder import DecoderConfig
 from .float8 import weights_of
 from .geometry import Geometry
+from .naming import Naming, canonical_name
 from .processors import Pixels, load_pixels
-from .vision import Cut, Tower, VisionTower
+from .towers import Cut, MediaTower, TowerConfig
+from .vision import VisionTower
 from .weights import (
-    UNREAD,
     VALUE_HEAD_FILE,
-    canonical_name,
+    has_tensor,
     open_tensors,
     read_state,
     weight_files,
     widen_gated_mlps,
 )
 
-_VISION, _HEAD = "visual.", "v_head."
+_VISION = "visual."
 
 # Matrices whose rows begin at multiples of 128 bytes are multiplied faster on a GPU; Qwen2.5-VL's
 # vision tower is 3,420 wide inside.
@@ -61,26 +63,25 @@ class Blueprint:
         tower: what the vision tower computes; None: a text model.
         cut: how media become the tower's patches; None with it.
         head: which of `backbone.HEADS`.
+        naming: how the checkpoint's tensors become ours.
     """
 
     geometry: Geometry
     decoder: DecoderConfig
-    tower: Tower | None
+    tower: TowerConfig | None
     cut: Cut | None
     head: str
+    naming: Naming
 
-    def vision(self) -> VisionTower | None:
+    def vision(self) -> MediaTower | None:
         """Return a tower without weights, on torch's default device."""
         if self.tower is None or self.cut is None:
             return None
-        return VisionTower(self.tower, self.cut)
+        return self.tower.build(self.cut)
 
     def aligned(self) -> Blueprint:
         """Return the same model, its tower's inner width a multiple of `_ALIGNMENT`."""
-        if self.tower is None:
-            return self
-        inner = -(-self.tower.intermediate_size // _ALIGNMENT) * _ALIGNMENT
-        return replace(self, tower=replace(self.tower, intermediate_size=inner))
+        return self if self.tower is None else replace(self, tower=self.tower.aligned(_ALIGNMENT))
 
 
 def load_config(checkpoint: Path) -> Any:
@@ -95,6 +96,7 @@ def load_config(checkpoint: Path) -> Any:
     try:
         written = json.loads(path.read_text())
         model_type = written["model_type"]
+        composes = model_configs.COMPOSER in (written.get("architectures") or ())
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no model_type: {type(error).__name__}: {error}") from None
     if model_type not in ARCHITECTURES:
@@ -104,6 +106,9 @@ def load_config(checkpoint: Path) -> Any:
         if part.get("per_layer_config"):  # transformers would answer for no layer in particular
             raise CheckpointError(f"{path}: per_layer_config is not supported, layers are alike")
     try:
+        if composes:
+            kind = model_configs.InternLMXComposer2Config
+            return kind.from_dict(written | {"model_type": kind.model_type})
         return AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many types
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from None
@@ -114,30 +119,33 @@ def architecture_of(config: Any) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-def head_of(checkpoint: Path, config: Any) -> str:
-    """Return the key of `backbone.HEADS`: trl's value head, or transformers' classification head.
+def head_of(checkpoint: Path, config: Any) -> Head:
+    """Return the head: trl's value head, transformers' classification head, or the class's own.
 
     Raises:
-        CheckpointError: neither, or both, or one of several labels.
+        CheckpointError: none, or two of them, or one of several labels.
     """
-    classes = list(config.architectures or ())
-    classifies = any(name.endswith("ForSequenceClassification") for name in classes)
+    classes, architecture = list(config.architectures or ()), architecture_of(config)
     valued = (checkpoint / VALUE_HEAD_FILE).is_file()
-    if classifies == valued:
+    own = next((architecture.heads[name] for name in classes if name in architecture.heads), None)
+    classifies = any(name.endswith("ForSequenceClassification") for name in classes)
+    if (classifies or own is not None) == valued:
         found = "both" if valued else "neither"
+        kinds = " or ".join(["a ForSequenceClassification", *architecture.heads])
         raise CheckpointError(
-            f"{checkpoint}: a reward model has {VALUE_HEAD_FILE} or is a ForSequenceClassification "
-            f"in config.json; this is {found} (architectures {classes})"
+            f"{checkpoint}: a reward model has {VALUE_HEAD_FILE} or is {kinds} in config.json; "
+            f"this is {found} (architectures {classes})"
         )
     if valued:
-        return "v_head"
+        return Head("v_head")
+    if own is not None:
+        return own
     if config.num_labels != 1:
         raise CheckpointError(
             f"{checkpoint}: the head has {config.num_labels} labels, only 1 works"
         )
-    if architecture_of(config).vision is not None:
-        raise CheckpointError(f"{checkpoint}: {classes[0]} is not supported, only a value head is")
-    return "score"
+    biased = has_tensor(checkpoint, "score.bias")
+    return Head("biased_score" if biased else "score", padding="last")
 
 
 def read_blueprint(checkpoint: Path, config: Any) -> Blueprint:
@@ -148,14 +156,18 @@ def read_blueprint(checkpoint: Path, config: Any) -> Blueprint:
     """
     fields, architecture = Fields(config), architecture_of(config)
     head = head_of(checkpoint, config)
+    if head in architecture.heads.values():
+        fields.ignore("auto_map")  # remote code, for which the head stands
     decoder = architecture.decoder(fields)
-    tower, pixels = None, None
+    vision, pixels = None, None
     if architecture.vision is not None:
-        tower = architecture.vision(fields)
-        pixels = load_pixels(checkpoint, tower)
-    geometry = _geometry(fields, decoder, tower, pixels, head)
+        vision = architecture.vision(fields)
+        pixels = load_pixels(checkpoint, vision)
+    geometry = _geometry(fields, decoder, vision, pixels, head)
     fields.refuse_unread(f"{checkpoint / 'config.json'}", config.model_type)
-    return Blueprint(geometry, decoder, tower, None if pixels is None else pixels.cut, head)
+    tower, cut = (None, None) if vision is None or pixels is None else (vision.tower, pixels.cut)
+    naming = architecture.naming(decoder)
+    return Blueprint(geometry, decoder, tower, cut, head.kind, naming)
 
 
 def check_tensors(checkpoint: Path) -> Blueprint:
@@ -167,18 +179,19 @@ def check_tensors(checkpoint: Path) -> Blueprint:
     """
     config = load_config(checkpoint)
     blueprint = read_blueprint(checkpoint, config)
-    expected = _expected_shapes(config, blueprint.head)
+    expected = _expected_shapes(config, blueprint)
     found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(checkpoint):
         with open_tensors(file, "cpu") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - no mapping, only named like one
-                name = canonical_name(key)
+                name = blueprint.naming.name(key)
                 if name in found:
                     raise CheckpointError(f"{file}: tensor {key!r} is there twice")
                 found[name] = tuple(tensors.get_slice(key).get_shape())
     _raise_for("missing", checkpoint, expected.keys() - found.keys())
     # Some savers write a matrix that nothing reads, tied to the embedding or not.
-    unexpected = {name for name in found.keys() - expected.keys() if not UNREAD.match(name)}
+    unread = blueprint.naming.is_unread
+    unexpected = {name for name in found.keys() - expected.keys() if not unread(name)}
     _raise_for("unexpected", checkpoint, unexpected)
     for name in sorted(found.keys() & expected.keys()):
         if found[name] != expected[name]:
@@ -218,7 +231,8 @@ def load_model(
     def wanted(name: str) -> bool:
         return not (encoder and _is(_VISION, name))
 
-    state = read_state(checkpoint, dtype, device, wanted, weights_of(model))
+    in_float8 = weights_of(model)
+    state = read_state(checkpoint, dtype, device, wanted, in_float8, blueprint.naming)
     if blueprint.tower is not None:
         widen_gated_mlps(state, _VISION, blueprint.tower.intermediate_size)
     model.load_state_dict(state, strict=True, assign=True)
@@ -262,19 +276,23 @@ def load_cut(checkpoint: Path) -> tuple[Cut, int]:
     return blueprint.cut, blueprint.tower.out_hidden_size
 
 
-def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
-    """Return the vision tower and the value head alone, in float32 on the CPU.
+def load_vision(checkpoint: Path) -> tuple[VisionTower, nn.Module]:
+    """Return the vision tower and the head alone, in float32 on the CPU.
 
     Raises:
         CheckpointError: see `verify`; or it is a text model.
     """
     blueprint = check_tensors(checkpoint)
     with torch.device("meta"):
-        tower, head = blueprint.vision(), ValueHead(blueprint.decoder.hidden)
+        tower, kind = blueprint.vision(), HEADS[blueprint.head]
+        head = kind.make(blueprint.decoder.hidden)
     if tower is None:
         raise CheckpointError(f"{checkpoint}: the model has no vision tower")
-    for prefix, module in ((_VISION, tower), (_HEAD, head)):
-        state = read_state(checkpoint, torch.float32, torch.device("cpu"), partial(_is, prefix))
+    if not isinstance(tower, VisionTower):
+        raise CheckpointError(f"{checkpoint}: no ONNX graph of a {type(tower).__name__} is made")
+    for prefix, module in ((_VISION, tower), (f"{kind.prefix}.", head)):
+        cpu, wanted = torch.device("cpu"), partial(_is, prefix)
+        state = read_state(checkpoint, torch.float32, cpu, wanted, naming=blueprint.naming)
         names = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         module.load_state_dict(names, strict=True, assign=True)
         module.requires_grad_(False).eval()
@@ -282,48 +300,68 @@ def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
 
 
 def _geometry(
-    fields: Fields, decoder: DecoderConfig, tower: Tower | None, pixels: Pixels | None, head: str
+    fields: Fields,
+    decoder: DecoderConfig,
+    vision: Vision | None,
+    pixels: Pixels | None,
+    head: Head,
 ) -> Geometry:
-    if tower is None or pixels is None:
+    if vision is None or pixels is None:
         return Geometry(
             image_token_id=None,
             patch_size=1,
             merge_size=1,
             vocab_size=decoder.vocab_size,
             max_tokens=decoder.positions,
-            # transformers' classification head looks in front of these; trl's value head does not.
-            padding_id=fields.text.pad_token_id if head == "score" else None,
+            **_read(fields, head),
         )
     return Geometry(
-        image_token_id=fields.image_token_id,
-        patch_size=tower.patch_size,
-        merge_size=tower.spatial_merge_size,
+        image_token_id=vision.image_token_id,
+        patch_size=vision.tower.patch_size,
+        merge_size=vision.tower.spatial_merge_size,
         vocab_size=decoder.vocab_size,
         max_tokens=decoder.positions,
-        video_token_id=fields.video_token_id,
-        tokens_per_second=fields.vision_config.tokens_per_second,
+        video_token_id=vision.video_token_id,
+        tokens_per_second=vision.tokens_per_second,
         video_limits=pixels.video_limits,
+        tile=vision.tower.tile,
+        **_read(fields, head),
     )
 
 
-def _expected_shapes(config: Any, head: str) -> dict[str, tuple[int, ...]]:
-    auto: Any = AutoModelForSequenceClassification
-    if head == "v_head":
-        multimodal = architecture_of(config).vision is not None
-        auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+def _read(fields: Fields, head: Head) -> dict[str, Any]:
+    """Where in a conversation the head is read."""
+    return {
+        "padding_id": fields.text.pad_token_id if head.padding else None,
+        "any_padding": head.padding == "first",
+        "read_id": getattr(fields, head.token) if head.token else None,
+    }
+
+
+def _expected_shapes(config: Any, blueprint: Blueprint) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors, by our names."""
+    kind = HEADS[blueprint.head]
+    with torch.device("meta"):
+        head = kind.make(blueprint.decoder.hidden).state_dict()
+    shapes = {f"{kind.prefix}.{name}": tuple(tensor.shape) for name, tensor in head.items()}
+    architecture = architecture_of(config)
+    if architecture.shapes is not None:
+        own = architecture.shapes(blueprint.decoder, blueprint.tower)
+        return {blueprint.naming.name(key): shape for key, shape in own.items()} | shapes
+    auto: Any = AutoModelForImageTextToText if architecture.vision else AutoModelForCausalLM
     try:
         with torch.device("meta"):
             reference = auto.from_config(config, attn_implementation="eager")
     except Exception as error:  # transformers raises many types
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"config.json describes no model: {reason}") from None
-    shapes = {canonical_name(k): tuple(v.shape) for k, v in reference.state_dict().items()}
-    if head == "v_head":
-        if config.tie_word_embeddings:
-            del shapes["lm_head.weight"]
-        hidden = config.get_text_config().hidden_size
-        shapes |= {"v_head.summary.weight": (1, hidden), "v_head.summary.bias": (1,)}
-    return shapes
+    found = {canonical_name(k): tuple(v.shape) for k, v in reference.state_dict().items()}
+    # What has a vocabulary's head carries it, tied or not; nothing reads it.
+    if blueprint.head != "v_head" or config.tie_word_embeddings:
+        found = {
+            name: shape for name, shape in found.items() if not blueprint.naming.is_unread(name)
+        }
+    return found | shapes
 
 
 def _is(prefix: str, name: str) -> bool:

@@ -61,6 +61,8 @@ class DecoderConfig:
         embedding_scale: what embeddings are multiplied by.
         scale: what products of query and key are multiplied by.
         softcap: c, where these become c * tanh(product / c).
+        media_rank: rank of the updates that the linear layers have for tokens of media alone
+            (partial LoRA, arXiv:2401.16420, section 3.2); 0: all tokens are alike.
     """
 
     vocab_size: int
@@ -81,6 +83,7 @@ class DecoderConfig:
     embedding_scale: float
     scale: float
     softcap: float | None
+    media_rank: int
 
     @property
     def layers(self) -> int:
@@ -101,18 +104,21 @@ class Attention(nn.Module):
         self.queries = decoder.heads
         self.keys = decoder.kv_heads
         heads = self.queries + 2 * self.keys
-        self.qkv_proj = Linear(decoder.hidden, heads * self.head_dim, bias=decoder.qkv_bias)
-        self.o_proj = Linear(self.queries * self.head_dim, decoder.hidden, bias=False)
+        width, rank = self.queries * self.head_dim, decoder.media_rank
+        self.qkv_proj = Linear(decoder.hidden, heads * self.head_dim, decoder.qkv_bias, rank)
+        self.o_proj = Linear(width, decoder.hidden, False, rank)
         if decoder.qk_norm:
             self.q_norm = decoder.norm(self.head_dim)
             self.k_norm = decoder.norm(self.head_dim)
         self.qk_norm = decoder.qk_norm
         self.rules = LogitRules(decoder.scale, decoder.softcap, window)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor, first: int, last: int) -> Tensor:
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, media: Tensor | None, first: int, last: int
+    ) -> Tensor:
         """Heads `first` up to `last`: [T, dim] -> [T, last - first, D]. Values are not rotated."""
         rows = slice(first * self.head_dim, last * self.head_dim)
-        heads: Tensor = self.qkv_proj.part(x, rows).unflatten(-1, (-1, self.head_dim))
+        heads: Tensor = self.qkv_proj.part(x, rows, media).unflatten(-1, (-1, self.head_dim))
         rotated = heads[:, : min(last, self.queries + self.keys) - first]
         if self.qk_norm:
             queries = max(0, self.queries - first)
@@ -126,14 +132,20 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm transformer layer: attention between two row-wise halves."""
+    """Pre-norm transformer layer: attention between two row-wise halves.
+
+    `media` are a block's runs of media where these have updates (`attention.blocks`). Scored tokens
+    are text, so what is computed for them alone needs none.
+    """
 
     def __init__(self, decoder: DecoderConfig, window: int | None) -> None:
         super().__init__()
         self.input_layernorm = decoder.norm(decoder.hidden)
         self.self_attn = Attention(decoder, window)
         self.post_attention_layernorm = decoder.norm(decoder.hidden)
-        self.mlp = GatedMLP(decoder.hidden, decoder.inner, False, decoder.activation)
+        self.mlp = GatedMLP(
+            decoder.hidden, decoder.inner, False, decoder.activation, decoder.media_rank
+        )
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, recall: KeysAndValues
@@ -166,27 +178,29 @@ class DecoderLayer(nn.Module):
             self.after_(*each)
         return x
 
-    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor, media: Tensor | None = None) -> Tensor:
         """Project to queries, keys and values: residual stream [T, dim] -> [T, H + 2 G, D]."""
         attention = self.self_attn
         heads = attention.queries + 2 * attention.keys
-        return attention.project(self.input_layernorm(x), cos, sin, 0, heads)
+        return attention.project(self.input_layernorm(x), cos, sin, media, 0, heads)
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Project to queries alone: [T, dim] -> [T, H, D]."""
         attention = self.self_attn
-        return attention.project(self.input_layernorm(x), cos, sin, 0, attention.queries)
+        return attention.project(self.input_layernorm(x), cos, sin, None, 0, attention.queries)
 
-    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def keys_and_values(
+        self, x: Tensor, cos: Tensor, sin: Tensor, media: Tensor | None = None
+    ) -> Tensor:
         """Keys and values alone: [T, dim] -> [T, 2 G, D]."""
         attention = self.self_attn
         heads = attention.queries + 2 * attention.keys
-        return attention.project(self.input_layernorm(x), cos, sin, attention.queries, heads)
+        return attention.project(self.input_layernorm(x), cos, sin, media, attention.queries, heads)
 
-    def after_(self, x: Tensor, attended: Tensor) -> None:
+    def after_(self, x: Tensor, attended: Tensor, media: Tensor | None = None) -> None:
         """Add attention's [T, H, D] and what follows to the residual stream [T, dim], in place."""
-        x += self.self_attn.o_proj(attended.flatten(1))
-        x += self.mlp(self.post_attention_layernorm(x))
+        x += self.self_attn.o_proj(attended.flatten(1), media)
+        x += self.mlp(self.post_attention_layernorm(x), media)
 
 
 class SandwichLayer(DecoderLayer):
@@ -197,11 +211,11 @@ class SandwichLayer(DecoderLayer):
         self.pre_feedforward_layernorm = decoder.norm(decoder.hidden)
         self.post_feedforward_layernorm = decoder.norm(decoder.hidden)
 
-    def after_(self, x: Tensor, attended: Tensor) -> None:
+    def after_(self, x: Tensor, attended: Tensor, media: Tensor | None = None) -> None:
         """Add as every layer does, the results of both halves normalised."""
-        result = self.self_attn.o_proj(attended.flatten(1))
+        result = self.self_attn.o_proj(attended.flatten(1), media)
         x += self.post_attention_layernorm(result.float())
-        result = self.mlp(self.pre_feedforward_layernorm(x))
+        result = self.mlp(self.pre_feedforward_layernorm(x), media)
         x += self.post_feedforward_layernorm(result.float())
 
 
@@ -270,3 +284,11 @@ def weights_per_layer(decoder: DecoderConfig) -> tuple[int, int]:
     width = decoder.heads * decoder.head_dim
     keys = 2 * decoder.kv_heads * decoder.head_dim * decoder.hidden
     return 2 * width * decoder.hidden + keys + 3 * decoder.hidden * decoder.inner, keys
+
+
+def media_weights_per_layer(decoder: DecoderConfig) -> tuple[int, int]:
+    """Count what `weights_per_layer` does, of the updates for tokens of media."""
+    width = decoder.heads * decoder.head_dim
+    keys = decoder.hidden + 2 * decoder.kv_heads * decoder.head_dim  # A is the queries', too
+    sides = keys + width + (width + decoder.hidden) + 3 * (decoder.hidden + decoder.inner)
+    return decoder.media_rank * sides, decoder.media_rank * keys

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import Dtype
 from ..errors import CheckpointError, ConfigError
-from .layers import linear
+from .layers import Linear, LowRank, linear, updated
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
@@ -34,24 +34,27 @@ class Float8Linear(nn.Module):
         inputs: a multiple of `ALIGNMENT`.
         outputs: likewise.
         bias: whether one is added; in bfloat16.
+        plora: an update for rows of media, which stays in bfloat16.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, plora: LowRank | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=E4M3), requires_grad=False)
         self.scale = nn.Parameter(torch.empty(outputs, 1, dtype=torch.float32), requires_grad=False)
         shape = (outputs,) if bias else None
         self.bias = None if shape is None else nn.Parameter(torch.empty(shape))
+        self.plora = plora
 
-    def forward(self, x: Tensor) -> Tensor:
-        """bfloat16 [T, inputs] -> [T, outputs]."""
-        return self.part(x, slice(None))
+    def forward(self, x: Tensor, media: Tensor | None = None) -> Tensor:
+        """bfloat16 [T, inputs] -> [T, outputs]; `media` as in `layers.Linear`."""
+        return self.part(x, slice(None), media)
 
-    def part(self, x: Tensor, outputs: slice) -> Tensor:
+    def part(self, x: Tensor, outputs: slice, media: Tensor | None = None) -> Tensor:
         """Compute some outputs alone; the slice begins and ends at multiples of `ALIGNMENT`."""
         bias = None if self.bias is None else self.bias[outputs]
         values, scale = quantise(x)
-        return multiply(values, scale, self.weight[outputs], self.scale[outputs], bias)
+        y = multiply(values, scale, self.weight[outputs], self.scale[outputs], bias)
+        return updated(y, self.plora, x, media, outputs)
 
 
 def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +105,7 @@ def replace_linears(layers: nn.Module) -> None:
     """
     for module_name, module in list(layers.named_modules()):
         for name, child in list(module.named_children()):
-            if not isinstance(child, nn.Linear):
+            if not isinstance(child, Linear):
                 continue
             inputs, outputs = child.in_features, child.out_features
             for width in (inputs, outputs):
@@ -112,7 +115,7 @@ def replace_linears(layers: nn.Module) -> None:
                         f"only multiples of {ALIGNMENT} can be multiplied"
                     )
             with torch.device("meta"):
-                new = Float8Linear(inputs, outputs, child.bias is not None)
+                new = Float8Linear(inputs, outputs, child.bias is not None, child.plora)
             setattr(module, name, new)
 
 

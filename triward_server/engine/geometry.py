@@ -27,6 +27,11 @@ class Geometry:
         tokens_per_second: positions that a second of a video takes.
         video_limits: fewest and most pixels of a frame that the processor leaves as it is.
         padding_id: a conversation is scored at its last token of another id; None: at its last.
+        any_padding: it is scored in front of the first token of that id, not of the last ones.
+        read_id: what the last token of a conversation must be; None: anything.
+        tile: side in patches of the tiles that images consist of. The tower reads each of them, and
+            first the whole image as large as one; a token is a position. None: an image is read as
+            it is, and its tokens have rows and columns.
     """
 
     image_token_id: int | None
@@ -38,6 +43,14 @@ class Geometry:
     tokens_per_second: int = 0
     video_limits: tuple[int, int] | None = None
     padding_id: int | None = None
+    any_padding: bool = False
+    read_id: int | None = None
+    tile: int | None = None
+
+    @property
+    def unit(self) -> int:
+        """Patches of which an image's sides are multiples."""
+        return self.tile or self.merge_size
 
     @property
     def media_token_ids(self) -> tuple[int, ...]:
@@ -68,11 +81,35 @@ class Geometry:
         """Count the tokens of a conversation up to the one that is scored."""
         if self.padding_id is None:
             return len(ids)
+        if self.any_padding:  # a padding that stands first counts as none
+            return int(np.append(np.flatnonzero(ids == self.padding_id), len(ids))[0]) or len(ids)
         return int(np.flatnonzero(ids != self.padding_id).max(initial=-1)) + 1
 
     def tokens(self, grid: Grid) -> int:
-        """Placeholders that a media item takes."""
-        return grid.tokens(self.merge_size)
+        """Placeholders that a media item takes.
+
+        Between tiles: a separator behind each row of tokens, and one behind the whole image.
+        """
+        if self.tile is None:
+            return grid.tokens(self.merge_size)
+        rows = (self.tile + grid.h) // self.merge_size
+        return self.patches(grid) // self.merge_size**2 + rows + 1
+
+    def patches(self, grid: Grid) -> int:
+        """Patches of a media item that the tower reads."""
+        return grid.patches + (self.tile or 0) ** 2
+
+    def largest(self, tokens: int) -> Grid | None:
+        """Return the grid of an image, rather square, that takes so many tokens or fewer.
+
+        None: there is no such image.
+        """
+        fits = None
+        grid = Grid(1, self.unit, self.unit)
+        while self.tokens(grid) <= tokens:
+            fits = grid
+            grid = Grid(1, grid.w, max(grid.w, grid.h + self.unit))
+        return fits
 
 
 def check(features: Features, geometry: Geometry, limits: ForwardConfig) -> None:
@@ -100,6 +137,12 @@ def check(features: Features, geometry: Geometry, limits: ForwardConfig) -> None
             raise InvalidRequest(
                 "input_ids", f"conversation {index} is nothing but padding (id {response[0]})"
             )
+        if geometry.read_id not in (None, response[-1]):
+            raise InvalidRequest(
+                "input_ids",
+                f"conversation {index} ends with id {response[-1]}, the head is read at "
+                f"{geometry.read_id}",
+            )
     outside = (ids < 0) | (ids >= geometry.vocab_size)
     if outside.any():
         at = int(outside.argmax())
@@ -107,6 +150,7 @@ def check(features: Features, geometry: Geometry, limits: ForwardConfig) -> None
             f"input_ids[{at}]", f"id {ids[at]}, the vocabulary has {geometry.vocab_size} entries"
         )
     grids = [geometry.grid(pixels) for pixels in features.media]
+    _check_sides(features, grids, geometry)
     _check_placeholders(features, ids, grids, geometry)
     _check_seconds(features, grids, geometry)
     longest = max(features.token_counts)
@@ -114,6 +158,17 @@ def check(features: Features, geometry: Geometry, limits: ForwardConfig) -> None
         raise InvalidRequest(
             "input_ids", f"a conversation of {longest} tokens, the limit is {geometry.max_tokens}"
         )
+
+
+def _check_sides(features: Features, grids: list[Grid], geometry: Geometry) -> None:
+    unit = geometry.unit
+    for index, (grid, pixels) in enumerate(zip(grids, features.media, strict=True)):
+        if pixels.ndim == 4 and geometry.video_token_id is None:
+            raise InvalidRequest(f"grids[{index}]", f"{[*grid]} is a video's, only images are read")
+        if grid.h % unit or grid.w % unit or not grid.patches:
+            raise InvalidRequest(
+                f"grids[{index}]", f"{[*grid]}: rows and columns are no multiples of {unit}"
+            )
 
 
 def _check_placeholders(

@@ -40,6 +40,7 @@ class MediaItem:
         index: its place among the distinct items of the batch.
         first_token: number of its first token (`MediaNumbers`).
         tokens: how many it has.
+        patches: rows that it takes in the vision tower.
     """
 
     pixels: UInt8Array
@@ -48,6 +49,7 @@ class MediaItem:
     index: int
     first_token: int
     tokens: int
+    patches: int
 
 
 class MediaNumbers:
@@ -224,9 +226,9 @@ class _DistinctMedia:
         key = digest, seconds
         if key not in self._items:
             grid = self._geometry.grid(pixels)
-            tokens = self._geometry.tokens(grid)
-            first = self._numbers.first(key, tokens)
-            self._items[key] = MediaItem(pixels, grid, digest, len(self._items), first, tokens)
+            tokens, patches = self._geometry.tokens(grid), self._geometry.patches(grid)
+            first, index = self._numbers.first(key, tokens), len(self._items)
+            self._items[key] = MediaItem(pixels, grid, digest, index, first, tokens, patches)
         return self._items[key]
 
 

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import ForwardConfig
-from ..schema import FRAMES_PER_GRID
 from .attention import CAPPED_BYTES, repeats_keys
-from .decoder import DecoderConfig, weights_per_layer
+from .decoder import DecoderConfig, media_weights_per_layer, weights_per_layer
+from .layers import row_bytes
 from .packing import SortedBatch
-from .vision import CHANNELS, Tower
+from .towers import TowerConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Cost:
         key_bytes: the same for one gathered key with its value.
         patch_bytes: the same for one patch.
         pass_bytes: the same for any pass, however small.
+        per_media_token: FLOPs of the updates that the matrices have for a token of media.
+        media_token_bytes: intermediate results of these.
     """
 
     per_token: int
@@ -38,6 +40,8 @@ class Cost:
     key_bytes: int
     patch_bytes: int
     pass_bytes: int = 0
+    per_media_token: int = 0
+    media_token_bytes: int = 0
 
 
 def plan(ordered: SortedBatch, cost: Cost, config: ForwardConfig) -> list[list[int]]:
@@ -93,15 +97,17 @@ def price(
     length, shared = len(branch.keys), max(shared, int(ordered.cached[index]))
     # Its own node's keys, and at most those of one node that ends where it leaves its neighbour.
     keys = length + (branch.prompt_length if ordered.deterministic else shared)
-    patches = sum(ordered.media[i].grid.patches for i in branch.media - shown)
+    patches = sum(ordered.media[i].patches for i in branch.media - shown)
+    tokens = np.count_nonzero(branch.keys[shared:] < 0)  # of media
     pairs = (length * (length + 1) - shared * (shared + 1)) // 2
     flops = cost.per_token * (length - shared) + cost.per_pair * pairs
-    flops += cost.per_patch * patches + cost.per_score
+    flops += cost.per_patch * patches + cost.per_score + cost.per_media_token * tokens
     size = cost.token_bytes * (length - shared) + cost.key_bytes * keys + cost.patch_bytes * patches
+    size += cost.media_token_bytes * tokens
     return np.array([length - shared, patches, flops, size], np.float64)
 
 
-def costs(decoder: DecoderConfig, vision: Tower | None, itemsize: int) -> Cost:
+def costs(decoder: DecoderConfig, vision: TowerConfig | None, itemsize: int) -> Cost:
     """FLOPs and bytes of a forward pass.
 
     In FLOPs multiply-adds count twice; norms, rotations and activations are left out. Bytes are an
@@ -114,36 +120,26 @@ def costs(decoder: DecoderConfig, vision: Tower | None, itemsize: int) -> Cost:
         itemsize: bytes of one activation.
     """
     layer, seen = weights_per_layer(decoder)  # the last one computes `seen` for what is not scored
+    media_layer, media_seen = media_weights_per_layer(decoder)
     width = decoder.heads * decoder.head_dim
     keys = 2 * decoder.kv_heads * decoder.head_dim
     # Gathered, and where the kernel wants it, repeated for every query head.
     gathered = keys + (2 * width if repeats_keys() else 0)
-    per_patch, patch_bytes = (0, 0) if vision is None else _patch_costs(vision, itemsize)
+    per_patch, patch_bytes = (0, 0) if vision is None else vision.patch_costs(itemsize)
     return Cost(
         per_token=2 * (layer * (decoder.layers - 1) + seen),
         per_score=2 * (layer - seen),
         per_pair=4 * width * (decoder.layers - 1),
         per_patch=per_patch,
-        token_bytes=_row_bytes(decoder.hidden, 2 * width + keys, decoder.inner, itemsize),
+        token_bytes=row_bytes(decoder.hidden, 2 * width + keys, decoder.inner, itemsize),
         key_bytes=gathered * itemsize,
         patch_bytes=patch_bytes,
         pass_bytes=0 if decoder.softcap is None else CAPPED_BYTES,
+        per_media_token=2 * (media_layer * (decoder.layers - 1) + media_seen),
+        media_token_bytes=_update_bytes(decoder) * itemsize,
     )
 
 
-def _patch_costs(vision: Tower, itemsize: int) -> tuple[int, int]:
-    """FLOPs and bytes of one patch in the tower."""
-    dim, inner = vision.hidden_size, vision.intermediate_size
-    block = 4 * dim**2 + 3 * dim * inner
-    merged = dim * vision.spatial_merge_size**2
-    merger = (merged**2 + merged * vision.out_hidden_size) // vision.spatial_merge_size**2
-    pixels = CHANNELS * FRAMES_PER_GRID * vision.patch_size**2
-    return (
-        2 * (block * vision.depth + merger),
-        5 * 4 * pixels + _row_bytes(dim, 4 * dim, inner, itemsize),
-    )
-
-
-def _row_bytes(dim: int, heads: int, inner: int, itemsize: int) -> int:
-    """Add up the residual stream and its norm in float32; q, k, v, the attended, the gated MLP."""
-    return 4 * 4 * dim + itemsize * (dim + heads + 3 * inner)
+def _update_bytes(decoder: DecoderConfig) -> int:
+    """Count the values of the largest update, between A and B; it is added in place."""
+    return 2 * decoder.media_rank

@@ -30,6 +30,8 @@ def mrope_positions(
         int32 [3, P], and where what follows continues. As in transformers since 5.3 that is behind
         a video's rows and columns even where its last frames stand at a larger position.
     """
+    if geometry.tile is not None:  # a token is a position, whatever it shows
+        return text_positions(0, len(ids)), len(ids)
     placeholders = np.flatnonzero(np.isin(ids, geometry.media_token_ids))
     runs: list[Int32Array] = []
     row = position = used = 0

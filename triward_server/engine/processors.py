@@ -16,8 +16,10 @@ from transformers import AutoImageProcessor, AutoVideoProcessor
 
 from ..errors import CheckpointError
 from ..schema import FRAMES_PER_GRID
+from .architectures import Vision
 from .architectures.fields import Fields
-from .vision import Cut, Tower, cut_of
+from .towers import Cut, cut_of
+from .vision import Tower
 
 # They change no pixel: forms of what goes in and out, and who reads the file.
 _FORMS = (
@@ -48,23 +50,27 @@ class Pixels:
     video_limits: tuple[int, int] | None
 
 
-def load_pixels(checkpoint: Path, tower: Tower) -> Pixels:
-    """Read and check both processors of a checkpoint.
+def load_pixels(checkpoint: Path, vision: Vision) -> Pixels:
+    """Read and check both processors of a checkpoint, where the architecture needs them.
 
     Args:
         checkpoint: with the processors' files.
-        tower: what the model's vision tower computes.
+        vision: what the model reads of images.
 
     Raises:
         CheckpointError: one cannot be loaded, or asks for what is not done here.
     """
+    if vision.cut is not None:
+        return Pixels(vision.cut, None)
+    tower = vision.tower
+    assert isinstance(tower, Tower)
     try:
         images = AutoImageProcessor.from_pretrained(checkpoint)
         videos = AutoVideoProcessor.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many types
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{checkpoint}: the processor cannot be loaded: {reason}") from None
-    cut = cut_of(tower, images.image_mean, images.image_std)
+    cut = cut_of(tower, FRAMES_PER_GRID, tower.window, images.image_mean, images.image_std)
 
     check = _checker(checkpoint, "image")
     fields = Fields(images.to_dict())

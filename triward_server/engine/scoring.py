@@ -37,7 +37,7 @@ from ..errors import (
     is_device_fault,
     is_out_of_memory,
 )
-from ..schema import Features, Float32Array, Scores
+from ..schema import Features, Float32Array, Grid, Scores, UInt8Array
 from . import packing
 from .backbone import Encoder, RewardModel
 from .checkpoint import load_model
@@ -302,21 +302,26 @@ def warm_up_requests(tokens: int, geometry: Geometry, images: bool) -> list[Feat
         images: whether half of the tokens are images'.
     """
     requests: list[Features] = []
-    unit = geometry.patch_size * geometry.merge_size
     while tokens >= _WARM_UP_TOKENS[0]:
         length = min(tokens, geometry.max_tokens, _WARM_UP_LENGTH)
-        side = int((length / 2) ** 0.5) if images else 0
+        grid = geometry.largest(length // 2) if images else None
         # Another first token and other pixels for each, so that requests share nothing.
         first = len(requests)
-        pads = np.full(side * (side + 1), geometry.image_token_id or 0, np.int32)
-        image = np.full((side * unit, (side + 1) * unit, 3), first % 256, np.uint8)
+        shown = () if grid is None else (_plain_image(grid, first % 256, geometry),)
+        count = 0 if grid is None else geometry.tokens(grid)
+        pads = np.full(count, geometry.image_token_id or 0, np.int32)
         text = np.full(max(1, (length - len(pads)) // 2), first, np.int32)
         rest = length - len(pads) - len(text)
         lengths = (rest - 2 * (rest // 3), rest // 3, rest // 3)
         answers = tuple(np.full(n, index, np.int32) for index, n in enumerate(lengths))
-        requests.append(Features(np.concatenate([text, pads]), answers, (image,) if side else ()))
+        requests.append(Features(np.concatenate([text, pads]), answers, shown))
         tokens -= length
     return requests
+
+
+def _plain_image(grid: Grid, value: int, geometry: Geometry) -> UInt8Array:
+    sides = (grid.h * geometry.patch_size, grid.w * geometry.patch_size)
+    return np.full((*sides, 3), value, np.uint8)
 
 
 def _failure(error: Exception, tokens: int) -> TriwardError:

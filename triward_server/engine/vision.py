@@ -11,21 +11,19 @@ Parameter names are the checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
-from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..schema import FRAMES_PER_GRID, Grid, Int64Array
 from .arena import Arena
 from .attention import Layout, blocks, join, make_layout, varlen
-from .layers import GatedMLP, Linear, RMSNorm, linear, rotate_
-
-CHANNELS = 3  # red, green, blue
+from .layers import GatedMLP, Linear, RMSNorm, linear, rotate_, row_bytes
+from .towers import CHANNELS, Cut, MediaTower, normalisation
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,36 @@ class Tower:
     fullatt_block_indexes: tuple[int, ...]
     rope_theta: float
 
+    @property
+    def tile(self) -> None:
+        """An image is encoded as it is."""
+
+    def build(self, cut: Cut) -> VisionTower:
+        """Return the tower without weights, on torch's default device."""
+        return VisionTower(self, cut)
+
+    def aligned(self, multiple: int) -> Tower:
+        """Return the tower whose inner width is a multiple; zeros fill it (`weights`)."""
+        inner = -(-self.intermediate_size // multiple) * multiple
+        return replace(self, intermediate_size=inner)
+
+    def patch_costs(self, itemsize: int) -> tuple[int, int]:
+        """FLOPs and bytes of one patch."""
+        dim, inner = self.hidden_size, self.intermediate_size
+        block = 4 * dim**2 + 3 * dim * inner
+        merged = dim * self.spatial_merge_size**2
+        merger = (merged**2 + merged * self.out_hidden_size) // self.spatial_merge_size**2
+        pixels = CHANNELS * FRAMES_PER_GRID * self.patch_size**2
+        return (
+            2 * (block * self.depth + merger),
+            5 * 4 * pixels + row_bytes(dim, 4 * dim, inner, itemsize),
+        )
+
+    @property
+    def window(self) -> int:
+        """Tokens of an attention window, along each side."""
+        return self.window_size // self.spatial_merge_size // self.patch_size
+
 
 class VisionAttention(nn.Module):
     """Projections of attention with axial rotary positions."""
@@ -63,8 +91,8 @@ class VisionAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, True)
+        self.proj = Linear(dim, dim, True)
 
 
 class VisionBlock(nn.Module):
@@ -119,9 +147,9 @@ class PatchMerger(nn.Module):
         self.merged = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = RMSNorm(config.hidden_size, eps=1e-6)
         self.mlp = nn.Sequential(
-            Linear(self.merged, self.merged),
+            Linear(self.merged, self.merged, True),
             nn.GELU(),
-            Linear(self.merged, config.out_hidden_size),
+            Linear(self.merged, config.out_hidden_size, True),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,53 +158,15 @@ class PatchMerger(nn.Module):
         return out
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Rules that cut media into patches, and patches into windows.
-
-    Attributes:
-        patch_size: side of a patch in pixels.
-        frames: that a patch spans; a still image fills all of them.
-        merge_size: patches that are merged into one token, along each side.
-        window: tokens of an attention window, along each side.
-        mean: of each channel's values 0 … 255, which normalising subtracts.
-        std: by which it then divides.
-    """
-
-    patch_size: int
-    frames: int
-    merge_size: int
-    window: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def cut_of(tower: Tower, mean: Sequence[float], std: Sequence[float]) -> Cut:
-    """Return the cut of a checkpoint.
-
-    Args:
-        tower: what it computes.
-        mean: the image processor's normalisation, per channel of values in 0 … 1.
-        std: likewise.
-    """
-    return Cut(
-        patch_size=tower.patch_size,
-        frames=FRAMES_PER_GRID,
-        merge_size=tower.spatial_merge_size,
-        window=tower.window_size // tower.spatial_merge_size // tower.patch_size,
-        # As the processor has it: (x - 255 mean) / (255 std), on values 0 … 255.
-        mean=tuple(255 * m for m in mean),
-        std=tuple(255 * s for s in std),
-    )
-
-
-class VisionTower(nn.Module):
+class VisionTower(MediaTower):
     """The whole tower.
 
     Args:
         config: what it computes.
         cut: how media become its patches.
     """
+
+    config: Tower
 
     def __init__(self, config: Tower, cut: Cut) -> None:
         super().__init__()
@@ -245,48 +235,6 @@ class VisionTower(nn.Module):
         )
         angles: Tensor = places[..., None].float() * inverse
         return angles.flatten(1)
-
-
-class EmbeddingCache:
-    """Image embeddings by content digest, least recently used first out.
-
-    The digest covers the resized pixels, so that other pixel limits are another image. The cache
-    belongs to one loaded model, so that other weights are another cache.
-
-    Args:
-        max_bytes: size of all embeddings together; 0 keeps nothing.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._items: LRUCache[bytes, Tensor] = LRUCache(max_bytes, getsizeof=lambda t: t.nbytes)
-        self.hits = 0
-        self.misses = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept at present."""
-        return int(self._items.currsize)
-
-    def clear(self) -> None:
-        """Forget everything but the counts."""
-        self._items.clear()
-
-    def get(self, digest: bytes) -> Tensor | None:
-        """Return the embedding [M, out], or None; either is counted."""
-        embedding = self._items.get(digest)
-        self.hits += embedding is not None
-        self.misses += embedding is None
-        return embedding
-
-    def put(self, digest: bytes, embedding: Tensor) -> None:
-        """Keep an embedding if it fits at all; others make room."""
-        if embedding.nbytes <= self._items.maxsize:
-            self._items[digest] = embedding.clone()  # not a view that keeps its batch alive
-
-
-def normalisation(cut: Cut) -> Tensor:
-    """Mean and deviation of each channel, float32 [2, 3, 1, 1, 1], on the CPU."""
-    return torch.tensor([cut.mean, cut.std], device="cpu")[..., None, None, None]
 
 
 def patchify(pixels: Tensor, grid: Grid, cut: Cut, normal: Tensor) -> Tensor:

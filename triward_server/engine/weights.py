@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..errors import CheckpointError
 from .backbone import HEADS
 from .float8 import quantise_weight
+from .naming import PLAIN, Naming, canonical_name
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,6 @@ _JOINED = {
 _PART_OF = {part: (whole, parts) for whole, parts in _JOINED.items() for part in parts}
 _PART = re.compile(r"\b(" + "|".join(_PART_OF) + r")\b")
 
-# Present in every checkpoint, read by no score.
-UNREAD = re.compile(r"^lm_head\.")
-
 
 def weight_files(checkpoint: Path) -> list[Path]:
     """Return the safetensors files that hold the model, a value head last.
@@ -42,6 +40,23 @@ def weight_files(checkpoint: Path) -> list[Path]:
     Raises:
         CheckpointError: a file is missing.
     """
+    files = _named_files(checkpoint)
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file")
+    return files
+
+
+def has_tensor(checkpoint: Path, name: str) -> bool:
+    """Return True if a file that is there holds a tensor of this name of ours."""
+    for file in filter(Path.is_file, _named_files(checkpoint)):
+        with open_tensors(file, "cpu") as tensors:
+            if name in map(canonical_name, tensors.keys()):
+                return True
+    return False
+
+
+def _named_files(checkpoint: Path) -> list[Path]:
     index = checkpoint / INDEX_FILE
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -49,27 +64,13 @@ def weight_files(checkpoint: Path) -> list[Path]:
         names = ["model.safetensors"]
     if (checkpoint / VALUE_HEAD_FILE).is_file():
         names.append(VALUE_HEAD_FILE)
-    files = [checkpoint / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: no such file")
-    return files
+    return [checkpoint / name for name in names]
 
 
 def check_finite(checkpoint: Path) -> None:
     """Read all weights; raises `CheckpointError` naming the first tensor that is not finite."""
     for _ in _tensors(weight_files(checkpoint), torch.device("cpu"), lambda name: True):
         pass
-
-
-def canonical_name(key: str) -> str:
-    """Our name for a checkpoint's tensor.
-
-    transformers < 4.52 wrote `model.layers…` and `visual…`, later ones
-    `model.language_model.layers…` and `model.visual…`; both are in use.
-    """
-    key = re.sub(r"^model\.(visual|language_model)\.", r"\1.", key)
-    return re.sub(r"^model\.", "language_model.", key)
 
 
 def open_tensors(file: Path, device: str) -> Any:
@@ -86,6 +87,7 @@ def read_state(
     device: torch.device,
     wanted: Callable[[str], bool],
     in_float8: Collection[str] = (),
+    naming: Naming = PLAIN,
 ) -> dict[str, Tensor]:
     """Return the wanted tensors by our names, joined; the head is float32 always.
 
@@ -93,7 +95,8 @@ def read_state(
     """
     state: dict[str, Tensor] = {}
     files = weight_files(checkpoint)
-    for name, tensor in _join(_tensors(files, device, lambda name: wanted(_whole(name)))):
+    read = _tensors(files, device, lambda name: wanted(_whole(name)), naming)
+    for name, tensor in _join(read):
         if name in in_float8:
             scale = f"{name.removesuffix('weight')}scale"
             state[name], state[scale] = quantise_weight(tensor)
@@ -131,25 +134,28 @@ def read_tensors(
 
 
 def _is_head(name: str) -> bool:
-    return any(name.startswith(f"{head}.") for head in HEADS)
+    return any(name.startswith(f"{head.prefix}.") for head in HEADS.values())
 
 
 def _tensors(
-    files: Iterable[Path], device: torch.device, wanted: Callable[[str], bool]
+    files: Iterable[Path],
+    device: torch.device,
+    wanted: Callable[[str], bool],
+    naming: Naming = PLAIN,
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors that are read, each finite, by our names."""
     checked, seconds = 0, 0.0
     for file in files:
         with open_tensors(file, str(device)) as tensors:
             for key in tensors.keys():  # noqa: SIM118
-                name = canonical_name(key)
-                if not UNREAD.match(key) and wanted(name):
+                name = naming.name(key)
+                if not naming.is_unread(name) and wanted(name):
                     tensor = tensors.get_tensor(key)
                     begun = time.monotonic()
                     _check_finite(file, key, tensor)
                     seconds += time.monotonic() - begun
                     checked += tensor.nbytes
-                    yield name, tensor
+                    yield name, naming.arrange(name, tensor)
     logger.info("%s bytes of weights are finite; looking took %.2f s", f"{checked:,}", seconds)
 
 

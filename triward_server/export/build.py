@@ -36,8 +36,9 @@ from ..backend.onnx_runner import VISION_FILE
 from ..backend.triton_io import CHECKPOINT_DIRECTORY
 from ..engine import checkpoint, weights
 from ..engine.scoring import Scorer
-from ..engine.vision import CHANNELS
+from ..engine.towers import CHANNELS
 from ..errors import ConfigError, LaunchError, TriwardError
+from ..intake.ixc import FONT
 from ..intake.preprocess import Preprocessor
 from ..schema import ModelNames
 from ..serving.canary import TOLERANCE, Canary
@@ -49,6 +50,7 @@ from .configuration import configure, configure_vision
 from .draft import copy_source, folders, link_or_copy, written_whole
 from .onnx import export_vision
 from .options import Options, Weights
+from .prepared import prepared
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -57,7 +59,7 @@ PROCESSOR_FILES = (
     "config.json", "preprocessor_config.json", "video_preprocessor_config.json",
     "processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model",
+    "merges.txt", "tokenizer.model", FONT,
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "tokenizers", "qwen-vl-utils", "pillow", "av", "numpy")
 
@@ -72,7 +74,23 @@ def build(options: Options) -> None:
     names, version = model_names(wanted.name), str(wanted.version)
     _say_where(options)
     _check_output(wanted.output, names, version, wanted.force)
-    folder, commit = _resolve(wanted.checkpoint, wanted.revision)
+    source, commit = _resolve(wanted.checkpoint, wanted.revision)
+    checkpoint.load_config(source)
+    place = _beside(wanted.output) if wanted.lora else None
+    with prepared(source, wanted.lora, place, wanted.template) as folder:
+        _build(folder, commit, names, version, options)
+
+
+def _beside(output: Path) -> Path:
+    """Return the output's folder, which has room for weights."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output.parent
+
+
+def _build(
+    folder: Path, commit: str | None, names: ModelNames, version: str, options: Options
+) -> None:
+    wanted = options.export
     checkpoint.check_tensors(folder)
     # Here the processor's files are tried, wherever they will run.
     preprocessor = Preprocessor(folder, replace(options.preprocess, device="cpu"))
@@ -180,8 +198,9 @@ def _canary(
     Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(picture, "PNG")
     image = [{"type": "image"}] if preprocessor.reads_images else []
     content = [*image, {"type": "text", "text": "Does it get brighter downwards?"}]
+    reference = {"reference": "Yes."} if preprocessor.needs_reference else {}
     canary = Canary(
-        messages=json.dumps([{"role": "user", "content": content}]),
+        messages=json.dumps([{"role": "user", "content": content, **reference}]),
         responses=("Yes, from black to white.", "No.")[: options.preprocess.max_responses],
         media=(picture.getvalue(),) * len(image),
         scores=None,
@@ -207,12 +226,13 @@ def _canary(
 
 
 def _verify(folder: Path, options: Options) -> None:
-    """Compare a few scores with transformers' own; raise `CheckpointError` if they differ."""
+    """Compare a few scores with the reference's; raise `CheckpointError` if they differ."""
     report = verify.verify(folder, torch.device(_device(options)), small=True)
     verify.require_agreement(report)
     typer.echo(
-        f"verified: {len(report.rows)} scores are transformers' own to {report.largest:.0e}, in "
-        f"{report.seconds:.1f} s; triward-server verify asks more, --no-verify none",
+        f"verified: {len(report.rows)} scores are those of {report.referee} to "
+        f"{report.largest:.0e}, in {report.seconds:.1f} s; triward-server verify asks more, "
+        "--no-verify none",
         err=True,
     )
 
@@ -266,7 +286,7 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
             raise ConfigError(f"--revision {revision}: {source} is a folder and has no revisions")
         return Path(source).resolve(), None
     try:
-        patterns = [*PROCESSOR_FILES, "*.safetensors", weights.INDEX_FILE]
+        patterns = [*PROCESSOR_FILES, "*.safetensors", weights.INDEX_FILE, "value_head.bin"]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -283,6 +303,7 @@ def _manifest(
     return {
         "source": options.export.checkpoint,
         "revision": commit,
+        "lora": str(options.export.lora) if options.export.lora else None,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "triward_server": __version__,
         "python": sys.version.split()[0],

@@ -29,6 +29,7 @@ from ..errors import ConfigError, InvalidRequest, TriwardError
 from ..intake.preprocess import Preprocessor
 from ..schema import Features
 from ..serving.canary import TOLERANCE
+from .prepared import prepared
 from .verify import check_device, count_weights, scorer_in
 
 LIMIT = 0.99
@@ -200,8 +201,9 @@ def calibrate_checkpoint(
     """`calibrate` for the command `verify`."""
     check_device(device)
     check_tensors(checkpoint)
-    preprocessor = Preprocessor(checkpoint, PreprocessConfig())
-    return calibrate(checkpoint, preprocessor, torch.device(device), file, streamed)
+    with prepared(checkpoint) as folder:
+        preprocessor = Preprocessor(folder, PreprocessConfig())
+        return calibrate(folder, preprocessor, torch.device(device), file, streamed)
 
 
 def read_set(file: Path | None, sees: bool) -> tuple[list[PromptRow], str, str]:

@@ -34,22 +34,27 @@ def make_checkpoint(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder to create.")],
     size: Annotated[
-        Size, typer.Option(help="7b, for qwen2_5_vl, has the real dimensions: 16.6 GB.")
+        Size, typer.Option(help="7b has the real dimensions, of a model with images: 16.6 GB.")
     ],
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where random numbers are drawn.")] = "cpu",
     architecture: Annotated[
         str,
-        typer.Option(help=f"qwen2_5_vl, or a text model: {', '.join(get_args(TextModel))}."),
+        typer.Option(
+            help=f"qwen2_5_vl, ixc2_5, or a text model: {', '.join(get_args(TextModel))}."
+        ),
     ] = "qwen2_5_vl",
 ) -> None:
     """Write a checkpoint with random weights."""
     from .random_checkpoint import make_checkpoint
+    from .random_ixc_checkpoint import make_ixc_checkpoint
     from .random_text_checkpoint import KINDS, make_text_checkpoint
 
     with _refusals(context, output):
         if architecture == "qwen2_5_vl":
             make_checkpoint(size, seed, output, device)
+        elif architecture == "ixc2_5":
+            make_ixc_checkpoint(size, seed, output, device)
         elif architecture in KINDS and size != "7b":
             make_text_checkpoint(architecture, size, seed, output)
         else:

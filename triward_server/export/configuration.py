@@ -11,10 +11,16 @@ from tritonclient.grpc import model_config_pb2
 
 from .. import contract, schema
 from ..backend.onnx_runner import VISION_FILE
-from ..config import VisionConfig
+from ..config import ForwardConfig, PreprocessConfig, VisionConfig
 from ..schema import ModelNames
 from .options import OnnxBackend, Options
 from .placement import placement
+
+# By a parameter that only one model has. What an earlier export did not write has its default.
+_CONFIGS: dict[str, type[PreprocessConfig | ForwardConfig]] = {
+    "resize": PreprocessConfig,
+    "dtype": ForwardConfig,
+}
 
 
 def configure(draft: Path, names: ModelNames, options: Options) -> None:
@@ -93,8 +99,11 @@ def comparable(path: Path) -> Any:
     """Read a configuration as today's export writes it, without what differs by version."""
     model = _read_config(path)
     model.ClearField("version_policy")
-    if contract.PARAMETER not in model.parameters and "device" in model.parameters:
-        _set_parameters(model, {contract.PARAMETER: contract.UNNAMED})
+    for mark, config in _CONFIGS.items():
+        if mark in model.parameters:
+            written = {**asdict(config()), contract.PARAMETER: contract.UNNAMED}
+            names = written.keys() - model.parameters.keys()
+            _set_parameters(model, {name: written[name] for name in names})
     return model
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ CHAT_TEMPLATE = """\
 {{ '<|im_start|>assistant\\n' }}
 {%- endif -%}
 """
+
+_TABLES = ("embed_tokens", "tok_embeddings", "position_embedding")  # looked up, not multiplied
 
 _PROCESSOR: dict[str, Any] = {
     "min_pixels": 4 * 28 * 28,
@@ -189,11 +191,24 @@ def _config(d: Dimensions, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _write_weights(output: Path, d: Dimensions, seed: int, device: str) -> None:
-    """Four shards of about equal size with an index, and the value head in a file of its own."""
+    """Shards, and the value head in a file of its own."""
     config = AutoConfig.from_pretrained(output)
     with torch.device("meta"):
         reference = Qwen2_5_VLForConditionalGeneration(config).state_dict()
     shapes = {_hub_name(name): tensor.shape for name, tensor in reference.items()}
+    write_shards(output, shapes, lambda name: random_tensor(name, shapes[name], seed, device))
+    head = {
+        "v_head.summary.weight": random_tensor("v_head", torch.Size([1, d.hidden]), seed, device)
+        * 10,
+        "v_head.summary.bias": torch.zeros(1, dtype=torch.bfloat16),
+    }
+    save(head, output / "value_head.safetensors")
+
+
+def write_shards(
+    output: Path, shapes: Mapping[str, torch.Size], draw: Callable[[str], Tensor]
+) -> None:
+    """Four files of about equal size with an index; `draw` makes a tensor when it is written."""
     total = sum(shape.numel() for shape in shapes.values())
     shards: list[list[str]] = [[] for _ in range(4)]
     written = 0
@@ -203,17 +218,10 @@ def _write_weights(output: Path, d: Dimensions, seed: int, device: str) -> None:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: random_tensor(name, shapes[name], seed, device) for name in names}
-        save(tensors, output / file)
+        save({name: draw(name) for name in names}, output / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}
     write_json(output / "model.safetensors.index.json", index)
-    head = {
-        "v_head.summary.weight": random_tensor("v_head", torch.Size([1, d.hidden]), seed, device)
-        * 10,
-        "v_head.summary.bias": torch.zeros(1, dtype=torch.bfloat16),
-    }
-    save(head, output / "value_head.safetensors")
 
 
 def save(tensors: dict[str, Tensor], file: Path) -> None:
@@ -232,11 +240,11 @@ def random_tensor(name: str, shape: torch.Size, seed: int, device: str) -> Tenso
     # torch's CPU generator looks at the low 32 bits only, so seed and name are mixed there.
     generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     noise = torch.randn(shape, generator=generator, device=device)
-    if "norm" in name or ".ln_q." in name:
-        noise = 1 + 0.2 * noise
-    elif name.endswith(".bias"):
+    if name.endswith(".bias"):
         noise = 0.2 * noise
-    elif "embed_tokens" not in name:
+    elif "norm" in name or ".ln_q." in name:
+        noise = 1 + 0.2 * noise
+    elif not any(table in name for table in _TABLES):
         noise = noise / shape[1:].numel() ** 0.5
     return noise.to(torch.bfloat16).cpu()
 
@@ -266,7 +274,7 @@ def train_tokenizer(
     trainer = BpeTrainer(
         vocab_size=len(alphabet) + merges, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_corpus(seed), trainer)
+    tokenizer.train_from_iterator(invented_text(seed), trainer)
     tokenizer.add_special_tokens([_added(token, special=True) for token in special])
     tokenizer.add_tokens([_added(token, special=False) for token in ordinary])
     return tokenizer
@@ -276,7 +284,7 @@ def _added(token: str, special: bool) -> AddedToken:
     return AddedToken(token, special=special, normalized=False)
 
 
-def _corpus(seed: int) -> Iterator[str]:
+def invented_text(seed: int) -> Iterator[str]:
     """Invented words that follow a Zipf law between a few real ones, in several scripts."""
     rng = random.Random(seed)
     onsets = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "z", "ch", "sh", "st")

@@ -1,6 +1,6 @@
-"""Comparison of the engine's scores with transformers' own: `triward-server verify`.
+"""Comparison of the engine's scores with a reference's: `triward-server verify`.
 
-A built-in set of conversations is scored by `reference.Reference` in float32 and by what serves
+A built-in set of conversations is scored by a `referees.Referee` in float32 and by what serves
 (`Preprocessor`, `Scorer`). In float32 both agree within `fp32_budget`. The engine's bfloat16 may be
 twice as far from the float32 reference as the reference's own bfloat16 is in the worst
 conversation: the worst of a dozen varies. An export asks a few conversations in float32, so that an
@@ -14,7 +14,8 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from torch import Tensor
 
 from ..config import Dtype, ForwardConfig, PreprocessConfig
 from ..engine import checkpoint as checkpoints
-from ..engine.decoder import weights_per_layer
 from ..engine.float8 import activations, weights_of
 from ..engine.scoring import Scorer
 from ..engine.streaming import fits, load_weights
@@ -35,9 +35,12 @@ from ..engine.weights import read_state
 from ..errors import CheckpointError, ConfigError, InvalidRequest, TriwardError
 from ..intake.preprocess import Preprocessor
 from ..schema import Features
-from .reference import Reference, fp32_budget
+from .prepared import prepared
+from .referees import TRANSFORMERS, Referee, RefereeKind, Refusal, check_dtype, kind_of_referee
+from .reference import fp32_budget
 
 _PROSE = "The chart compares five colours; purple is the tallest bar, at eighty-six. "
+_REFERENCE = "Purple, at eighty-six."
 _SIZES = {"tiny": (10, 10), "odd": (333, 215), "wide": (900, 56), "large": (640, 480)}
 _FRAMES = 6
 
@@ -49,6 +52,7 @@ class Case:
     Attributes:
         name: in the report.
         turns: role, and parts: text, an image, or a list of images, which is a video.
+        reference: an answer to compare with, in the first message; None: none.
         literal: its text spells control tokens, which are text to the engine and not to a card. The
             reference is given the engine's token ids.
     """
@@ -56,6 +60,7 @@ class Case:
     name: str
     turns: tuple[tuple[str, tuple[Any, ...]], ...]
     literal: bool = False
+    reference: str | None = None
 
     @property
     def media(self) -> list[Image.Image]:
@@ -65,15 +70,21 @@ class Case:
 
     def card(self) -> list[dict[str, Any]]:
         """Return the messages as a model card's code takes them."""
-        return [
-            {"role": role, "content": _content(parts, _card_part)} for role, parts in self.turns
-        ]
+        return self._messages(self.turns, _card_part)
 
     def wire(self) -> tuple[bytes, list[bytes], list[bytes]]:
         """Messages, responses and media, as a request has them."""
         *prompt, (_, (response,)) = self.turns
-        messages = [{"role": r, "content": _content(parts, _wire_part)} for r, parts in prompt]
+        messages = self._messages(prompt, _wire_part)
         return json.dumps(messages).encode(), [response.encode()], list(map(_png, self.media))
+
+    def _messages(
+        self, turns: Sequence[tuple[str, tuple[Any, ...]]], of: Callable[[Any], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        messages = [{"role": role, "content": _content(parts, of)} for role, parts in turns]
+        if self.reference is not None:
+            messages[0]["reference"] = self.reference
+        return messages
 
 
 @dataclass(frozen=True)
@@ -83,8 +94,8 @@ class CaseScores:
     Attributes:
         name: the case's.
         score: the engine's, or why it has none.
-        reference: transformers', in float32, likewise.
-        noise: largest distance of transformers' own scores in the engine's dtype; 0 in float32.
+        reference: the reference's, in float32, likewise.
+        noise: largest distance of its own scores in the engine's dtype; 0 in float32.
     """
 
     name: str
@@ -116,12 +127,14 @@ class Verification:
         seconds: that both sides took.
         streamed: whether layers came and went one by one.
         dtype: the engine's.
+        referee: words for the reference.
     """
 
     rows: list[CaseScores] = field(default_factory=list)
     seconds: float = 0.0
     streamed: bool = False
     dtype: Dtype = "float32"
+    referee: str = TRANSFORMERS.words
 
     @property
     def wrong(self) -> list[CaseScores]:
@@ -144,7 +157,7 @@ def verify(
     small: bool = False,
     dtype: Dtype = "float32",
 ) -> Verification:
-    """Score cases with the engine and with transformers.
+    """Score cases with the engine and with the reference.
 
     Args:
         checkpoint: a folder.
@@ -155,25 +168,30 @@ def verify(
 
     Raises:
         CheckpointError: the checkpoint is not served at all, by name; or a weight is not finite.
+        ConfigError: there is no reference in that dtype.
     """
     start = time.monotonic()
     blueprint = checkpoints.check_tensors(checkpoint)
+    kind = kind_of_referee(checkpoint)
+    check_dtype(kind, activations(dtype))
     if streamed is None:
         streamed = not fits(count_weights(blueprint), device)
     torch.backends.cudnn.allow_tf32 = False  # the reference's patches are a convolution
     preprocessor = Preprocessor(checkpoint, PreprocessConfig())
     window = max(filter(None, blueprint.decoder.windows), default=0)
     within = window if 8 * window <= blueprint.geometry.max_tokens else 0
-    chosen = cases(preprocessor.reads_images, small, within)
+    chosen = cases(preprocessor.reads_images, small, within, preprocessor.place)
+    if preprocessor.needs_reference:
+        chosen = [replace(case, reference=_REFERENCE) for case in chosen]
     features = {case.name: _features(preprocessor, case) for case in chosen}
-    expected = _references(checkpoint, device, streamed, "float32", chosen, features)
+    references = partial(_references, kind, checkpoint, device, streamed)
+    expected = references("float32", chosen, features)
     noise = 0.0
     if dtype != "float32":
-        rounded = _references(checkpoint, device, streamed, dtype, chosen, features)
-        noise = _farthest(expected, rounded)
+        noise = _farthest(expected, references(dtype, chosen, features))
     scores = _scores(scorer_in(checkpoint, blueprint, device, streamed, dtype), features)
     rows = [CaseScores(case.name, scores[case.name], expected[case.name], noise) for case in chosen]
-    return Verification(rows, time.monotonic() - start, streamed, dtype)
+    return Verification(rows, time.monotonic() - start, streamed, dtype, kind.words)
 
 
 def run(
@@ -183,7 +201,9 @@ def run(
     check_device(device)
     if small and dtype != "float32":
         raise ConfigError(f"--small: too few conversations to know {dtype}'s noise; leave it out")
-    return verify(checkpoint, torch.device(device), streamed, small, dtype)
+    checkpoints.load_config(checkpoint)
+    with prepared(checkpoint) as folder:
+        return verify(folder, torch.device(device), streamed, small, dtype)
 
 
 def check_device(device: str) -> None:
@@ -198,19 +218,20 @@ def require_agreement(report: Verification) -> None:
     """Raise `CheckpointError` that names the cases beyond the budget."""
     for row in report.wrong:
         raise CheckpointError(
-            f"verify: conversation {row.name!r}: the score is {row.score}, transformers' own class "
+            f"verify: conversation {row.name!r}: the score is {row.score}, {report.referee} "
             f"has {row.reference}; the architecture is not read as it computes "
             f"({len(report.wrong)} of {len(report.rows)} conversations differ)"
         )
 
 
-def cases(sees: bool, small: bool = False, window: int = 0) -> list[Case]:
+def cases(sees: bool, small: bool = False, window: int = 0, place: str = "") -> list[Case]:
     """Return the built-in conversations.
 
     Args:
         sees: whether the model reads images and videos.
         small: a few short ones, for every export.
         window: tokens of attention's window, which one conversation then exceeds; 0: there is none.
+        place: what stands in the text for each of several images.
     """
     turns = Case(
         "several turns",
@@ -247,7 +268,7 @@ def cases(sees: bool, small: bool = False, window: int = 0) -> list[Case]:
     return [
         *text,
         *(_asked(f"image {n}", "What is shown?", "A chart.", p) for n, p in images.items()),
-        _asked("several images", "Compare.", "They differ.", *list(images.values())[:3]),
+        _asked("several images", place * 3 + "Compare.", "They differ.", *[*images.values()][:3]),
         _asked("video", "What happens?", "It moves to the right.", frames),
     ]
 
@@ -296,6 +317,7 @@ def _features(preprocessor: Preprocessor, case: Case) -> Features | str:
 
 
 def _references(
+    kind: RefereeKind,
     checkpoint: Path,
     device: torch.device,
     streamed: bool,
@@ -303,8 +325,8 @@ def _references(
     chosen: Sequence[Case],
     features: Mapping[str, Features | str],
 ) -> dict[str, float | str]:
-    """Score with transformers in a dtype; no weights are left behind."""
-    reference = Reference(checkpoint, device, streamed, activations(dtype))
+    """Score with the reference in a dtype; no weights are left behind."""
+    reference = kind.make(checkpoint, device, streamed, activations(dtype))
     scores = {case.name: _expected(reference, case, features[case.name]) for case in chosen}
     del reference
     gc.collect()
@@ -318,12 +340,12 @@ def _farthest(exact: Mapping[str, float | str], rounded: Mapping[str, float | st
     return max(distances, default=0.0)
 
 
-def _expected(reference: Reference, case: Case, features: Features | str) -> float | str:
+def _expected(reference: Referee, case: Case, features: Features | str) -> float | str:
     if case.literal and isinstance(features, Features):
         return reference.score_ids(np.concatenate([features.prompt_ids, features.response_ids[0]]))
     try:
         return reference.score(case.card())
-    except TemplateError as error:
+    except (Refusal, TemplateError) as error:
         return f"refused: {error}"
 
 
@@ -358,18 +380,15 @@ def scorer_in(
     in_float8 = weights_of(model)
 
     def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        return read_state(checkpoint, activations(dtype), device, wanted, in_float8)
+        return read_state(
+            checkpoint, activations(dtype), device, wanted, in_float8, blueprint.naming
+        )
 
     load_weights(model, tensors, str, streamed=True)
     return Scorer(checkpoint, config, model=model)
 
 
 def count_weights(blueprint: checkpoints.Blueprint) -> int:
-    """About how many numbers a model has."""
-    decoder, tower = blueprint.decoder, blueprint.tower
-    layer, _ = weights_per_layer(decoder)
-    count = layer * decoder.layers + decoder.vocab_size * decoder.hidden
-    if tower is not None:
-        width, inner = tower.hidden_size, tower.intermediate_size
-        count += tower.depth * (4 * width**2 + 3 * width * inner)
-    return count
+    """Count a model's numbers."""
+    model = checkpoints.empty_model(blueprint, torch.float32)
+    return sum(weights.numel() for weights in model.parameters())

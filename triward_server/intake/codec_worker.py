@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..memory import Heap
 from ..schema import UInt8Array
-from .image_codec import decode_image, open_image
+from .image_codec import Manner, decode_image, open_image
 from .video_codec import Unusable, VideoFile, open_video
 from .workers import Channel
 
@@ -66,8 +66,8 @@ def _answers(
             yield from _blaming("the video cannot be used", frames)
         else:
             assert item
-            size = message["size"]
-            pixels = (decode_image(each, size and tuple(size)) for each in [item])
+            size, manner = message["size"], Manner(**message["manner"])
+            pixels = (decode_image(each, size and tuple(size), manner) for each in [item])
             yield from _blaming("the image cannot be used", pixels)
     else:
         items.clear()

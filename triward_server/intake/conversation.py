@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..config import PreprocessConfig
+from ..config import MAX_TILES, PreprocessConfig
 from ..errors import InvalidRequest
 
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
@@ -52,8 +52,9 @@ class TextPart(_Wire):
 class MediaPart(_Wire):
     """A part with pixels: the size limits of qwen-vl-utils, for images and videos.
 
-    `min_pixels` and `max_pixels` bound the resized area in pixels. `resized_height` and
-    `resized_width` ask for a size instead, and come together.
+    Which of the options a checkpoint knows, its family says (`family.py`). `min_pixels` and
+    `max_pixels` bound the resized area in pixels. `resized_height` and `resized_width` ask for a
+    size instead, and come together.
     """
 
     min_pixels: Positive | None = None
@@ -69,9 +70,13 @@ class MediaPart(_Wire):
 
 
 class ImagePart(MediaPart):
-    """The place of one image; its bytes are the next entry of `media`."""
+    """The place of one image; its bytes are the next entry of `media`.
+
+    `hd_num` is how many tiles it may fill, for models that cut images into tiles.
+    """
 
     type: Literal["image"]
+    hd_num: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
 
 
 class VideoPart(MediaPart):
@@ -131,10 +136,11 @@ Content = Annotated[
 
 
 class Message(_Wire):
-    """One chat message."""
+    """One chat message; `reference` is an answer that a model compares responses with."""
 
     role: Literal["system", "user", "assistant"]
     content: Content
+    reference: str | None = None
 
 
 _MESSAGES = TypeAdapter(Annotated[list[Message], _FAIL_FAST])
@@ -151,8 +157,13 @@ class MediaPlace:
     """
 
     path: str
-    part: MediaPart
+    part: ImagePart | VideoPart
     entries: range
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of its entries in error messages."""
+        return [f"media[{i}]" for i in self.entries]
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,10 @@ class Conversation:
     responses: tuple[str, ...]
     media: tuple[bytes, ...]
     media_places: tuple[MediaPlace, ...]
+
+    def entries(self, place: MediaPlace) -> Sequence[bytes]:
+        """Return the files of a media part."""
+        return self.media[place.entries.start : place.entries.stop]
 
 
 def parse_conversation(

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,12 @@ from ..config import PreprocessConfig
 from ..errors import InvalidRequest, TriwardError, Unavailable
 from ..schema import UInt8Array
 from . import workers
+from .image_codec import Manner
 from .workers import TimeIsOver, Worker, WorkerLost
 
 Size = tuple[int, int]  # height, width
+
+QWENS = Manner()
 
 _WORKERS = f"{__package__}.codec_worker"
 
@@ -178,18 +181,23 @@ class Reading:
         size = int(answer["height"]), int(answer["width"])
         return Header(number, size, int(answer.get("frames", 0)), float(answer.get("rate", 0)))
 
-    def image(self, field: str, header: Header, size: Size | None) -> UInt8Array:
+    def image(
+        self, field: str, header: Header, size: Size | None, manner: Manner = QWENS
+    ) -> UInt8Array:
         """Decode an image; errors as of `open`.
 
         Args:
             field: its name.
             header: its own.
             size: height and width to which Pillow resizes, or None for the image's own.
+            manner: how it does.
 
         Returns:
             uint8 [H, W, 3].
         """
-        message = {"do": "read", "number": header.number, "size": size}
+        message = {
+            "do": "read", "number": header.number, "size": size, "manner": asdict(manner)
+        }  # fmt: skip
         [pixels] = self._read(field, message, size or header.size, 1)
         return pixels
 

@@ -1,13 +1,15 @@
-"""Encoded images -> RGB pixels with Pillow, as qwen-vl-utils' `fetch_image` does it.
+"""Encoded images -> RGB pixels with Pillow, in the manner of a model's own code.
 
-Alpha falls on white, EXIF orientation is not applied, and of an animation the first frame is taken.
+EXIF orientation is not applied, and of an animation the first frame is taken.
 This runs in a worker (`codec_worker.py`): it may take any time, and nothing heavy is imported.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -29,6 +31,30 @@ _SCAN = b"\xff\xda"
 _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # others are part of a scan's data
 _BARE = frozenset(b"\x01\xd8")  # no length follows
 _END = 0xD9
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How an image becomes RGB of another size; as qwen-vl-utils' `fetch_image` unless said.
+
+    Attributes:
+        filter: Pillow's, for resizing.
+        on_white: alpha falls on white; else it is dropped.
+        mirrors_tall: an image higher than wide is mirrored at its diagonal while it is resized.
+            Pillow rounds between its two passes, the first along the width.
+    """
+
+    filter: Literal["bicubic", "bilinear"] = "bicubic"
+    on_white: bool = True
+    mirrors_tall: bool = False
+
+
+def resized(image: Image.Image, size: tuple[int, int], manner: Manner) -> Image.Image:
+    """Resize an RGB image to a height and width."""
+    if manner.mirrors_tall and image.width < image.height:
+        mirrored = image.transpose(Image.Transpose.TRANSPOSE)
+        return resized(mirrored, size[::-1], manner).transpose(Image.Transpose.TRANSPOSE)
+    return image.resize(size[::-1], Image.Resampling[manner.filter.upper()])
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -53,12 +79,13 @@ def open_image(data: bytes) -> Image.Image:
         raise ValueError(f"the image's header is damaged: {error}") from None
 
 
-def decode_image(image: Image.Image, size: tuple[int, int] | None) -> UInt8Array:
-    """Decode, and resize as qwen-vl-utils does it.
+def decode_image(image: Image.Image, size: tuple[int, int] | None, manner: Manner) -> UInt8Array:
+    """Decode and resize.
 
     Args:
         image: not decoded yet; it is closed.
         size: height and width to resize to, or None for the image's own.
+        manner: how.
 
     Returns:
         uint8 [H, W, 3].
@@ -68,14 +95,14 @@ def decode_image(image: Image.Image, size: tuple[int, int] | None) -> UInt8Array
     """
     width, height = image.size
     with image:
-        rgb = _rgb(image)
+        rgb = _rgb(image, manner)
     if rgb.size != (width, height):
         raise ValueError(f"it has {rgb.width} x {rgb.height} pixels, its header {width} x {height}")
-    return np.array(rgb if size is None else rgb.resize(size[::-1]), dtype=np.uint8)
+    return np.array(rgb if size is None else resized(rgb, size, manner), dtype=np.uint8)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode != "RGBA":
+def _rgb(image: Image.Image, manner: Manner) -> Image.Image:
+    if image.mode != "RGBA" or not manner.on_white:
         return image.convert("RGB")
     white = Image.new("RGB", image.size, (255, 255, 255))
     white.paste(image, mask=image.getchannel("A"))

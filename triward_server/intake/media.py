@@ -126,14 +126,8 @@ class ImageLoader:
 
     def check_size(self, field: str, size: Size) -> None:
         """Raise `InvalidRequest` for an image, or a video's frame, of an unusable size."""
+        check_pixels(field, size, self._max_pixels)
         height, width = size
-        if min(width, height) < 1:
-            raise InvalidRequest(field, f"{width} x {height} pixels; an image has at least one")
-        if width * height > self._max_pixels:
-            raise InvalidRequest(
-                field,
-                f"{width} x {height} pixels are {width * height}, the limit is {self._max_pixels}",
-            )
         ratio = max(width, height) / min(width, height)
         if ratio > vision_process.MAX_RATIO:
             raise InvalidRequest(
@@ -151,3 +145,14 @@ class ImageLoader:
         # A tiny image would be blown up to that size.
         if limits.get("min_pixels", 0) > self._max_pixels:
             raise InvalidRequest(field, f"min_pixels {low}, the limit is {self._max_pixels}")
+
+
+def check_pixels(field: str, size: Size, most: int) -> None:
+    """Raise `InvalidRequest` for an image, or a video's frame, of no pixel or more than a limit."""
+    height, width = size
+    if min(width, height) < 1:
+        raise InvalidRequest(field, f"{width} x {height} pixels; an image has at least one")
+    if width * height > most:
+        raise InvalidRequest(
+            field, f"{width} x {height} pixels are {width * height}, the limit is {most}"
+        )

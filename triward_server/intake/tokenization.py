@@ -22,7 +22,8 @@ from jinja2 import TemplateError
 
 from ..errors import CheckpointError, InvalidRequest
 from ..schema import Int32Array
-from .conversation import Conversation, MediaPart, Message, TextPart
+from .conversation import Conversation
+from .family import Family
 from .token_bound import TokenBound
 
 # A rendering cut at special tokens: a token id, or the text between two of them.
@@ -82,15 +83,16 @@ class ConversationTokenizer:
     """Renders and tokenizes conversations for one checkpoint.
 
     Args:
-        processor: the checkpoint's processor, with tokenizer and chat template; a text model's is
-            the tokenizer itself. The tokenizer is changed: special-token strings in text are
+        family: the checkpoint's. Its tokenizer is changed: special-token strings in text are
             encoded as text from now on.
         max_tokens: what one conversation may have.
         max_request_tokens: what a prompt and all its responses may have together.
     """
 
-    def __init__(self, processor: Any, max_tokens: int, max_request_tokens: int) -> None:
-        self._processor = processor
+    def __init__(self, family: Family, max_tokens: int, max_request_tokens: int) -> None:
+        self._processor = processor = family.processor
+        self._chat = family.chat
+        self._media_ids = family.placeholders
         self._max_tokens = max_tokens
         self._max_request_tokens = max_request_tokens
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -108,8 +110,6 @@ class ConversationTokenizer:
         self._control = _spelled(longest_first)
         # Unguessable, so no content can hold it; a noncharacter, so no normalizer touches it.
         self._marker = f"\ufdd0{secrets.token_hex(8)}\ufdd1"
-        ids = (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video"))
-        self._media_ids = tuple(id_ for id_ in ids if id_ is not None)
 
     @property
     def knows_the_date(self) -> bool:
@@ -128,7 +128,8 @@ class ConversationTokenizer:
         Raises:
             InvalidRequest: a conversation or the request has too many tokens.
         """
-        chat = [{"role": m.role, "content": self._mark_content(m)} for m in conversation.messages]
+        chat = self._chat(conversation, self._mark)
+        self._add_reference(chat, conversation)
         rendering = self._render(chat) if chat else _Rendering()
         prompt = self._with_prefix(rendering) if chat else []
         # Before it is rendered with each response: a prompt that is too long ends here.
@@ -155,6 +156,28 @@ class ConversationTokenizer:
         total = len(prompt_ids) + sum(map(len, response_ids))
         self._check_request(str(total), total, len(prompt_ids))
         return TokenizedConversation(prompt_ids, tuple(response_ids))
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the template writes a reference answer, without which it refuses."""
+        return "message.reference" in str(self._processor.chat_template)
+
+    def _add_reference(self, chat: Sequence[dict[str, Any]], conversation: Conversation) -> None:
+        """Give the template the reference answer; refuse one too many or too few."""
+        given = []
+        for index, message in enumerate(conversation.messages):
+            if message.reference is not None:
+                chat[index]["reference"] = self._mark(message.reference)
+                given.append(index)
+        if self.needs_reference:
+            if len(given) != 1:
+                raise InvalidRequest(
+                    "messages", f"{len(given)} messages have a reference, this model needs 1"
+                )
+        elif given:
+            raise InvalidRequest(
+                f"messages[{given[0]}].reference", "this checkpoint's model reads no reference"
+            )
 
     def _check_length(self, field: str, prompt: int, response: int) -> None:
         if prompt + response > self._max_tokens:
@@ -229,19 +252,6 @@ class ConversationTokenizer:
         """Put the first token in front, unless the template has written it."""
         pieces = list(rendering.pieces)
         return pieces if pieces[: len(self._prefix)] == self._prefix else self._prefix + pieces
-
-    def _mark_content(self, message: Message) -> Any:
-        if isinstance(message.content, str):
-            return self._mark(message.content)
-        if not self._media_ids:  # templates of text models know strings only
-            texts = [part.text for part in message.content if isinstance(part, TextPart)]
-            return self._mark("".join(texts))
-        return [
-            {"type": part.type}
-            if isinstance(part, MediaPart)
-            else {"type": "text", "text": self._mark(part.text)}
-            for part in message.content
-        ]
 
     def _mark(self, text: str) -> str:
         return self._control.sub(lambda match: match[0] + self._marker, text)

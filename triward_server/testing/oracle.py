@@ -28,7 +28,15 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from ..export.reference import Messages, card_inputs, fp32_budget, text_inputs
+from ..engine.checkpoint import head_of, load_config
+from ..export.reference import (
+    Messages,
+    Reference,
+    card_inputs,
+    fp32_budget,
+    is_restated,
+    text_inputs,
+)
 from ..schema import Features, Int32Array
 
 __all__ = ["Messages", "Oracle", "TextOracle", "fp32_budget", "read_video"]
@@ -121,7 +129,7 @@ class TextOracle:
     """A text reward model's published code: the head's number at the last token.
 
     `AutoModelForSequenceClassification(…).logits[0][0]`, as Skywork-Reward's cards have it, or
-    trl's value head where a checkpoint carries one.
+    trl's value head where a checkpoint carries one. Of a class that is remote code the restatement.
 
     Args:
         checkpoint: a folder or a Hugging Face id.
@@ -141,6 +149,10 @@ class TextOracle:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         head = Path(checkpoint, "value_head.safetensors")
         self.has_value_head = head.is_file()
+        self.restated: Reference | None = None
+        if _is_restated(Path(checkpoint)):
+            self.restated = Reference(Path(checkpoint), torch.device(device), dtype=dtype)
+            return
         auto = AutoModelForCausalLM if self.has_value_head else AutoModelForSequenceClassification
         model = auto.from_pretrained(checkpoint, dtype=dtype, attn_implementation=attention)
         if self.has_value_head:
@@ -157,6 +169,9 @@ class TextOracle:
 
     def score_inputs(self, inputs: Any) -> list[float]:
         """Return the head's number for each row."""
+        if self.restated is not None:
+            rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+            return [self.restated.score_ids(ids[mask].cpu().numpy()) for ids, mask in rows]
         with torch.inference_mode():
             out = self.model(**inputs, use_cache=False)
         if not self.has_value_head:
@@ -173,6 +188,17 @@ class TextOracle:
     def score(self, messages: Messages) -> float:
         """Return the number for one conversation whose last message is the assistant's."""
         return self.score_inputs(self.inputs([messages]))[0]
+
+
+def _is_restated(checkpoint: Path) -> bool:
+    """Return True if transformers has no class that scores as the checkpoint's own does.
+
+    Its classification head has no bias, and would leave one out in silence.
+    """
+    if not checkpoint.is_dir():
+        return False
+    config = load_config(checkpoint)
+    return is_restated(config) or head_of(checkpoint, config).kind not in ("score", "v_head")
 
 
 def read_video(ele: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float]:

@@ -6,18 +6,63 @@ be another one. That holds for fields that nothing here has heard of, too: see `
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..decoder import DecoderConfig, Rope
 from ..layers import ACTIVATIONS
-from ..vision import Tower
+from ..naming import PLAIN, Naming
+from ..towers import Cut, TowerConfig
 from .fields import Fields, only
 
-__all__ = ["Architecture", "Fields", "common_decoder", "only"]
+__all__ = [
+    "Architecture", "Fields", "Head", "Shapes", "Vision", "common_decoder", "only",
+]  # fmt: skip
+
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by their names in a checkpoint
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What a model reads of images and videos.
+
+    Attributes:
+        tower: what encodes them.
+        image_token_id: see `Geometry`.
+        video_token_id: likewise.
+        tokens_per_second: likewise.
+        cut: how they become patches; None: the processors' files say it.
+    """
+
+    tower: TowerConfig
+    image_token_id: int
+    video_token_id: int | None = None
+    tokens_per_second: int = 0
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """A checkpoint's head, and where it is read.
+
+    Attributes:
+        kind: a key of `backbone.HEADS`.
+        padding: read in front of the padding that ends a conversation ("last"), or of the first
+            that is anywhere ("first"); None: at the last token, whatever that is.
+        token: a field of the configuration, whose id the last token must have.
+    """
+
+    kind: str
+    padding: Literal["first", "last"] | None = None
+    token: str | None = None
+
+
+def _plain(decoder: DecoderConfig) -> Naming:
+    return PLAIN
 
 
 @dataclass(frozen=True)
@@ -29,22 +74,30 @@ class Architecture:
 
     Attributes:
         decoder: what the language model computes.
-        vision: what the vision tower computes; None: a text model.
+        vision: what is read of images and videos; None: a text model.
+        naming: how the checkpoint's tensors become ours.
+        shapes: of all tensors but the head's, where transformers has no class to ask.
+        heads: of classes that are remote code, by their names in `architectures`; beside
+            transformers' classification and trl's value head, which all architectures may have.
     """
 
     decoder: Callable[[Fields], DecoderConfig]
-    vision: Callable[[Fields], Tower] | None = None
+    vision: Callable[[Fields], Vision] | None = None
+    naming: Callable[[DecoderConfig], Naming] = _plain
+    shapes: Callable[[DecoderConfig, TowerConfig | None], Shapes] | None = None
+    heads: Mapping[str, Head] = field(default_factory=dict)
 
 
 # Kinds of rotary positions whose frequencies do not depend on a conversation's length.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def common_decoder(config: Fields) -> DecoderConfig:
+def common_decoder(config: Fields, rope_types: Sequence[str] = _ROPE_TYPES) -> DecoderConfig:
     """Return the decoder that transformers' text configurations describe in common.
 
     Args:
         config: of a decoder-only language model.
+        rope_types: kinds of rotary positions that are right for it.
 
     Raises:
         CheckpointError: it asks for what is not computed here.
@@ -59,7 +112,7 @@ def common_decoder(config: Fields) -> DecoderConfig:
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         eps=config.rms_norm_eps,
-        rope=_rope(config, head_dim),
+        rope=_rope(config, head_dim, rope_types),
         windows=_windows(config),
         qkv_bias=False,
         qk_norm=False,
@@ -69,6 +122,7 @@ def common_decoder(config: Fields) -> DecoderConfig:
         embedding_scale=1.0,
         scale=head_dim**-0.5,
         softcap=None,
+        media_rank=0,
     )
 
 
@@ -104,11 +158,11 @@ def _activation(config: Fields) -> str:
     return str(name)
 
 
-def _rope(config: Fields, head_dim: int) -> Rope:
+def _rope(config: Fields, head_dim: int, types: Sequence[str]) -> Rope:
     """Frequencies as transformers computes them, in float32."""
     parameters = config.rope_parameters
     kind = parameters["rope_type"]
-    only("rope type", [kind], _ROPE_TYPES)
+    only("rope type", [kind], types)
     only("partial_rotary_factor", [parameters.get("partial_rotary_factor", 1.0)], [1.0])
     # An older name of `rope_type`, which counts where both are there; and what transformers has
     # copied into the parameters of the types that read it.

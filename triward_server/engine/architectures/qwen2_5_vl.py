@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from ...schema import FRAMES_PER_GRID
 from ..decoder import DecoderConfig
-from ..vision import CHANNELS, Tower
-from .interface import Architecture, Fields, common_decoder, only
+from ..towers import CHANNELS
+from ..vision import Tower
+from .interface import Architecture, Fields, Vision, common_decoder, only
 
 
 def _decoder(config: Fields) -> DecoderConfig:
@@ -22,7 +23,7 @@ def _decoder(config: Fields) -> DecoderConfig:
     return replace(decoder, qkv_bias=True, rope=replace(decoder.rope, sections=sections))
 
 
-def _vision(config: Fields) -> Tower:
+def _vision(config: Fields) -> Vision:
     vision = config.vision_config
     only("vision_config.hidden_act", [vision.hidden_act], ["silu"])
     only("vision_config.in_channels", [vision.in_channels], [CHANNELS])
@@ -34,7 +35,7 @@ def _vision(config: Fields) -> Tower:
     for name, read in (("in_chans", "in_channels"), ("spatial_patch_size", "patch_size")):
         value = getattr(vision, read)
         only(f"vision_config.{name}", [getattr(vision, name, value)], [value])
-    return Tower(
+    tower = Tower(
         depth=vision.depth,
         hidden_size=vision.hidden_size,
         intermediate_size=vision.intermediate_size,
@@ -46,6 +47,7 @@ def _vision(config: Fields) -> Tower:
         fullatt_block_indexes=tuple(vision.fullatt_block_indexes),
         rope_theta=rope["rope_theta"],
     )
+    return Vision(tower, config.image_token_id, config.video_token_id, vision.tokens_per_second)
 
 
 ARCHITECTURE = Architecture(_decoder, _vision)
