@@ -36,12 +36,12 @@ def test_a_layer_computes_its_product(rows: int, bias: bool, width: int) -> None
 @MISSING
 @torch.inference_mode()
 def test_float32_on_a_cpu_takes_onednn() -> None:
-    layer, x = Linear(512, 512), torch.randn(3, 512)
+    layer, x = Linear(512, 512, True), torch.randn(3, 512)
     with Calls() as calls:
         layer(x)
     assert calls.names[ONEDNN] == 1
     with Calls() as calls:
-        Linear(8, 4)(torch.randn(3, 8))
+        Linear(8, 4, True)(torch.randn(3, 8))
     assert not calls.names[ONEDNN], "a small matrix gains nothing"
     with Calls() as calls:
         linear(x.bfloat16(), layer.weight.bfloat16())
@@ -59,6 +59,6 @@ def test_deterministic_scores_by_onednn(checkpoint: Path, monkeypatch: pytest.Mo
 @torch.inference_mode()
 def test_a_graph_has_torchs_own_operator() -> None:
     """ONNX and Inductor know that one."""
-    graph = torch.export.export(Linear(512, 512).eval(), (torch.randn(3, 512),)).graph
+    graph = torch.export.export(Linear(512, 512, True).eval(), (torch.randn(3, 512),)).graph
     names = {str(node.target) for node in graph.nodes if node.op == "call_function"}
     assert names == {"aten.linear.default"}

@@ -174,7 +174,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, media: Tensor | None = None) -> Tensor:
         """[T, inputs] -> [T, outputs]; `media`: the runs of rows that get the update."""
-        return self.part(x, slice(None), media)
+        return updated(linear(x, self.weight, self.bias), self.plora, x, media, slice(None))
 
     def part(self, x: Tensor, outputs: slice, media: Tensor | None = None) -> Tensor:
         """Compute these outputs alone: [T, inputs] -> [T, their number]."""
