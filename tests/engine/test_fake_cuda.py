@@ -100,7 +100,7 @@ def on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Fake tensors, and in place of pinned memory and events what needs no GPU."""
     monkeypatch.setattr(backbone, "upload", uploaded)
-    monkeypatch.setattr(layers, "listed", on_the_host(layers.listed))
+    monkeypatch.setattr(layers, "read_runs", on_the_host(layers.read_runs))
     monkeypatch.setattr(attention, "_runs_of_media", on_the_host(attention._runs_of_media))
     monkeypatch.setattr(Arena, "add", lambda arena, array: uploaded(torch.from_numpy(array), CUDA))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
