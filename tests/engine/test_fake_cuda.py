@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import ROOT
-from triward_server.engine import backbone, layers, packing
+from triward_server.engine import attention, backbone, layers, packing
 from triward_server.engine.arena import Arena
 from triward_server.engine.backbone import RewardModel
 from triward_server.engine.checkpoint import Blueprint, empty_model, load_config, read_blueprint
@@ -85,19 +85,23 @@ def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
-def listed(runs: torch.Tensor) -> list[list[int]]:
-    """Read a tensor that is on the host and no fake."""
-    with unset_fake_temporarily():
-        assert type(runs) is torch.Tensor
-        rows: list[list[int]] = runs.tolist()
-        return rows
+def on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make and read where an image's rows are as no fake, which has no values."""
+
+    def run(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            found = function(*args)
+            return found if isinstance(found, list) else [*found]
+
+    return run
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Fake tensors, and in place of pinned memory and events what needs no GPU."""
     monkeypatch.setattr(backbone, "upload", uploaded)
-    monkeypatch.setattr(layers, "listed", listed)
+    monkeypatch.setattr(layers, "read_runs", on_the_host(layers.read_runs))
+    monkeypatch.setattr(attention, "_runs_of_media", on_the_host(attention._runs_of_media))
     monkeypatch.setattr(Arena, "add", lambda arena, array: uploaded(torch.from_numpy(array), CUDA))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode

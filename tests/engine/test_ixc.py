@@ -352,7 +352,9 @@ class TestCompiled:
         )
         compiled.warm_up()
         warm = len(graphs)
-        assert 0 < warm <= 14
+        # Halves of both towers' layers; the language model's with media, too, and on a CPU with
+        # media in a block that does not begin the row; and again for a single row.
+        assert 0 < warm <= 2 + 4 + 2 * 3 + 4
         compiled._passes.recompile = True  # or shapes without code would run as written, unnoticed
         for items in ([each] for each in requests(scorer.geometry)):
             assert_equal(compiled.score(items), scorer.score(items))
@@ -394,5 +396,5 @@ class TestUpdates:
         rows = np.array([0, 1, 2, 7, 8, 9, 12])
         runs = [*attention._runs_of_media(rows, [5, 3, 2, 2, 1])]
         found = [None if each is None else each.tolist() for each in runs]
-        assert found == [[[0, 3], [0, 0]], [[2, 3], [0, 0]], [[0, 2], [0, 0]], None,
-                         [[0, 1], [0, 0]]]  # fmt: skip
+        none = [[0, 0], [0, 0]]  # behind all, for the compiler
+        assert found == [[[0, 3], *none], [[2, 3], *none], [[0, 2], *none], None, [[0, 1], *none]]

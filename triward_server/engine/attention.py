@@ -143,9 +143,9 @@ def make_layout(
 
 
 def _runs_of_media(rows: Int64Array, lengths: Sequence[int]) -> Iterator[Tensor | None]:
-    """Find each block's runs, counted from its first row; behind them an empty one.
+    """Find each block's runs, counted from its first row; behind them two empty ones.
 
-    So there are two at least, which compiled code does not treat apart.
+    A compiler takes no number of three or more for another size that is 1 or 2.
     """
     ends = np.cumsum(lengths)
     parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
@@ -155,7 +155,7 @@ def _runs_of_media(rows: Int64Array, lengths: Sequence[int]) -> Iterator[Tensor 
             yield None
             continue
         runs = np.stack([part[[0, *(gaps + 1)]], part[[*gaps, -1]] + 1], axis=1) - first
-        yield torch.from_numpy(np.concatenate([runs, [[0, 0]]]))
+        yield torch.from_numpy(np.concatenate([runs, np.zeros((2, 2), np.int64)]))
 
 
 def blocks(layout: Layout, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
