@@ -249,6 +249,15 @@ def test_a_tokenizer_without_its_file_is_refused(published: Path, tmp_path: Path
         prepared(copy).__enter__()
 
 
+def test_a_tokenizer_that_transformers_has_is_left_alone(valued: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(valued, tmp_path / "copy"))
+    file = copy / "tokenizer_config.json"
+    remote = {"auto_map": {"AutoTokenizer": ["somewhere.Tokenizer", None]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | remote))
+    with prepared(copy) as folder:
+        assert folder == copy
+
+
 @pytest.fixture(scope="module")
 def valued(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a head as LLaMA-Factory pickles it."""

@@ -18,6 +18,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers.models.auto.tokenization_auto import (
+    TOKENIZER_MAPPING,
+    tokenizer_class_from_name,
+)
 
 from ..engine.checkpoint import head_of, load_config
 from ..engine.weights import VALUE_HEAD_FILE
@@ -160,11 +164,15 @@ def _refuse_regression(checkpoint: Path) -> None:
 
 
 def _is_remote(checkpoint: Path) -> bool:
+    """Return True if the tokenizer's class comes with the checkpoint, and transformers has none."""
     file = checkpoint / _CONFIG
     try:
-        return file.is_file() and "auto_map" in json.loads(file.read_text())
-    except (ValueError, TypeError):  # which whoever reads it as a configuration says
+        given = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError:  # which whoever reads it as a configuration says
         return False
+    if "auto_map" not in given or type(load_config(checkpoint)) in TOKENIZER_MAPPING:
+        return False
+    return tokenizer_class_from_name(str(given.get("tokenizer_class"))) is None
 
 
 def _names(given: dict[str, Any]) -> dict[int, str]:
