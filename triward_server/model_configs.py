@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 @strict
-class InternLM2Config(PreTrainedConfig):  # type: ignore[misc]
+class InternLM2Config(PreTrainedConfig):  # type: ignore[misc] # an untyped package
     """InternLM2's (arXiv:2403.17297), with the reward model's token."""
 
     model_type = "internlm2"

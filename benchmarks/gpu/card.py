@@ -43,7 +43,7 @@ class Card:
     ) -> None:
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self._processor: Any = AutoProcessor.from_pretrained(checkpoint)
-        self.model = reference_model(load_config(checkpoint), True, device, dtype, attention)
+        self.model = reference_model(load_config(checkpoint), "v_head", device, dtype, attention)
         load_weights(
             self.model, self._read if weights is None else _given(weights), canonical_name, False
         )

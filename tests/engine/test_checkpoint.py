@@ -117,7 +117,7 @@ def test_missing_shard(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "mistral"}, "'mistral'.*only qwen2_5_vl, llama, gemma2, qwen2, qwen3$"),
+        ({"model_type": "phi3"}, "'phi3'.*only qwen2_5_vl, .*, internlmxcomposer2, mistral$"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [4, 6, 6],
                            "original_max_position_embeddings": 4096}}, "yarn"),
         ({"use_sliding_window": True, "max_window_layers": 2}, "sliding"),

@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import ROOT
-from triward_server.engine import backbone, packing
+from triward_server.engine import backbone, layers, packing
 from triward_server.engine.arena import Arena
 from triward_server.engine.backbone import RewardModel
 from triward_server.engine.checkpoint import Blueprint, empty_model, load_config, read_blueprint
@@ -81,10 +85,19 @@ def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
+def listed(runs: torch.Tensor) -> list[list[int]]:
+    """Read a tensor that is on the host and no fake."""
+    with unset_fake_temporarily():
+        assert type(runs) is torch.Tensor
+        rows: list[list[int]] = runs.tolist()
+        return rows
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Fake tensors, and in place of pinned memory and events what needs no GPU."""
     monkeypatch.setattr(backbone, "upload", uploaded)
+    monkeypatch.setattr(layers, "listed", listed)
     monkeypatch.setattr(Arena, "add", lambda arena, array: uploaded(torch.from_numpy(array), CUDA))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode

@@ -28,7 +28,7 @@ ROOMS = {
     "backend": "metrics draining onnx_inputs onnx_runner onnx_vision codec triton_io",
     "serving": "canary log repository integrity triton_http installation signals child endpoints "
     "gpu progress ending launch instances watchdog switch",
-    "export": "placement options sentencepiece prepared internlm2 reference ixc_tokens "
+    "export": "placement options sentencepiece lora prepared internlm2 reference ixc_tokens "
     "ixc_pictures ixc_network ixc_reference referees verify calibration onnx configuration draft "
     "build random_checkpoint random_sentencepiece random_text_checkpoint random_ixc_tokenizer "
     "random_ixc_checkpoint commands",

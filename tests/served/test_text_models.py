@@ -60,7 +60,14 @@ def text_checkpoints(
     return {name: folder / name for name in KINDS}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# What differs from another by its head alone, or by one field: its own tests are slow ones.
+FEW = [name for name in KINDS if name not in ("qwen2-score", "qwen2-reward", "mistral")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in KINDS],
+)
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -125,7 +132,7 @@ def conversations(architecture: str) -> dict[str, Messages]:
         "thought/open": [asks("2 + 2?"), says("<think>Two and two. Four.")],
         "thought/asked": [asks("What does </think> mean?"), says("An end.</think> It is.")],
     }
-    if architecture != "gemma2":  # whose template refuses it
+    if architecture not in ("gemma2", "mistral"):  # whose templates refuse it
         cases["system"] = [
             {"role": "system", "content": "You are a strict judge."}, asks("Hi"), says("Hello"),
         ]  # fmt: skip
@@ -317,6 +324,8 @@ def ended(item: Features, end: list[int]) -> Features:
         ("gemma2", {"scale": 48**-0.5}),
         ("gemma2", {"activation": "silu"}),
         ("llama", {"rope": "default"}),
+        ("mistral", {"windows": (None,) * 4}),
+        ("mistral", {"windows": (WINDOW + 1,) * 4}),
     ],
     ids=str,
 )

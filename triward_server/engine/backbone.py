@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,19 +51,49 @@ class ValueHead(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """transformers' head of one label: a linear map without bias; in float32 here."""
+    """transformers' head of one label: a linear map, of some with a bias; in float32 here."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(1, dtype=torch.float32)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[C, dim] -> float32 [C], each row for itself."""
-        return (x.float() * self.weight).sum(-1)
+        out = (x.float() * self.weight).sum(-1)
+        return out if self.bias is None else out + self.bias
 
 
-# By the name that a checkpoint's tensors begin with.
-HEADS: dict[str, Callable[[int], nn.Module]] = {"v_head": ValueHead, "score": ClassificationHead}
+class TwoLayerHead(nn.Sequential):
+    """Qwen2.5-Math-RM's head: two affine maps and a ReLU; in float32 here."""
+
+    def __init__(self, dim: int) -> None:
+        first, second = (nn.Linear(dim, width, dtype=torch.float32) for width in (dim, 1))
+        super().__init__(first, nn.ReLU(), second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[C, dim] -> float32 [C], each row for itself: how many there are moves no bit."""
+        rows = []
+        for row in x.float().split(1):
+            for layer in self:
+                row = layer(row)
+            rows.append(row)
+        return torch.cat(rows)[:, 0]
+
+
+class HeadKind(NamedTuple):
+    """What a checkpoint's tensors of a head begin with, and the head of a width."""
+
+    prefix: str
+    make: Callable[[int], nn.Module]
+
+
+HEADS: dict[str, HeadKind] = {
+    "v_head": HeadKind("v_head", ValueHead),
+    "score": HeadKind("score", ClassificationHead),
+    "biased_score": HeadKind("score", partial(ClassificationHead, bias=True)),
+    "two_layers": HeadKind("score", TwoLayerHead),
+}
 
 
 class Clock:
@@ -127,8 +157,8 @@ class RewardModel(nn.Module):
         self.visual = visual
         self._encode = encoder or self._encode_here
         self.language_model = LanguageModel(decoder)
-        self.head = head
-        self.add_module(head, HEADS[head](decoder.hidden))
+        self.head = HEADS[head].prefix
+        self.add_module(self.head, HEADS[head].make(decoder.hidden))
         self.embeddings = EmbeddingCache(cache_bytes)
         self.deterministic = deterministic
         tower = None if visual is None else visual.config

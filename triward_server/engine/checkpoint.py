@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForSequenceClassification,
 )
 
 from .. import model_configs
 from ..errors import CheckpointError
 from .architectures import ARCHITECTURES, Architecture, Head, Vision
 from .architectures.fields import Fields
-from .backbone import Encoder, RewardModel, ValueHead
+from .backbone import HEADS, Encoder, RewardModel
 from .decoder import DecoderConfig
 from .float8 import weights_of
 from .geometry import Geometry
@@ -39,13 +39,14 @@ from .towers import Cut, MediaTower, TowerConfig
 from .vision import VisionTower
 from .weights import (
     VALUE_HEAD_FILE,
+    has_tensor,
     open_tensors,
     read_state,
     weight_files,
     widen_gated_mlps,
 )
 
-_VISION, _HEAD = "visual.", "v_head."
+_VISION = "visual."
 
 # Matrices whose rows begin at multiples of 128 bytes are multiplied faster on a GPU; Qwen2.5-VL's
 # vision tower is 3,420 wide inside.
@@ -143,9 +144,8 @@ def head_of(checkpoint: Path, config: Any) -> Head:
         raise CheckpointError(
             f"{checkpoint}: the head has {config.num_labels} labels, only 1 works"
         )
-    if architecture.vision is not None:
-        raise CheckpointError(f"{checkpoint}: {classes[0]} is not supported, only a value head is")
-    return Head("score", skips_padding=True)
+    biased = has_tensor(checkpoint, "score.bias")
+    return Head("biased_score" if biased else "score", padding="last")
 
 
 def read_blueprint(checkpoint: Path, config: Any) -> Blueprint:
@@ -156,6 +156,8 @@ def read_blueprint(checkpoint: Path, config: Any) -> Blueprint:
     """
     fields, architecture = Fields(config), architecture_of(config)
     head = head_of(checkpoint, config)
+    if head in architecture.heads.values():
+        fields.ignore("auto_map")  # remote code, for which the head stands
     decoder = architecture.decoder(fields)
     vision, pixels = None, None
     if architecture.vision is not None:
@@ -274,20 +276,21 @@ def load_cut(checkpoint: Path) -> tuple[Cut, int]:
     return blueprint.cut, blueprint.tower.out_hidden_size
 
 
-def load_vision(checkpoint: Path) -> tuple[VisionTower, ValueHead]:
-    """Return the vision tower and the value head alone, in float32 on the CPU.
+def load_vision(checkpoint: Path) -> tuple[VisionTower, nn.Module]:
+    """Return the vision tower and the head alone, in float32 on the CPU.
 
     Raises:
         CheckpointError: see `verify`; or it is a text model.
     """
     blueprint = check_tensors(checkpoint)
     with torch.device("meta"):
-        tower, head = blueprint.vision(), ValueHead(blueprint.decoder.hidden)
+        tower, kind = blueprint.vision(), HEADS[blueprint.head]
+        head = kind.make(blueprint.decoder.hidden)
     if tower is None:
         raise CheckpointError(f"{checkpoint}: the model has no vision tower")
     if not isinstance(tower, VisionTower):
         raise CheckpointError(f"{checkpoint}: no ONNX graph of a {type(tower).__name__} is made")
-    for prefix, module in ((_VISION, tower), (_HEAD, head)):
+    for prefix, module in ((_VISION, tower), (f"{kind.prefix}.", head)):
         cpu, wanted = torch.device("cpu"), partial(_is, prefix)
         state = read_state(checkpoint, torch.float32, cpu, wanted, naming=blueprint.naming)
         names = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -310,8 +313,7 @@ def _geometry(
             merge_size=1,
             vocab_size=decoder.vocab_size,
             max_tokens=decoder.positions,
-            padding_id=fields.text.pad_token_id if head.skips_padding else None,
-            read_id=getattr(fields, head.token) if head.token else None,
+            **_read(fields, head),
         )
     return Geometry(
         image_token_id=vision.image_token_id,
@@ -323,19 +325,30 @@ def _geometry(
         tokens_per_second=vision.tokens_per_second,
         video_limits=pixels.video_limits,
         tile=vision.tower.tile,
+        **_read(fields, head),
     )
+
+
+def _read(fields: Fields, head: Head) -> dict[str, Any]:
+    """Where in a conversation the head is read."""
+    return {
+        "padding_id": fields.text.pad_token_id if head.padding else None,
+        "any_padding": head.padding == "first",
+        "read_id": getattr(fields, head.token) if head.token else None,
+    }
 
 
 def _expected_shapes(config: Any, blueprint: Blueprint) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a checkpoint's tensors, by our names."""
-    architecture, head = architecture_of(config), blueprint.head
+    kind = HEADS[blueprint.head]
+    with torch.device("meta"):
+        head = kind.make(blueprint.decoder.hidden).state_dict()
+    shapes = {f"{kind.prefix}.{name}": tuple(tensor.shape) for name, tensor in head.items()}
+    architecture = architecture_of(config)
     if architecture.shapes is not None:
-        shapes = architecture.shapes(blueprint.decoder, blueprint.tower)
-        return {blueprint.naming.name(key): shape for key, shape in shapes.items()}
-    auto: Any = AutoModelForSequenceClassification
-    if head == "v_head":
-        multimodal = architecture.vision is not None
-        auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        own = architecture.shapes(blueprint.decoder, blueprint.tower)
+        return {blueprint.naming.name(key): shape for key, shape in own.items()} | shapes
+    auto: Any = AutoModelForImageTextToText if architecture.vision else AutoModelForCausalLM
     try:
         with torch.device("meta"):
             reference = auto.from_config(config, attn_implementation="eager")
@@ -343,12 +356,12 @@ def _expected_shapes(config: Any, blueprint: Blueprint) -> dict[str, tuple[int, 
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"config.json describes no model: {reason}") from None
     found = {canonical_name(k): tuple(v.shape) for k, v in reference.state_dict().items()}
-    if head == "v_head":
-        if config.tie_word_embeddings:
-            del found["lm_head.weight"]
-        hidden = config.get_text_config().hidden_size
-        found |= {"v_head.summary.weight": (1, hidden), "v_head.summary.bias": (1,)}
-    return found
+    # What has a vocabulary's head carries it, tied or not; nothing reads it.
+    if blueprint.head != "v_head" or config.tie_word_embeddings:
+        found = {
+            name: shape for name, shape in found.items() if not blueprint.naming.is_unread(name)
+        }
+    return found | shapes
 
 
 def _is(prefix: str, name: str) -> bool:

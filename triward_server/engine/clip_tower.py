@@ -212,14 +212,16 @@ class ClipTower(MediaTower):
         tiles = [1 + grid.patches // side**2 for grid in grids]
         arena = Arena(weight.device)
         layout = make_layout([1 + side**2] * sum(tiles), False, arena, weight.dtype)
-        order = [self._order(grid) for grid in grids]
-        firsts = [0, *accumulate(tokens * count for count in tiles)]
-        order = [np.where(o < _SEPARATORS, o, o + at) for o, at in zip(order, firsts, strict=False)]
-        places = arena.add(np.concatenate(order))
+        firsts = accumulate((tokens * count for count in tiles[:-1]), initial=0)
+        orders = zip(map(self._order, grids), firsts, strict=True)
+        # Separators are those of all images; patches are counted over the whole row.
+        places = arena.add(
+            np.concatenate([np.where(o < _SEPARATORS, o, o + at) for o, at in orders])
+        )
         arena.send()
 
         self._normal = self._normal.to(weight.device)  # a copy the first time
-        patches = torch.cat([pixel_rows(each, self.cut, side, self._normal) for each in media])
+        patches = torch.cat([tile_rows(each, self.cut, side, self._normal) for each in media])
         embedded = self.embeddings(patches.unflatten(0, (-1, side**2)))
         x = self.pre_layrnorm(embedded).float().flatten(0, 1)
         for layer in self.layers:
@@ -241,7 +243,7 @@ class ClipTower(MediaTower):
         return order(grid.h // side, grid.w // side, side // self.config.spatial_merge_size)
 
 
-def pixel_rows(canvas: Tensor, cut: Cut, tile: int, normal: Tensor) -> Tensor:
+def tile_rows(canvas: Tensor, cut: Cut, tile: int, normal: Tensor) -> Tensor:
     """Pixels of the whole and of each tile, row by row of tiles, patch by patch.
 
     Args:

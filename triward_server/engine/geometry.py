@@ -27,6 +27,7 @@ class Geometry:
         tokens_per_second: positions that a second of a video takes.
         video_limits: fewest and most pixels of a frame that the processor leaves as it is.
         padding_id: a conversation is scored at its last token of another id; None: at its last.
+        any_padding: it is scored in front of the first token of that id, not of the last ones.
         read_id: what the last token of a conversation must be; None: anything.
         tile: side in patches of the tiles that images consist of. The tower reads each of them, and
             first the whole image as large as one; a token is a position. None: an image is read as
@@ -42,6 +43,7 @@ class Geometry:
     tokens_per_second: int = 0
     video_limits: tuple[int, int] | None = None
     padding_id: int | None = None
+    any_padding: bool = False
     read_id: int | None = None
     tile: int | None = None
 
@@ -79,6 +81,8 @@ class Geometry:
         """Count the tokens of a conversation up to the one that is scored."""
         if self.padding_id is None:
             return len(ids)
+        if self.any_padding:  # a padding that stands first counts as none
+            return int(np.append(np.flatnonzero(ids == self.padding_id), len(ids))[0]) or len(ids)
         return int(np.flatnonzero(ids != self.padding_id).max(initial=-1)) + 1
 
     def tokens(self, grid: Grid) -> int:

@@ -101,7 +101,13 @@ class LowRank(nn.Module):
             # One call whatever the runs are: a compiler would make code for each number of them.
             _add_low_rank(y, x, self.A, matrix, runs)
         else:
-            _add_to_runs(y, x, self.A, matrix, runs.tolist())
+            _add_to_runs(y, x, self.A, matrix, listed(runs))
+
+
+def listed(runs: Tensor) -> list[list[int]]:
+    """Read runs, which are on the CPU: nothing waits."""
+    rows: list[list[int]] = runs.tolist()
+    return rows
 
 
 def _add_to_runs(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[list[int]]) -> None:
@@ -117,7 +123,7 @@ def _add_to_runs(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: list[list[int
 
 @torch.library.custom_op("triward::add_low_rank", mutates_args=["y"])
 def _add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: Tensor) -> None:
-    _add_to_runs(y, x, a, b, runs.tolist())
+    _add_to_runs(y, x, a, b, listed(runs))
 
 
 @_add_low_rank.register_fake

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..errors import CheckpointError
 from .backbone import HEADS
 from .float8 import quantise_weight
-from .naming import PLAIN, Naming
+from .naming import PLAIN, Naming, canonical_name
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,23 @@ def weight_files(checkpoint: Path) -> list[Path]:
     Raises:
         CheckpointError: a file is missing.
     """
+    files = _named_files(checkpoint)
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file")
+    return files
+
+
+def has_tensor(checkpoint: Path, name: str) -> bool:
+    """Return True if a file that is there holds a tensor of this name of ours."""
+    for file in filter(Path.is_file, _named_files(checkpoint)):
+        with open_tensors(file, "cpu") as tensors:
+            if name in map(canonical_name, tensors.keys()):
+                return True
+    return False
+
+
+def _named_files(checkpoint: Path) -> list[Path]:
     index = checkpoint / INDEX_FILE
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -47,11 +64,7 @@ def weight_files(checkpoint: Path) -> list[Path]:
         names = ["model.safetensors"]
     if (checkpoint / VALUE_HEAD_FILE).is_file():
         names.append(VALUE_HEAD_FILE)
-    files = [checkpoint / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: no such file")
-    return files
+    return [checkpoint / name for name in names]
 
 
 def check_finite(checkpoint: Path) -> None:
@@ -121,7 +134,7 @@ def read_tensors(
 
 
 def _is_head(name: str) -> bool:
-    return any(name.startswith(f"{head}.") for head in HEADS)
+    return any(name.startswith(f"{head.prefix}.") for head in HEADS.values())
 
 
 def _tensors(

@@ -76,8 +76,15 @@ def build(options: Options) -> None:
     _check_output(wanted.output, names, version, wanted.force)
     source, commit = _resolve(wanted.checkpoint, wanted.revision)
     checkpoint.load_config(source)
-    with prepared(source) as folder:
+    place = _beside(wanted.output) if wanted.lora else None
+    with prepared(source, wanted.lora, place, wanted.template) as folder:
         _build(folder, commit, names, version, options)
+
+
+def _beside(output: Path) -> Path:
+    """Return the output's folder, which has room for weights."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output.parent
 
 
 def _build(
@@ -191,8 +198,9 @@ def _canary(
     Image.linear_gradient("L").resize((28, 28)).convert("RGB").save(picture, "PNG")
     image = [{"type": "image"}] if preprocessor.reads_images else []
     content = [*image, {"type": "text", "text": "Does it get brighter downwards?"}]
+    reference = {"reference": "Yes."} if preprocessor.needs_reference else {}
     canary = Canary(
-        messages=json.dumps([{"role": "user", "content": content}]),
+        messages=json.dumps([{"role": "user", "content": content, **reference}]),
         responses=("Yes, from black to white.", "No.")[: options.preprocess.max_responses],
         media=(picture.getvalue(),) * len(image),
         scores=None,
@@ -278,7 +286,7 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
             raise ConfigError(f"--revision {revision}: {source} is a folder and has no revisions")
         return Path(source).resolve(), None
     try:
-        patterns = [*PROCESSOR_FILES, "*.safetensors", weights.INDEX_FILE]
+        patterns = [*PROCESSOR_FILES, "*.safetensors", weights.INDEX_FILE, "value_head.bin"]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -295,6 +303,7 @@ def _manifest(
     return {
         "source": options.export.checkpoint,
         "revision": commit,
+        "lora": str(options.export.lora) if options.export.lora else None,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "triward_server": __version__,
         "python": sys.version.split()[0],

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 
 class InternLM2Reward(nn.Module):
@@ -105,9 +106,10 @@ class _FeedForward(nn.Module):
         self.w1 = nn.Linear(hidden, inner, bias=False)
         self.w3 = nn.Linear(hidden, inner, bias=False)
         self.w2 = nn.Linear(inner, hidden, bias=False)
+        self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        out: Tensor = self.w2(self.act(self.w1(x)) * self.w3(x))
         return out
 
 

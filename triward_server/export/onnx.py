@@ -18,7 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from .. import schema
 from ..backend.onnx_inputs import graph_inputs
 from ..backend.onnx_runner import VISION_FILE
-from ..engine.backbone import ValueHead
 from ..engine.vision import VisionAttention, VisionBlock, VisionTower
 from ..errors import ConfigError
 from ..schema import Grid
@@ -133,7 +132,7 @@ def export_vision(tower: VisionTower, folder: Path, opset: int = OPSET) -> None:
     _export(graph, inputs, schema.EMBEDDINGS.name, folder / VISION_FILE, opset)
 
 
-def export_value_head(head: ValueHead, folder: Path, opset: int = OPSET) -> None:
+def export_value_head(head: nn.Module, folder: Path, opset: int = OPSET) -> None:
     """Write `value_head.onnx`: `hidden` float32 [C, dim] in, `scores` float32 [C] out.
 
     Args:
@@ -144,7 +143,7 @@ def export_value_head(head: ValueHead, folder: Path, opset: int = OPSET) -> None
     Raises:
         ConfigError: onnx or onnxscript is not installed.
     """
-    hidden = torch.zeros(3, head.summary.in_features)
+    hidden = torch.zeros(3, next(head.parameters()).shape[-1])
     inputs = {"hidden": (hidden, 1)}
     _export(head, inputs, schema.SCORES.name, folder / VALUE_HEAD_FILE, opset)
 

@@ -20,8 +20,8 @@ from .placement import Placement, placement
 
 Size = Literal["tiny", "small", "7b"]  # of a checkpoint with random weights
 TextModel = Literal[
-    "llama", "gemma2", "qwen2", "qwen3", "internlm2"
-]  # random ones of text, by model_type
+    "llama", "gemma2", "qwen2", "qwen2-score", "qwen2-reward", "qwen3", "mistral", "internlm2"
+]  # fmt: skip
 # Of ONNX's operators: the first that has attention as one operator, from which runtimes choose a
 # fused kernel; ONNX Runtime takes it from 1.22 on.
 OPSET = 23
@@ -39,6 +39,13 @@ class Weights(str, Enum):
 
     LINK = "link"
     COPY = "copy"
+
+
+class Template(str, Enum):
+    """Chat templates that an export can use."""
+
+    CHECKPOINT = "checkpoint"
+    POLAR = "polar"
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,16 @@ class ExportConfig:
         str,
         Field(description="What callers will call the model; another one adds a model."),
     ] = schema.ENSEMBLE
+    lora: Annotated[
+        Path | None, Field(description="Folder of a PEFT adapter of LoRA, which is merged in.")
+    ] = None
+    template: Annotated[
+        Template,
+        Field(
+            description="checkpoint: its own chat template; polar: POLAR's, with a reference "
+            "answer in each request."
+        ),
+    ] = Template.CHECKPOINT
     revision: Annotated[str | None, Field(description="Branch, tag or commit on the hub.")] = None
     version: Annotated[
         int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import Tokenizer, models, normalizers
 from tokenizers import pre_tokenizers as pre
@@ -12,8 +12,8 @@ from tokenizers.trainers import BpeTrainer
 from .sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Piece
 
 # Of `sentencepiece_model.proto`: byte-pair encoding with byte fallback; text stays as it is.
-_TRAINER = {3: 2, 35: 1}
-_NORMALIZER = {1: b"identity", 2: b"", 3: 0, 4: 0}
+_TRAINER: Mapping[int, int | bytes] = {3: 2, 35: 1}
+_NORMALIZER: Mapping[int, int | bytes] = {1: b"identity", 2: b"", 3: 0, 4: 0}
 
 
 def train_pieces(
@@ -56,7 +56,7 @@ def write_model(pieces: Iterable[Piece]) -> bytes:
         _field(1, _field(1, p.text.encode()) + _float(2, p.score) + _field(3, p.kind))
         for p in pieces
     ]
-    rules = ((2, _TRAINER), (3, _NORMALIZER))
+    rules: tuple[tuple[int, Mapping[int, int | bytes]], ...] = ((2, _TRAINER), (3, _NORMALIZER))
     for number, fields in rules:
         found.append(_field(number, b"".join(_field(n, v) for n, v in fields.items())))
     return b"".join(found)

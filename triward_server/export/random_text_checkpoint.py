@@ -80,6 +80,20 @@ _QWEN3_TEMPLATE = """\
 {%- endfor -%}
 """
 
+# Roles alternate, and there is no system prompt; brackets are text.
+_MISTRAL_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{%- elif message.role == 'user' -%}
+{{ '[INST] ' + message.content + ' [/INST]' }}
+{%- else -%}
+{{ message.content + eos_token }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
 _INTERNLM2_TEMPLATE = """\
 {{ bos_token }}
 {%- for message in messages -%}
@@ -102,6 +116,7 @@ class Kind:
         template: the chat template.
         fields: of config.json, beside those that all have; None: not this one.
         roles: tokens of a `tokenizer.model`, by the names of its pieces; None: it has no such file.
+        head: a key of `backbone.HEADS`.
     """
 
     model: str
@@ -113,6 +128,7 @@ class Kind:
     template: str
     fields: dict[str, Any]
     roles: dict[str, str] | None = None
+    head: str = "score"
 
 
 _QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>")
@@ -158,6 +174,7 @@ KINDS: dict[str, Kind] = {
     ),
     "qwen2": Kind(
         model="Qwen2ForCausalLM",
+        head="v_head",
         special=_QWEN, ordinary=("<tool_call>",), bos=None, eos="<|im_end|>", pad="<|endoftext|>",
         template=_QWEN2_TEMPLATE, fields={"rope_theta": 1_000_000.0, "use_sliding_window": False},
     ),
@@ -166,6 +183,28 @@ KINDS: dict[str, Kind] = {
         special=_QWEN, ordinary=("<tool_call>", "<think>", "</think>"), bos=None, eos="<|im_end|>",
         pad="<|endoftext|>", template=_QWEN3_TEMPLATE,
         fields={"attention_bias": False, "rope_theta": 1_000_000.0},
+    ),
+    "qwen2-score": Kind(  # as ms-swift saves them
+        model="Qwen2ForSequenceClassification",
+        special=_QWEN, ordinary=("<tool_call>",), bos=None, eos="<|im_end|>", pad="<|endoftext|>",
+        template=_QWEN2_TEMPLATE, fields={"model_type": "qwen2", "rope_theta": 1_000_000.0},
+        head="biased_score",
+    ),
+    "qwen2-reward": Kind(  # Qwen2.5-Math-RM, WorldPM
+        model="Qwen2ForRewardModel",
+        special=_QWEN, ordinary=("<tool_call>",), bos=None, eos="<|im_end|>", pad="<|endoftext|>",
+        template=_QWEN2_TEMPLATE,
+        fields={
+            "model_type": "qwen2", "rope_theta": 1_000_000.0, "id2label": None, "label2id": None,
+            "auto_map": {"AutoModel": "modeling_qwen2_rm.Qwen2ForRewardModel"},
+        },
+        head="two_layers",
+    ),
+    "mistral": Kind(
+        model="MistralForSequenceClassification",
+        special=("<unk>", "<s>", "</s>"), ordinary=(), bos="<s>", eos="</s>", pad="<unk>",
+        template=_MISTRAL_TEMPLATE,
+        fields={"rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "sliding_window": 48},
     ),
     "internlm2": Kind(
         model="InternLM2ForRewardModel",
@@ -230,9 +269,8 @@ def _write_tokenizer(kind: Kind, d: Dimensions, seed: int, output: Path) -> dict
     tokenizer.save(str(output / "tokenizer.json"))
     write_json(output / "tokenizer_config.json", _tokenizer_config(kind, d))
     roles = {"bos": kind.bos, "eos": kind.eos, "pad": kind.pad}
-    return {
-        f"{role}_token_id": tokenizer.token_to_id(token) for role, token in roles.items() if token
-    }
+    ids = ((role, tokenizer.token_to_id(token)) for role, token in roles.items() if token)
+    return {f"{role}_token_id": id_ for role, id_ in ids if id_ is not None}
 
 
 def _write_sentencepiece(
@@ -302,14 +340,14 @@ def _causal(config: Any) -> Any:
 def _write_weights(architecture: str, d: Dimensions, seed: int, output: Path) -> None:
     config = AutoConfig.from_pretrained(output)
     # As their publishers have them: Qwen2.5 carries trl's value head.
-    valued = KINDS[architecture].model.endswith("ForCausalLM")
-    cpu = torch.device("cpu")
-    model = reference_model(config, False, cpu) if not valued else _causal(config)
+    kind = KINDS[architecture].head
+    valued = kind == "v_head"
+    model = _causal(config) if valued else reference_model(config, kind, torch.device("cpu"))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         tensor = random_tensor(name, shape, seed, "cpu")
-        if name in ("score.weight", "v_head.weight"):
+        if name in ("score.weight", "score.2.weight", "v_head.weight"):
             tensor = tensor * 10
         elif architecture == "gemma2" and "norm" in name:
             tensor = tensor - 1  # Gemma adds 1 when it reads them

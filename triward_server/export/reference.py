@@ -64,8 +64,8 @@ class Reference:
         auto = AutoProcessor if self._sees else AutoTokenizer
         self._processor: Any = auto.from_pretrained(checkpoint)
         self._device = device
-        valued = head_of(checkpoint, config).kind == "v_head"
-        self._model = reference_model(config, valued, device, dtype)
+        head = head_of(checkpoint, config)
+        self._model = reference_model(config, head.kind, device, dtype)
 
         def tensors(wanted: Callable[[str], bool]) -> dict[str, Tensor]:
             return read_tensors(checkpoint, dtype, device, wanted)
@@ -93,24 +93,49 @@ def score_inputs(model: Any, inputs: dict[str, Tensor]) -> float:
     with torch.inference_mode():
         if type(model) in _RESTATED.values():
             return float(model(inputs["input_ids"]))
-        if not isinstance(model, _Valued):
+        if not isinstance(model, _Headed):
             return float(model(**inputs, use_cache=False).logits[0, 0])
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state
-        return float(model.v_head["summary"](hidden[0, -1].float()))
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
+        return float(model.read(hidden, inputs["input_ids"][0]))
 
 
-class _Valued(nn.Module):
-    """A backbone and trl's value head, by the names of a checkpoint's tensors."""
+class _Headed(nn.Module):
+    """A backbone, and a head that no class of transformers has, by a checkpoint's names.
 
-    def __init__(self, model: nn.Module, hidden: int) -> None:
+    trl's value head; a linear map with a bias; two layers; or one label of a multimodal model.
+    """
+
+    def __init__(self, config: Any, model: nn.Module, kind: str) -> None:
         super().__init__()
-        self.model = model
-        self.v_head = nn.ModuleDict({"summary": nn.Linear(hidden, 1)})
+        self.model, self.kind = model, kind
+        text = config.get_text_config()
+        self.pad, hidden = text.pad_token_id, text.hidden_size
+        if kind == "v_head":
+            self.v_head = nn.ModuleDict({"summary": nn.Linear(hidden, 1)})
+        elif kind == "two_layers":
+            self.score: nn.Module = nn.Sequential(
+                nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+            )
+        else:
+            self.score = nn.Linear(hidden, 1, bias=kind == "biased_score")
+
+    def read(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Hidden states [L, dim] and ids [L] -> the head's number, where its class reads it."""
+        if self.kind == "v_head":
+            value: Tensor = self.v_head["summary"](hidden[-1].float())
+            return value
+        at = len(ids) - 1
+        if self.pad is not None and self.kind == "two_layers":
+            at = (int((ids == self.pad).int().argmax()) - 1) % len(ids)
+        elif self.pad is not None:
+            at = int((torch.arange(len(ids), device=ids.device) * (ids != self.pad)).argmax())
+        number: Tensor = self.score(hidden[at])
+        return number
 
 
 def reference_model(
     config: Any,
-    valued: bool,
+    head: str,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
@@ -119,25 +144,26 @@ def reference_model(
 
     Args:
         config: transformers' configuration.
-        valued: whether trl's value head scores, and not transformers' classification head.
+        head: a key of `backbone.HEADS`; one that transformers' classes lack is put behind them.
         device: where its buffers are.
         dtype: of its weights.
         attention: transformers' implementation; None: the one that computes what the model asks.
     """
-    if config.model_type in _RESTATED:
+    if is_restated(config):
         with device, parameters_on_meta():
             return _RESTATED[config.model_type](config).to(dtype)
     sees = architecture_of(config).vision is not None
-    auto: Any = AutoModelForSequenceClassification
-    if valued:
-        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    own = head == "score" and not sees
+    auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    if own:
+        auto = AutoModelForSequenceClassification
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         part.return_dict = True  # a form of the result alone, which no caller can ask for inside
     # "eager" caps attention's products where a model asks for that; for images it is too slow.
     attention = attention or ("sdpa" if sees else "eager")
     with device, parameters_on_meta():
         model = auto.from_config(config, attn_implementation=attention, dtype=dtype)
-        return _Valued(model.model, config.get_text_config().hidden_size) if valued else model
+        return model if own else _Headed(config, model.model, head)
 
 
 def card_inputs(processor: Any, conversations: Sequence[Messages]) -> Any:

@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -40,6 +40,7 @@ from .referees import TRANSFORMERS, Referee, RefereeKind, Refusal, check_dtype, 
 from .reference import fp32_budget
 
 _PROSE = "The chart compares five colours; purple is the tallest bar, at eighty-six. "
+_REFERENCE = "Purple, at eighty-six."
 _SIZES = {"tiny": (10, 10), "odd": (333, 215), "wide": (900, 56), "large": (640, 480)}
 _FRAMES = 6
 
@@ -51,6 +52,7 @@ class Case:
     Attributes:
         name: in the report.
         turns: role, and parts: text, an image, or a list of images, which is a video.
+        reference: an answer to compare with, in the first message; None: none.
         literal: its text spells control tokens, which are text to the engine and not to a card. The
             reference is given the engine's token ids.
     """
@@ -58,6 +60,7 @@ class Case:
     name: str
     turns: tuple[tuple[str, tuple[Any, ...]], ...]
     literal: bool = False
+    reference: str | None = None
 
     @property
     def media(self) -> list[Image.Image]:
@@ -67,15 +70,21 @@ class Case:
 
     def card(self) -> list[dict[str, Any]]:
         """Return the messages as a model card's code takes them."""
-        return [
-            {"role": role, "content": _content(parts, _card_part)} for role, parts in self.turns
-        ]
+        return self._messages(self.turns, _card_part)
 
     def wire(self) -> tuple[bytes, list[bytes], list[bytes]]:
         """Messages, responses and media, as a request has them."""
         *prompt, (_, (response,)) = self.turns
-        messages = [{"role": r, "content": _content(parts, _wire_part)} for r, parts in prompt]
+        messages = self._messages(prompt, _wire_part)
         return json.dumps(messages).encode(), [response.encode()], list(map(_png, self.media))
+
+    def _messages(
+        self, turns: Sequence[tuple[str, tuple[Any, ...]]], of: Callable[[Any], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        messages = [{"role": role, "content": _content(parts, of)} for role, parts in turns]
+        if self.reference is not None:
+            messages[0]["reference"] = self.reference
+        return messages
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,8 @@ def verify(
     window = max(filter(None, blueprint.decoder.windows), default=0)
     within = window if 8 * window <= blueprint.geometry.max_tokens else 0
     chosen = cases(preprocessor.reads_images, small, within, preprocessor.place)
+    if preprocessor.needs_reference:
+        chosen = [replace(case, reference=_REFERENCE) for case in chosen]
     features = {case.name: _features(preprocessor, case) for case in chosen}
     references = partial(_references, kind, checkpoint, device, streamed)
     expected = references("float32", chosen, features)

@@ -136,10 +136,11 @@ Content = Annotated[
 
 
 class Message(_Wire):
-    """One chat message."""
+    """One chat message; `reference` is an answer that a model compares responses with."""
 
     role: Literal["system", "user", "assistant"]
     content: Content
+    reference: str | None = None
 
 
 _MESSAGES = TypeAdapter(Annotated[list[Message], _FAIL_FAST])

@@ -72,6 +72,11 @@ class Preprocessor:
         """True if the chat template may write the day on which it is rendered."""
         return self._tokenizer.knows_the_date
 
+    @property
+    def needs_reference(self) -> bool:
+        """True if a request must have a reference answer."""
+        return self._tokenizer.needs_reference
+
     def features(
         self, messages: bytes, responses: Sequence[bytes], media: Sequence[bytes]
     ) -> Features:
@@ -106,6 +111,8 @@ class Preprocessor:
         At export this also shows that the processor's files fit together.
         """
         messages, media = b'[{"role":"user","content":"?"}]', []
+        if self.needs_reference:
+            messages = b'[{"role":"user","content":"?","reference":"!"}]'
         if self.reads_images:
             picture = BytesIO()
             Image.new("RGB", (1, 1)).save(picture, "PNG")

@@ -129,6 +129,7 @@ class ConversationTokenizer:
             InvalidRequest: a conversation or the request has too many tokens.
         """
         chat = self._chat(conversation, self._mark)
+        self._add_reference(chat, conversation)
         rendering = self._render(chat) if chat else _Rendering()
         prompt = self._with_prefix(rendering) if chat else []
         # Before it is rendered with each response: a prompt that is too long ends here.
@@ -155,6 +156,28 @@ class ConversationTokenizer:
         total = len(prompt_ids) + sum(map(len, response_ids))
         self._check_request(str(total), total, len(prompt_ids))
         return TokenizedConversation(prompt_ids, tuple(response_ids))
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the template writes a reference answer, without which it refuses."""
+        return "message.reference" in str(self._processor.chat_template)
+
+    def _add_reference(self, chat: Sequence[dict[str, Any]], conversation: Conversation) -> None:
+        """Give the template the reference answer; refuse one too many or too few."""
+        given = []
+        for index, message in enumerate(conversation.messages):
+            if message.reference is not None:
+                chat[index]["reference"] = self._mark(message.reference)
+                given.append(index)
+        if self.needs_reference:
+            if len(given) != 1:
+                raise InvalidRequest(
+                    "messages", f"{len(given)} messages have a reference, this model needs 1"
+                )
+        elif given:
+            raise InvalidRequest(
+                f"messages[{given[0]}].reference", "this checkpoint's model reads no reference"
+            )
 
     def _check_length(self, field: str, prompt: int, response: int) -> None:
         if prompt + response > self._max_tokens:

@@ -20,7 +20,6 @@ from qwen_vl_utils import vision_process
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoProcessor,
@@ -29,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from ..engine.checkpoint import head_of, load_config
 from ..export.reference import (
     Messages,
     Reference,
@@ -150,7 +150,7 @@ class TextOracle:
         head = Path(checkpoint, "value_head.safetensors")
         self.has_value_head = head.is_file()
         self.restated: Reference | None = None
-        if is_restated(AutoConfig.from_pretrained(checkpoint)):
+        if _is_restated(Path(checkpoint)):
             self.restated = Reference(Path(checkpoint), torch.device(device), dtype=dtype)
             return
         auto = AutoModelForCausalLM if self.has_value_head else AutoModelForSequenceClassification
@@ -188,6 +188,17 @@ class TextOracle:
     def score(self, messages: Messages) -> float:
         """Return the number for one conversation whose last message is the assistant's."""
         return self.score_inputs(self.inputs([messages]))[0]
+
+
+def _is_restated(checkpoint: Path) -> bool:
+    """Return True if transformers has no class that scores as the checkpoint's own does.
+
+    Its classification head has no bias, and would leave one out in silence.
+    """
+    if not checkpoint.is_dir():
+        return False
+    config = load_config(checkpoint)
+    return is_restated(config) or head_of(checkpoint, config).kind not in ("score", "v_head")
 
 
 def read_video(ele: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float]:

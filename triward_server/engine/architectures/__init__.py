@@ -5,7 +5,16 @@ docs/adding-a-model.md shows how to add one.
 
 from __future__ import annotations
 
-from . import gemma2, internlm2, internlmxcomposer2, llama, qwen2, qwen2_5_vl, qwen3
+from . import (
+    gemma2,
+    internlm2,
+    internlmxcomposer2,
+    llama,
+    mistral,
+    qwen2,
+    qwen2_5_vl,
+    qwen3,
+)
 from .interface import Architecture, Head, Vision
 
 # By `model_type` of a checkpoint's config.json.
@@ -17,6 +26,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": qwen3.ARCHITECTURE,
     "internlm2": internlm2.ARCHITECTURE,
     "internlmxcomposer2": internlmxcomposer2.ARCHITECTURE,
+    "mistral": mistral.ARCHITECTURE,
 }
 
 __all__ = ["ARCHITECTURES", "Architecture", "Head", "Vision"]

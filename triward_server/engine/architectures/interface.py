@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -19,7 +20,7 @@ from ..towers import Cut, TowerConfig
 from .fields import Fields, only
 
 __all__ = [
-    "ROPE_TYPES", "Architecture", "Fields", "Head", "Shapes", "Vision", "common_decoder", "only",
+    "Architecture", "Fields", "Head", "Shapes", "Vision", "common_decoder", "only",
 ]  # fmt: skip
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by their names in a checkpoint
@@ -50,12 +51,13 @@ class Head:
 
     Attributes:
         kind: a key of `backbone.HEADS`.
-        skips_padding: read at the last token that is not padding; otherwise at the last.
+        padding: read in front of the padding that ends a conversation ("last"), or of the first
+            that is anywhere ("first"); None: at the last token, whatever that is.
         token: a field of the configuration, whose id the last token must have.
     """
 
     kind: str
-    skips_padding: bool = False
+    padding: Literal["first", "last"] | None = None
     token: str | None = None
 
 
@@ -74,9 +76,9 @@ class Architecture:
         decoder: what the language model computes.
         vision: what is read of images and videos; None: a text model.
         naming: how the checkpoint's tensors become ours.
-        shapes: of all tensors, where transformers has no class to ask.
-        heads: by the names of classes in `architectures`; beside transformers' classification and
-            trl's value head, which all architectures may have.
+        shapes: of all tensors but the head's, where transformers has no class to ask.
+        heads: of classes that are remote code, by their names in `architectures`; beside
+            transformers' classification and trl's value head, which all architectures may have.
     """
 
     decoder: Callable[[Fields], DecoderConfig]
@@ -87,10 +89,10 @@ class Architecture:
 
 
 # Kinds of rotary positions whose frequencies do not depend on a conversation's length.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def common_decoder(config: Fields, rope_types: Sequence[str] = ROPE_TYPES) -> DecoderConfig:
+def common_decoder(config: Fields, rope_types: Sequence[str] = _ROPE_TYPES) -> DecoderConfig:
     """Return the decoder that transformers' text configurations describe in common.
 
     Args:

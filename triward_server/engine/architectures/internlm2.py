@@ -14,7 +14,7 @@ from torch import Tensor
 from ..decoder import DecoderConfig
 from ..naming import Naming
 from ..towers import TowerConfig
-from .interface import ROPE_TYPES, Architecture, Fields, Head, Shapes, common_decoder, only
+from .interface import Architecture, Fields, Head, Shapes, common_decoder, only
 
 RENAMES = (
     (r"\btok_embeddings\.", "embed_tokens."),
@@ -56,9 +56,8 @@ def internlm2_decoder(config: Fields) -> DecoderConfig:
     heads, keys = config.num_attention_heads, config.num_key_value_heads
     only("hidden_size modulo num_attention_heads", [config.hidden_size % heads], [0])
     only("num_attention_heads modulo num_key_value_heads", [heads % keys], [0])
-    config.ignore("auto_map")  # names the remote code that this file stands for
     # "dynamic" stretches conversations beyond `max_position_embeddings` alone, which are refused.
-    return common_decoder(config, (*ROPE_TYPES, "dynamic"))
+    return common_decoder(config, ("default", "linear", "dynamic"))
 
 
 def _naming(decoder: DecoderConfig) -> Naming:
@@ -66,7 +65,7 @@ def _naming(decoder: DecoderConfig) -> Naming:
 
 
 def internlm2_shapes(decoder: DecoderConfig, tower: TowerConfig | None) -> Shapes:
-    """Return the shapes of InternLM2's tensors, with the reward model's head."""
+    """Return the shapes of InternLM2's tensors, without a head."""
     hidden, inner, width = decoder.hidden, decoder.inner, decoder.heads * decoder.head_dim
     rows = width + 2 * decoder.kv_heads * decoder.head_dim
     layer = {
@@ -87,7 +86,6 @@ def internlm2_shapes(decoder: DecoderConfig, tower: TowerConfig | None) -> Shape
         "model.tok_embeddings.weight": (decoder.vocab_size, hidden),
         **layers,
         "model.norm.weight": (hidden,),
-        "v_head.weight": (1, hidden),
     }
 
 

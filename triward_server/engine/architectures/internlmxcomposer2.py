@@ -104,14 +104,13 @@ def _naming(decoder: DecoderConfig) -> Naming:
 def _shapes(decoder: DecoderConfig, tower: TowerConfig | None) -> Shapes:
     assert isinstance(tower, TiledTower)
     shapes = dict(internlm2_shapes(decoder, tower))
-    del shapes["v_head.weight"]
     for layer in range(decoder.layers):
         for name in _LINEAR:
             path = f"model.layers.{layer}.{name}"
             outputs, inputs = shapes[f"{path}.weight"]
             shapes[f"{path}.Plora_A.weight"] = (decoder.media_rank, inputs)
             shapes[f"{path}.Plora_B.weight"] = (outputs, decoder.media_rank)
-    return {**shapes, "score.weight": (1, decoder.hidden), **_tower_shapes(tower)}
+    return {**shapes, **_tower_shapes(tower)}
 
 
 def _tower_shapes(tower: TiledTower) -> Shapes:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..decoder import DecoderConfig
-from .interface import Architecture, Fields, common_decoder
+from .interface import Architecture, Fields, Head, common_decoder
 
 
 def _decoder(config: Fields) -> DecoderConfig:
     return replace(common_decoder(config), qkv_bias=True)
 
 
-ARCHITECTURE = Architecture(_decoder)
+# Qwen2.5-Math-RM and WorldPM, which read their head of two layers in front of the first padding.
+ARCHITECTURE = Architecture(
+    _decoder, heads={"Qwen2ForRewardModel": Head("two_layers", padding="first")}
+)
