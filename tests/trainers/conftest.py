@@ -59,15 +59,15 @@ class Side:
         self.folder = folder
         self.family: list[psutil.Process] = []
 
-    def kill_after(self, server: TritonServer, requests: int, phase: int = 1) -> None:
+    def kill_after(self, server: TritonServer, requests: int) -> None:
         """Let the script go on, and kill the server when it has answered so many requests."""
         with triton.InferenceServerClient(server.endpoints.grpc) as raw:
             before = accepted(raw, "reward")
-            (self.folder / f"go{phase}").touch()
+            (self.folder / "go").touch()
             wait_until(lambda: accepted(raw, "reward") >= before + requests)
         psutil.Process(server.pid).kill()
         wait_until(lambda: has_ended(psutil.Process(server.pid)))
-        (self.folder / f"gone{phase}").touch()
+        (self.folder / "gone").touch()
 
     def result(self, name: str) -> Any:
         """What the script has written to a file, when it has."""

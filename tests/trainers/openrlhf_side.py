@@ -122,9 +122,9 @@ def main():
         rewards, made = step.run()
         described = [step.described(*pair) for pair in zip(made, rewards, strict=True)]
         write(folder / f"{name}.json", described)
-    while not (folder / "go1").exists():
+    while not (folder / "go").exists():
         time.sleep(0.05)
-    answer(job, gate=folder / "gone1")
+    answer(job, gate=folder / "gone")
     write(folder / "interrupted.json", interrupted(job["function"]))
     ray.shutdown()
     print("done", flush=True)

@@ -7,6 +7,7 @@ only, and the policy's forward pass: every token has the log-probability 0. No m
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,9 @@ def test_a_step(
     found = running.result("interrupted.json")
     assert "rewards" not in found, "made up"
     assert found["rewarded"] == FREE
+    # By whether the first sample is among those without one.
+    assert found["error"] in ("ValueError", "AttributeError")
+    assert re.search("reward_model_group is required|'NoneType' object", found["message"])
     assert "Failed to fetch reward from remote RM" in running.running.so_far()
     running.running.wait_for("^done$")
 

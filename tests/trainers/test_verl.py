@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pyarrow as pa
@@ -114,6 +115,16 @@ def overrides(snippet: str, url: str) -> list[str]:
     return [word.replace("rewards:8001", url) for word in words]
 
 
+def training(url: str, checkpoint: Path) -> list[str]:
+    """The options of the page's train.sh, for a tiny policy and few processes."""
+    return [
+        *overrides("# train.sh, verl 0.7.1", url),
+        f"actor_rollout_ref.model.path={checkpoint}", f"actor_rollout_ref.rollout.n={GROUP}",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+        "actor_rollout_ref.rollout.agent.num_workers=1", "reward.num_workers=2",
+    ]  # fmt: skip
+
+
 def test_a_step(
     side: Callable[..., Side], files: tuple[list[str], list[Any]], checkpoint: Path,
     mortal: TritonServer, asked: RewardClient, tmp_path: Path,
@@ -122,11 +133,7 @@ def test_a_step(
     names, prompts = files
     answers = [f"Answer{': ' if n % 2 else ''}{n}." for n in range(GROUP * len(prompts))]
     (tmp_path / "rule.py").write_text(PAGE.code("python", "# rule.py"))
-    small = [
-        f"actor_rollout_ref.model.path={checkpoint}", f"actor_rollout_ref.rollout.n={GROUP}",
-        "actor_rollout_ref.rollout.agent.num_workers=1", "reward.num_workers=2",
-    ]  # fmt: skip
-    base = [*overrides("# train.sh, verl 0.7.1", url), *small]
+    base = training(url, checkpoint)
     function = [*base, *overrides("name=async_compute_score", url)]
     mixed = [
         word.replace("/path/to/rule.py", str(tmp_path / "rule.py"))
@@ -164,6 +171,59 @@ def test_a_step(
     assert "rewards" not in found, "made up"
     assert {"RayTaskError", "ServerUnavailable", "TriwardError"} <= {*found["error"]}
     running.running.wait_for("^done$")
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["its own buffer", "ours"])
+def test_the_trainer_v1(
+    side: Callable[..., Side], files: tuple[list[str], list[Any]], checkpoint: Path,
+    mortal: TritonServer, asked: RewardClient, strict: bool,
+) -> None:  # fmt: skip
+    """verl's default trainer goes on without the rollouts that have no reward; ours does not."""
+    url = mortal.endpoints.grpc
+    prompts = files[1][:2]
+    answers = [f"Answer {n}." for n in range(GROUP * len(prompts))]
+    options = overrides("custom_sampler", url) if strict else []
+    running = side(
+        "verl_v1_side.py", overrides=training(url, checkpoint), files=[], answers=answers,
+        free=len(answers) - 1, options=[options] * 3,
+    )  # fmt: skip
+
+    def assert_scored(found: dict[str, Any]) -> None:
+        pairs = zip(found["indices"], found["answers"], strict=True)
+        assert found["rewards"] == [expected[index, answer] for index, answer in pairs]
+        assert found["advantages"] == pytest.approx(advantages(found), abs=1e-5)
+
+    expected = {
+        (index, answer): asked.score([*prompt, says(answer)])
+        for index, prompt in enumerate(prompts)
+        for answer in answers
+    }
+    whole = running.result("step0.json")
+    assert sorted(whole["answers"]) == answers
+    assert_scored(whole)
+
+    running.kill_after(mortal, requests=len(answers) - 1)
+    partial = running.result("step1.json")
+    if strict:
+        assert partial["error"] == "RolloutsFailed"
+        assert "rollouts of 1 prompts out of 2 failed" in partial["message"]
+    else:
+        assert len(partial["rewards"]) == len(answers) - 1
+        assert_scored(partial)
+    assert "no materializable trajectories" in running.result("step2.json")["message"]
+    running.running.wait_for("^done$")
+
+
+def advantages(found: dict[str, Any]) -> list[float]:
+    """GRPO's, as verl has it: what is left alone of a group keeps its reward as it is."""
+    groups: dict[int, list[float]] = {}
+    for index, reward in zip(found["indices"], found["rewards"], strict=True):
+        groups.setdefault(index, []).append(reward)
+    return [
+        reward if len(group := groups[index]) == 1
+        else (reward - mean(group)) / (stdev(group) + 1e-6)
+        for index, reward in zip(found["indices"], found["rewards"], strict=True)
+    ]  # fmt: skip
 
 
 def assert_shapes(prompts: list[Any]) -> None:

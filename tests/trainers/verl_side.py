@@ -46,9 +46,14 @@ class Answers(LLMServerClient):
         self.free = free
 
     async def generate(self, request_id, *, prompt_ids, priority=0, **others):
-        while self.gate and priority >= self.free and not Path(self.gate).exists():
-            await asyncio.sleep(0.05)
+        if self.gate and priority >= self.free:
+            await arrived(self.gate)
         return TokenOutput(token_ids=self.answers[priority], stop_reason="completed")
+
+
+async def arrived(file):
+    while not Path(file).exists():
+        await asyncio.sleep(0.05)
 
 
 def composed(overrides):
