@@ -78,16 +78,21 @@ class Side:
         self.family.extend(self.running.family())
         return json.loads(file.read_text())
 
+    def finish(self) -> str:
+        """Wait for its end; return all that it wrote."""
+        assert self.running.wait() == 0, self.running.output
+        return self.running.output
+
 
 @pytest.fixture
 def side(command: Callable[..., Command], tmp_path: Path) -> Iterator[Callable[..., Side]]:
     """Starts a script with a job; nothing of it or of its Ray is left."""
+    assert PYTHON.exists(), "run `make trainers`, which makes .venv-trainers"
     # Short, since Ray puts the paths of sockets below it.
     temporary = Path(tempfile.mkdtemp(prefix="ray-"))
     sides: list[Side] = []
 
     def run(script: str, stubs: bool = False, **job: Any) -> Side:
-        assert PYTHON.exists(), "run `make trainers`, which makes .venv-trainers"
         file = tmp_path / "job.json"
         file.write_text(json.dumps({**job, "folder": str(tmp_path), "ray": str(temporary)}))
         paths = [*([HERE / "stubs"] if stubs else []), ROOT / "client", ROOT]

@@ -127,7 +127,6 @@ def main():
     answer(job, gate=folder / "gone")
     write(folder / "interrupted.json", interrupted(job["function"]))
     ray.shutdown()
-    print("done", flush=True)
 
 
 def answer(job, gate):

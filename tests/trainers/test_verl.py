@@ -170,7 +170,7 @@ def test_a_step(
     found = running.result("interrupted.json")
     assert "rewards" not in found, "made up"
     assert {"RayTaskError", "ServerUnavailable", "TriwardError"} <= {*found["error"]}
-    running.running.wait_for("^done$")
+    running.finish()
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["its own buffer", "ours"])
@@ -211,7 +211,7 @@ def test_the_trainer_v1(
         assert len(partial["rewards"]) == len(answers) - 1
         assert_scored(partial)
     assert "no materializable trajectories" in running.result("step2.json")["message"]
-    running.running.wait_for("^done$")
+    running.finish()
 
 
 def advantages(found: dict[str, Any]) -> list[float]:

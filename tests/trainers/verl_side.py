@@ -160,7 +160,6 @@ def main():
     write(folder / "scored.json", score(step, batch, job["variants"]))
     write(folder / "interrupted.json", interrupted(step, batch, folder, job["free"]))
     ray.shutdown()
-    print("done", flush=True)
 
 
 def write(path, content):

@@ -99,7 +99,6 @@ def main():
         write(folder / f"step{number}.json", trainer.step(number, config))
     tq.close()
     ray.shutdown()
-    print("done", flush=True)
 
 
 if __name__ == "__main__":
