@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv-peers
+TRAINERS := .venv-trainers
 # Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
 PERF ?=
 # Where the wheels for a GPU machine go.
@@ -12,7 +13,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers clean
+.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -22,7 +23,7 @@ test: $(READY)
 	$(PYTEST) $(SPREAD)
 
 # And what is marked `slow`: in one process, since some of it measures what the machine can do.
-test-all: test
+test-all: test $(TRAINERS)/.ready
 	$(PYTEST) -m 'slow and not soak'
 
 # The client's tests on every Python from 3.10 to 3.13 that is on this machine.
@@ -74,6 +75,9 @@ gpu-wheels:
 # vLLM on a CPU in an environment of its own, for benchmarks.peers (docs/benchmarks.md): 3.4 GB.
 peers: $(PEERS)/.ready
 
+# verl and OpenRLHF over .venv, for tests/trainers: 60 MB.
+trainers: $(TRAINERS)/.ready
+
 clean:
 	rm -rf .venv
 
@@ -87,4 +91,12 @@ $(PEERS)/.ready: benchmarks/peers/constraints.txt
 	$(PYTHON) -m venv --clear $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+# Packages are looked for in .venv after those of this environment: torch is there once.
+$(TRAINERS)/.ready: tests/trainers/requirements.txt $(READY)
+	$(BIN)/python -m venv --clear $(TRAINERS)
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	$(BIN)/python -c 'from sysconfig import get_path as at; print("import site; site.addsitedir(%r)" % at("purelib"))' \
+	    > "$$($(TRAINERS)/bin/python -c 'from sysconfig import get_path; print(get_path("purelib"))')/main.pth"
 	touch $@

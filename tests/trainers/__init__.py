@@ -1,0 +1,1 @@
+"""Trainers' own packages, in the environment that `make trainers` makes, around Triward."""

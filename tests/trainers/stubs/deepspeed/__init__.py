@@ -1,0 +1,3 @@
+"""In DeepSpeed's place, for imports: no model of OpenRLHF's is made."""
+
+__version__ = "0.19.6"

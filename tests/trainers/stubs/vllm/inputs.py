@@ -1,0 +1,3 @@
+"""The form of a prompt."""
+
+TokensPrompt = dict
