@@ -14,7 +14,7 @@ LAYERS = {
     "a server": "channel contract patience sharedmemory routing",
     "many requests": "grouping shelf many",
     "who asks": "base client aio",
-    "with scores": "moments rewards retries jsonl",
+    "with scores": "moments rewards.shaping rewards.buffer rewards.dynamic rewards retries jsonl",
     "in other libraries": "integrations.images integrations.chatml integrations.rows "
     "integrations.datasets integrations.trl integrations.verl integrations.openrlhf",
     "commands": "arguments cli __main__",
