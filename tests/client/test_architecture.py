@@ -16,7 +16,8 @@ LAYERS = {
     "who asks": "base client aio",
     "with scores": "moments rewards.shaping rewards.buffer rewards.dynamic rewards retries jsonl",
     "in other libraries": "integrations.images integrations.chatml integrations.rows "
-    "integrations.datasets integrations.trl integrations.verl integrations.openrlhf",
+    "integrations.datasets integrations.trl integrations.trl_selection integrations.verl "
+    "integrations.openrlhf",
     "commands": "arguments cli __main__",
 }
 ORDER = [name for names in LAYERS.values() for name in names.split()]
