@@ -17,7 +17,8 @@ LAYERS = {
     "with scores": "moments rewards.shaping rewards.buffer rewards.dynamic rewards retries jsonl",
     "in other libraries": "integrations.images integrations.chatml integrations.rows "
     "integrations.datasets integrations.trl integrations.trl_selection integrations.verl "
-    "integrations.openrlhf",
+    "integrations.openrlhf integrations.prompts integrations.swift integrations.areal "
+    "integrations.skyrl integrations.nemo_rl integrations.roll",
     "commands": "arguments cli __main__",
 }
 ORDER = [name for names in LAYERS.values() for name in names.split()]

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -29,11 +28,8 @@ from triward.channel import Url
 from triward.client import RewardClient
 from triward.conversation import Message, Messages
 from triward.errors import InvalidRequest
-from triward.integrations.images import copied, holds_none, image_of, image_parts, settle
+from triward.integrations.images import placed
 from triward.rewards import Shape, mix, shape_of
-
-# In a prompt of verl's datasets it stands for the next of the row's images.
-_IMAGE = "<image>"
 
 
 def compute_score(
@@ -250,7 +246,7 @@ def _rollout(item: Any, tokenizer: Any) -> Messages:
     if "raw_prompt" in fields:
         # Up to 0.6 the images stand beside the messages.
         images = (fields.get("multi_modal_data") or {}).get("image") or []
-        prompt = _with_images(fields["raw_prompt"], images)
+        prompt = placed(fields["raw_prompt"], images)
     else:
         prompt = _described(fields.get("extra_info"))
     return _conversation(prompt, _response(item, tokenizer))
@@ -269,41 +265,7 @@ def _described(extra_info: Mapping[str, Any] | None) -> Messages:
     if extra_info is None or prompt is None:
         raise InvalidRequest("extra_info: needs 'prompt', the messages before the response")
     images = extra_info.get("images")
-    return _with_images(prompt, [] if images is None else images)
-
-
-def _with_images(messages: Iterable[Message], images: Sequence[Any]) -> Messages:
-    """Messages with the images in their places, in order, as verl's datasets do it.
-
-    A place is `<image>` in a content that is a str, or an image part; one that holds its image
-    keeps it. Without images `<image>` is text like other text.
-    """
-    split = _parts if len(images) else copied
-    filled = [{**message, "content": split(message.get("content"))} for message in messages]
-    places = [part for message in filled for part in image_parts(message["content"])]
-    for place in places:
-        settle(place)
-    if not len(images):
-        return filled
-    if len(places) != len(images):
-        raise InvalidRequest(f"images: {len(images)} for {len(places)} places in the prompt")
-    for place, image in zip(places, images, strict=True):
-        if holds_none(place):
-            described = isinstance(image, Mapping) and image.get("image") is not None
-            place.update(image if described else {"image": image_of(image)})
-            settle(place)
-    return filled
-
-
-def _parts(content: Any) -> Any:
-    """Return copies of a content's parts; `<image>` in a text becomes one."""
-    if not isinstance(content, str):
-        return copied(list(content))  # of a table it may be an array
-    pieces = [piece for piece in re.split(f"({_IMAGE})", content) if piece]
-    return [
-        {"type": "image"} if piece == _IMAGE else {"type": "text", "text": piece}
-        for piece in pieces
-    ]
+    return placed(prompt, [] if images is None else images)
 
 
 def _at_last_tokens(data: Any, scores: Sequence[float]) -> Any:
