@@ -28,11 +28,13 @@ RENAMED = """
     reward.reward_manager.source reward.reward_manager.name reward.reward_manager.module.path
     reward.custom_reward_function.path reward.custom_reward_function.name
 """
+FILTERED = "algorithm.filter_groups.enable algorithm.filter_groups.metric"
 OPTIONS = {
     "0.6.1": EVERYWHERE,
     "0.7.0": EVERYWHERE + LOOP,
     # They hold the older names, too, but read some of them wrongly: nothing here may use those.
-    **dict.fromkeys(("0.7.1", "0.8.0", "0.9.1"), EVERYWHERE + RENAMED),
+    **dict.fromkeys(("0.7.1", "0.8.0"), EVERYWHERE + RENAMED),
+    "0.9.1": EVERYWHERE + RENAMED + FILTERED,
 }
 OLDER = ("custom_reward_function.", "reward_model.")
 

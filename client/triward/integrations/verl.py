@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -84,7 +85,8 @@ class TriwardRewardManager:
 
     The client's arguments, such as `url`, come from `reward.reward_kwargs` in verl's configuration,
     `reward_model.reward_kwargs` in that of 0.7.0. Beside them may stand `shape`, as `shape_of`
-    takes it, and `rule_weight`: by that the custom reward function's reward is added.
+    takes it; `rule_weight`, by which the custom reward function's reward is added; and
+    `level_width`, by which rewards are divided into levels for verl's `filter_groups`.
 
     Args:
         config: verl's.
@@ -106,6 +108,9 @@ class TriwardRewardManager:
         settings = dict(section.get("reward_kwargs") or {})
         self._shape = shape_of(settings.pop("shape", None))
         self._weight = settings.pop("rule_weight", None)
+        self._width = settings.pop("level_width", None)
+        if self._width is not None and not 0 < self._width < math.inf:
+            raise InvalidRequest(f"level_width: must be above 0 and finite, got {self._width}")
         if self._weight is not None and compute_score is None:
             raise InvalidRequest("rule_weight: there is no custom reward function to be weighed")
         self._rule = compute_score
@@ -119,8 +124,8 @@ class TriwardRewardManager:
             data: a DataProto of the trajectory's sequences.
 
         Returns:
-            `reward_score`, and in `reward_extra_info`, if there is a rule, what `model` and `rule`
-            gave, before the rule's weight.
+            `reward_score`; and in `reward_extra_info`, if there is a rule, what `model` and `rule`
+            gave, before the rule's weight, and, if levels have a width, the reward's `level`.
 
         Raises:
             TriwardError: there is no score, or the rule's is not a finite number.
@@ -129,14 +134,17 @@ class TriwardRewardManager:
         reward = await self._client.score(_rollout(item, self._tokenizer))
         if self._shape:
             reward = self._shape([reward])[0]
-        if self._rule is None or self._weight is None:
-            return {"reward_score": reward, "reward_extra_info": {}}
-        rule = await _ruled(self._rule, item, _response(item, self._tokenizer))
-        mixed = mix({"model": [reward], "rule": [rule]}, {"model": 1.0, "rule": self._weight})
-        return {
-            "reward_score": float(mixed[0]),
-            "reward_extra_info": {"model": reward, "rule": float(rule)},
-        }
+        told: dict[str, float] = {}
+        if self._rule is not None and self._weight is not None:
+            rule = await _ruled(self._rule, item, _response(item, self._tokenizer))
+            mixed = mix({"model": [reward], "rule": [rule]}, {"model": 1.0, "rule": self._weight})
+            told = {"model": reward, "rule": float(rule)}
+            reward = float(mixed[0])
+        if self._width is not None:
+            # A rollout's manager does not see its group; rewards further apart than the width are
+            # never on one level.
+            told["level"] = float(math.floor(reward / self._width))
+        return {"reward_score": reward, "reward_extra_info": told}
 
     @classmethod
     def assemble_rm_scores(cls, data: Any, scores: Sequence[float]) -> Any:
