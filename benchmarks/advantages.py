@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from hashlib import sha256
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +22,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 import typer
-from datasets import Dataset
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.measure import machine, writable
 from triward.integrations.trl_selection import Selection, SelectiveSampling
@@ -40,10 +39,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "dynamic sampling": {"max_rounds": 4},
     "both": {"buffer": True, "max_rounds": 4},
 }
-
-
-class ChoosingTrainer(SelectiveSampling, GRPOTrainer):  # type: ignore[misc]
-    """TRL's, with a choice of samples."""
 
 
 def length(completions: list[str], **columns: object) -> list[float]:
@@ -68,21 +63,23 @@ def policy(size: int, end: int, pad: int) -> Qwen2ForCausalLM:
 
 def trained(kind: str, steps: int, checkpoint: Path, folder: Path) -> list[dict[str, float]]:
     """Train, and return TRL's log of each step."""
+    trl, datasets = import_module("trl"), import_module("datasets")  # seconds
+    choosing: Any = type("ChoosingTrainer", (SelectiveSampling, trl.GRPOTrainer), {})
     settings = dict(KINDS[kind])
     if settings.pop("buffer", False):
         settings["buffer"] = SelectiveSampleBuffer(64, threshold=0.1, max_age=20)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     prompts = [f"What is {n} + {n}?" for n in range(32)]
-    trainer = ChoosingTrainer(
+    trainer = choosing(
         policy(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id),
         length,
-        args=GRPOConfig(
+        args=trl.GRPOConfig(
             output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no",
             logging_steps=1, disable_tqdm=True, seed=0, max_steps=steps, learning_rate=5e-3,
             lr_scheduler_type="constant", num_generations=GENERATIONS,
             per_device_train_batch_size=PROMPTS * GENERATIONS, max_completion_length=TOKENS,
         ),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
         selection=Selection(spread=SPREAD, **settings),
     )  # fmt: skip
