@@ -104,6 +104,10 @@ def test_what_vanished_makes_place_for_what_did_not():
         "rounds": [1, 1], "fresh": [0.5, 0.5], "drawn": [0, 0.5], "with_gradient": [0.5, 1.0]
     }  # fmt: skip
     assert len(buffer) == 4
+    for row in buffer.state_dict()["samples"]:
+        for value in row.values():
+            size = value.numel() * value.element_size()
+            assert value.untyped_storage().nbytes() == size, "a view keeps its whole batch"
 
 
 def test_a_spread_below_the_threshold_is_no_signal():

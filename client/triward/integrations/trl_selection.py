@@ -71,7 +71,7 @@ class SelectiveSampling:
         if selection.max_rounds > 1:
             if trainer.accelerator.num_processes > 1:
                 raise InvalidRequest("max_rounds: dynamic sampling runs in one process only")
-            if not hasattr(trainer.train_dataset, "__getitem__"):
+            if not hasattr(trainer.train_dataset, "__len__"):
                 raise InvalidRequest("max_rounds: dynamic sampling needs a dataset with an index")
         self.selection = selection
         self._totals: Any = None
@@ -99,8 +99,11 @@ class SelectiveSampling:
             found = [row for row in rows if abs(float(row["advantages"])) > buffer.threshold]
             drawn = min(len(rows) - len(found), len(buffer))
             vanished = [row for row in rows if abs(float(row["advantages"])) <= buffer.threshold]
-            rows = [*found, *(each.sample for each in buffer.draw(drawn)), *vanished[drawn:]]
-            buffer.add(found, [float(row["advantages"]) for row in found])
+            device = rows[0]["advantages"].device
+            old = [_moved(each.sample, device) for each in buffer.draw(drawn)]
+            rows = [*found, *old, *vanished[drawn:]]
+            kept = [_moved(row, "cpu") for row in found]
+            buffer.add(kept, [float(row["advantages"]) for row in kept])
             buffer.advance()
         self._log({"rounds": rounds, "fresh": fresh, "drawn": drawn / len(rows)}, rows)
         return self._merged(rows)
@@ -200,6 +203,14 @@ def _rows(made: dict[str, Any]) -> list[Row]:
         raise InvalidRequest(f"selection: TRL's batch holds {min(unknown)}, unknown here")
     places = range(len(columns["advantages"]))
     return [{n: each[i] for n, each in columns.items() if each is not None} for i in places]
+
+
+def _moved(row: Row, device: Any) -> Row:
+    """Return a copy: a row of a batch is a view, which would keep the whole batch in memory."""
+    return {
+        name: value.to(device, copy=True) if hasattr(value, "to") else value
+        for name, value in row.items()
+    }
 
 
 def _padded(rows: Sequence[Row], processor: Any) -> dict[str, Any]:
