@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from triward.moments import RunningMoments
 from triward.rewards.buffer import Drawn, SelectiveSampleBuffer
-from triward.rewards.dynamic import Filled, Group, fill_batch, group_spreads, varied
+from triward.rewards.dynamic import Filled, SampleGroup, fill_batch, group_spreads, varied
 from triward.rewards.shaping import (
     Shape,
     clip_rewards,
@@ -21,8 +21,8 @@ from triward.rewards.shaping import (
 __all__ = [
     "Drawn",
     "Filled",
-    "Group",
     "RunningMoments",
+    "SampleGroup",
     "SelectiveSampleBuffer",
     "Shape",
     "clip_rewards",

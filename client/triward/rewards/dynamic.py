@@ -14,14 +14,14 @@ import numpy.typing as npt
 
 from triward.errors import InvalidRequest
 from triward.moments import Array, Rewards, finite_rewards
-from triward.rewards.shaping import Groups, deviations_within, grouped
+from triward.rewards.shaping import Groups, deviations_within, membership
 
 Sample = TypeVar("Sample")
 Round = tuple[Sequence[Sample], Rewards, Groups]
 
 
 @dataclass(frozen=True)
-class Group(Generic[Sample]):
+class SampleGroup(Generic[Sample]):
     """A prompt's samples and their rewards, in the order in which they came."""
 
     samples: list[Sample]
@@ -40,7 +40,7 @@ class Filled(Generic[Sample]):
         kept: groups in them that were not left out; those beyond a full batch are cut off.
     """
 
-    groups: list[Group[Sample]]
+    groups: list[SampleGroup[Sample]]
     full: bool
     rounds: int
     seen: int
@@ -53,7 +53,7 @@ def group_spreads(rewards: Rewards, groups: Groups) -> Array:
     Arguments and errors are `group_advantages`'s.
     """
     values = finite_rewards(rewards, "rewards")
-    member, counts = grouped(groups, len(values))
+    member, counts = membership(groups, len(values))
     squares = np.bincount(member, deviations_within(values, member, counts) ** 2)
     return np.asarray(np.sqrt(squares / np.maximum(counts - 1, 1))[member], dtype=np.float64)
 
@@ -93,7 +93,7 @@ def fill_batch(
     """
     if size < 1 or max_rounds < 1:
         raise InvalidRequest(f"size, max_rounds: must be at least 1, got {size}, {max_rounds}")
-    kept: list[Group[Sample]] = []
+    kept: list[SampleGroup[Sample]] = []
     number = seen = 0
     for samples, rewards, groups in islice(rounds, max_rounds):
         number += 1
@@ -116,16 +116,16 @@ def fill_batch(
 
 def _read(
     samples: Sequence[Sample], rewards: Rewards, groups: Groups, threshold: float
-) -> tuple[int, list[Group[Sample]]]:
+) -> tuple[int, list[SampleGroup[Sample]]]:
     """Return the number of a round's groups, and those that are varied."""
     values = finite_rewards(rewards, "rewards")
     if len(samples) != len(values):
         raise InvalidRequest(f"rewards: {len(values)} for {len(samples)} samples")
-    member, counts = grouped(groups, len(values))
+    member, counts = membership(groups, len(values))
     good = varied(values, member, threshold)
-    found: dict[int, Group[Sample]] = {}
+    found: dict[int, SampleGroup[Sample]] = {}
     for place in np.flatnonzero(good):
-        group = found.setdefault(int(member[place]), Group([], []))
+        group = found.setdefault(int(member[place]), SampleGroup([], []))
         group.samples.append(samples[place])
         group.rewards.append(float(values[place]))
     return len(counts), list(found.values())

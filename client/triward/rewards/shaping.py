@@ -45,7 +45,7 @@ def group_advantages(
     if scale not in ("group", "batch", None):
         raise ValueError(f"scale must be 'group', 'batch' or None, not {scale!r}")
     values = finite_rewards(rewards, "rewards")
-    member, counts = grouped(groups, len(values))
+    member, counts = membership(groups, len(values))
     deviations = deviations_within(values, member, counts)
     if scale is None:
         return deviations
@@ -66,7 +66,7 @@ def leave_one_out(rewards: Rewards, groups: Groups) -> Array:
     as in TRL. Arguments, result and errors are `group_advantages`'s.
     """
     values = finite_rewards(rewards, "rewards")
-    member, counts = grouped(groups, len(values))
+    member, counts = membership(groups, len(values))
     # r - (sum - r) / (n - 1) = (r - mean) * n / (n - 1)
     scale: Array = counts / np.maximum(counts - 1, 1)
     return deviations_within(values, member, counts) * scale[member]
@@ -202,7 +202,7 @@ def with_rules(
     return [float(value) for value in mixed]
 
 
-def grouped(groups: Groups, count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def membership(groups: Groups, count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Return each reward's group, counted from 0, and each group's size."""
     if isinstance(groups, (int, np.integer)):
         if groups < 1 or count % groups:
