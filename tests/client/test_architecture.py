@@ -14,10 +14,11 @@ LAYERS = {
     "a server": "channel contract patience sharedmemory routing",
     "many requests": "grouping shelf many",
     "who asks": "base client aio",
-    "with scores": "moments rewards retries jsonl",
+    "with scores": "moments rewards.shaping rewards.buffer rewards.dynamic rewards retries jsonl",
     "in other libraries": "integrations.images integrations.chatml integrations.rows "
-    "integrations.datasets integrations.trl integrations.verl integrations.verl_replay "
-    "integrations.openrlhf",
+    "integrations.datasets integrations.trl integrations.trl_selection integrations.verl "
+    "integrations.verl_replay integrations.openrlhf integrations.prompts integrations.swift "
+    "integrations.areal integrations.skyrl integrations.nemo_rl integrations.roll",
     "commands": "arguments cli __main__",
 }
 ORDER = [name for names in LAYERS.values() for name in names.split()]

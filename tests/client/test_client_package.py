@@ -135,7 +135,7 @@ def tools_wheel(tmp_path_factory):
 
 
 def test_wheels_are_small_and_whole(client_wheel, tools_wheel):
-    assert client_wheel.stat().st_size < 100_000
+    assert client_wheel.stat().st_size < 130_000
     assert tools_wheel.stat().st_size < 150_000
     names = names_in(client_wheel)
     assert {"triward/integrations/rows.py", "triward/py.typed"} < names

@@ -29,12 +29,13 @@ RENAMED = """
     reward.custom_reward_function.path reward.custom_reward_function.name
 """
 V1 = "trainer.v1.sampler.custom_sampler.path trainer.v1.sampler.custom_sampler.name"
+FILTERED = "algorithm.filter_groups.enable algorithm.filter_groups.metric"
 OPTIONS = {
     "0.6.1": EVERYWHERE,
     "0.7.0": EVERYWHERE + LOOP,
     # They hold the older names, too, but read some of them wrongly: nothing here may use those.
     **dict.fromkeys(("0.7.1", "0.8.0"), EVERYWHERE + RENAMED),
-    "0.9.1": EVERYWHERE + RENAMED + V1,
+    "0.9.1": EVERYWHERE + RENAMED + f"{V1} {FILTERED}",
 }
 OLDER = ("custom_reward_function.", "reward_model.")
 

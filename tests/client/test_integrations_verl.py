@@ -273,6 +273,32 @@ def test_the_manager_mixes_a_rule_in(rule, made):
     assert made == [((), {"url": "rewards:8001"})]
 
 
+def evicted(metric):
+    """The condition by which verl 0.9.1's ReplayBuffer leaves a group out."""
+    return len(metric) > 1 and float(np.std(metric)) == 0.0
+
+
+def test_levels_make_verls_filter_one_with_a_threshold(made):
+    """A fake reward is its text's length, times the shape's weight."""
+    manager = ruled(None, level_width=1.0, shape={"weight": 0.3})
+
+    def levels(*lengths):
+        found = [asyncio.run(manager.run_single(answers("x" * n))) for n in lengths]
+        assert [each["reward_score"] for each in found] == pytest.approx([0.3 * n for n in lengths])
+        return [each["reward_extra_info"]["level"] for each in found]
+
+    assert levels(4, 6, 7, 20) == [1, 1, 2, 6]
+    assert evicted(levels(4, 5, 6))
+    for low in range(1, 9):
+        assert not evicted(levels(low, low + 4)), "further apart than the width"
+    mixed = ruled(right, rule_weight=10.0, level_width=2.0)
+    assert asyncio.run(mixed.run_single(answers("No.")))["reward_extra_info"] == {
+        "model": 3.0, "rule": 1.0, "level": 6.0
+    }  # fmt: skip
+    with pytest.raises(InvalidRequest, match="level_width: must be above 0 and finite, got 0"):
+        ruled(None, level_width=0)
+
+
 @pytest.mark.parametrize("wrong", [None, float("nan")])
 def test_a_rule_without_a_reward_is_an_error(made, wrong):
     manager = ruled(lambda **asked: wrong, rule_weight=1.0)

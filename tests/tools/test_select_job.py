@@ -118,6 +118,19 @@ def test_pairs(server, tmp_path, capsys, suffix, out):
     assert "slope of score per 1000 characters within prompts: 1000" in out
 
 
+@pytest.mark.parametrize("out", [".jsonl", ".parquet"])
+def test_the_shift_is_the_mean_of_all_scores_so_far(server, tmp_path, out):
+    source, output = write_rows(tmp_path / "in.jsonl", made()), tmp_path / f"out{out}"
+    options = ["--url", server.url, "--input", source, "--output", output, "--chunk-rows", 7]
+    assert run("pairs", *options, "--min-margin", 3, "--score-shift") == 0
+    rows = read_rows(output)
+    seen = []
+    for row in rows:
+        seen += [row["score_chosen"], row["score_rejected"]]
+        assert row["score_shift"] == pytest.approx(sum(seen) / len(seen))
+    assert len({row["score_shift"] for row in rows}) > 20
+
+
 def test_rows_that_are_one_conversation(client, server, tmp_path):
     rows = [
         {"id": n, "messages": [{"role": "user", "content": "q"},

@@ -109,6 +109,9 @@ def add_pairs(commands: Any, server: argparse.ArgumentParser) -> None:
         help="for each 1,000 characters; or auto, the slope in the data",
     )
     command.add_argument("--max-pairs", type=whole_number, metavar="N", help="of each prompt")
+    command.add_argument(
+        "--score-shift", action="store_true", help="add MPO's shift: the mean score of all so far"
+    )
 
 
 def _best_of_n(client: RewardClient, options: argparse.Namespace) -> int:
@@ -148,7 +151,12 @@ def _pairs(client: RewardClient, options: argparse.Namespace) -> int:
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
     summary = selection.pairs_file(
-        options.input, options.output, pairing, client, **_settings(selection, options)
+        options.input,
+        options.output,
+        pairing,
+        client,
+        shift=options.score_shift,
+        **_settings(selection, options),
     )
     return _tell(summary, options)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from triward.conversation import Message
+from triward.conversation import Message, Messages
 from triward.errors import InvalidRequest
+
+# In the text of a prompt it stands for the next of the row's images.
+IMAGE = "<image>"
 
 
 def image_of(value: object) -> object:
@@ -92,3 +96,39 @@ def _is_image(part: object) -> bool:
     return isinstance(part, dict) and (
         part.get("type") in ("image", "image_url") or not holds_none(part)
     )
+
+
+def placed(messages: Iterable[Message], images: Sequence[Any]) -> Messages:
+    """Return copies of the messages with the images in their places, in order.
+
+    A place is `<image>` in a content that is a str, as in verl's and ms-swift's datasets, or an
+    image part; one that holds its image keeps it. Without images `<image>` is text like other text.
+
+    Raises:
+        InvalidRequest: there are more images than places, or fewer.
+    """
+    split = _parts if len(images) else copied
+    filled = [{**message, "content": split(message.get("content"))} for message in messages]
+    places = [part for message in filled for part in image_parts(message["content"])]
+    for place in places:
+        settle(place)
+    if not len(images):
+        return filled
+    if len(places) != len(images):
+        raise InvalidRequest(f"images: {len(images)} for {len(places)} places in the prompt")
+    for place, image in zip(places, images, strict=True):
+        if holds_none(place):
+            described = isinstance(image, Mapping) and image.get("image") is not None
+            place.update(image if described else {"image": image_of(image)})
+            settle(place)
+    return filled
+
+
+def _parts(content: Any) -> Any:
+    """Return copies of a content's parts; `<image>` in a text becomes one."""
+    if not isinstance(content, str):
+        return copied(list(content))  # of a table it may be an array
+    pieces = [piece for piece in re.split(f"({IMAGE})", content) if piece]
+    return [
+        {"type": "image"} if piece == IMAGE else {"type": "text", "text": piece} for piece in pieces
+    ]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-import re
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -29,11 +29,8 @@ from triward.channel import Url
 from triward.client import RewardClient
 from triward.conversation import Message, Messages
 from triward.errors import InvalidRequest
-from triward.integrations.images import copied, holds_none, image_of, image_parts, settle
+from triward.integrations.images import placed
 from triward.rewards import Shape, mix, shape_of
-
-# In a prompt of verl's datasets it stands for the next of the row's images.
-_IMAGE = "<image>"
 
 
 def compute_score(
@@ -88,7 +85,8 @@ class TriwardRewardManager:
 
     The client's arguments, such as `url`, come from `reward.reward_kwargs` in verl's configuration,
     `reward_model.reward_kwargs` in that of 0.7.0. Beside them may stand `shape`, as `shape_of`
-    takes it, and `rule_weight`: by that the custom reward function's reward is added.
+    takes it; `rule_weight`, by which the custom reward function's reward is added; and
+    `level_width`, by which rewards are divided into levels for verl's `filter_groups`.
 
     Args:
         config: verl's.
@@ -110,6 +108,9 @@ class TriwardRewardManager:
         settings = dict(section.get("reward_kwargs") or {})
         self._shape = shape_of(settings.pop("shape", None))
         self._weight = settings.pop("rule_weight", None)
+        self._width = settings.pop("level_width", None)
+        if self._width is not None and not 0 < self._width < math.inf:
+            raise InvalidRequest(f"level_width: must be above 0 and finite, got {self._width}")
         if self._weight is not None and compute_score is None:
             raise InvalidRequest("rule_weight: there is no custom reward function to be weighed")
         self._rule = compute_score
@@ -123,8 +124,8 @@ class TriwardRewardManager:
             data: a DataProto of the trajectory's sequences.
 
         Returns:
-            `reward_score`, and in `reward_extra_info`, if there is a rule, what `model` and `rule`
-            gave, before the rule's weight.
+            `reward_score`; and in `reward_extra_info`, if there is a rule, what `model` and `rule`
+            gave, before the rule's weight, and, if levels have a width, the reward's `level`.
 
         Raises:
             TriwardError: there is no score, or the rule's is not a finite number.
@@ -133,14 +134,17 @@ class TriwardRewardManager:
         reward = await self._client.score(_rollout(item, self._tokenizer))
         if self._shape:
             reward = self._shape([reward])[0]
-        if self._rule is None or self._weight is None:
-            return {"reward_score": reward, "reward_extra_info": {}}
-        rule = await _ruled(self._rule, item, _response(item, self._tokenizer))
-        mixed = mix({"model": [reward], "rule": [rule]}, {"model": 1.0, "rule": self._weight})
-        return {
-            "reward_score": float(mixed[0]),
-            "reward_extra_info": {"model": reward, "rule": float(rule)},
-        }
+        told: dict[str, float] = {}
+        if self._rule is not None and self._weight is not None:
+            rule = await _ruled(self._rule, item, _response(item, self._tokenizer))
+            mixed = mix({"model": [reward], "rule": [rule]}, {"model": 1.0, "rule": self._weight})
+            told = {"model": reward, "rule": float(rule)}
+            reward = float(mixed[0])
+        if self._width is not None:
+            # A rollout's manager does not see its group; rewards further apart than the width are
+            # never on one level.
+            told["level"] = float(math.floor(reward / self._width))
+        return {"reward_score": reward, "reward_extra_info": told}
 
     @classmethod
     def assemble_rm_scores(cls, data: Any, scores: Sequence[float]) -> Any:
@@ -250,7 +254,7 @@ def _rollout(item: Any, tokenizer: Any) -> Messages:
     if "raw_prompt" in fields:
         # Up to 0.6 the images stand beside the messages.
         images = (fields.get("multi_modal_data") or {}).get("image") or []
-        prompt = _with_images(fields["raw_prompt"], images)
+        prompt = placed(fields["raw_prompt"], images)
     else:
         prompt = _described(fields.get("extra_info"))
     return _conversation(prompt, _response(item, tokenizer))
@@ -269,41 +273,7 @@ def _described(extra_info: Mapping[str, Any] | None) -> Messages:
     if extra_info is None or prompt is None:
         raise InvalidRequest("extra_info: needs 'prompt', the messages before the response")
     images = extra_info.get("images")
-    return _with_images(prompt, [] if images is None else images)
-
-
-def _with_images(messages: Iterable[Message], images: Sequence[Any]) -> Messages:
-    """Messages with the images in their places, in order, as verl's datasets do it.
-
-    A place is `<image>` in a content that is a str, or an image part; one that holds its image
-    keeps it. Without images `<image>` is text like other text.
-    """
-    split = _parts if len(images) else copied
-    filled = [{**message, "content": split(message.get("content"))} for message in messages]
-    places = [part for message in filled for part in image_parts(message["content"])]
-    for place in places:
-        settle(place)
-    if not len(images):
-        return filled
-    if len(places) != len(images):
-        raise InvalidRequest(f"images: {len(images)} for {len(places)} places in the prompt")
-    for place, image in zip(places, images, strict=True):
-        if holds_none(place):
-            described = isinstance(image, Mapping) and image.get("image") is not None
-            place.update(image if described else {"image": image_of(image)})
-            settle(place)
-    return filled
-
-
-def _parts(content: Any) -> Any:
-    """Return copies of a content's parts; `<image>` in a text becomes one."""
-    if not isinstance(content, str):
-        return copied(list(content))  # of a table it may be an array
-    pieces = [piece for piece in re.split(f"({_IMAGE})", content) if piece]
-    return [
-        {"type": "image"} if piece == _IMAGE else {"type": "text", "text": piece}
-        for piece in pieces
-    ]
+    return placed(prompt, [] if images is None else images)
 
 
 def _at_last_tokens(data: Any, scores: Sequence[float]) -> Any:

@@ -112,11 +112,15 @@ def pairs_file(
     chunk_rows: int = 1000,
     progress: bool = False,
     force: bool = False,
+    shift: bool = False,
 ) -> Summary:
     """Write preference pairs for TRL's DPO trainer. Goes on with a job that was killed.
 
     A row is a pair: `prompt`, `chosen` and `rejected` as messages, `images` if any prompt has one,
     `score_chosen`, `score_rejected`, `margin`, and the input's other columns.
+
+    `score_shift`, if asked for, is MPO's absolute quality shift of scores: the mean of both scores
+    of all pairs so far.
 
     Args:
         source: see `best_of_n_file`, as the other arguments.
@@ -129,13 +133,14 @@ def pairs_file(
         chunk_rows: likewise.
         progress: likewise.
         force: likewise.
+        shift: whether pairs have `score_shift`.
 
     Raises:
         TriwardError: see `best_of_n_file`.
     """
     found, columns = _open(source, columns, several=True)
     files = Files(Path(output), None, _path(picture), force)
-    task = pairing_of(pairing, columns)
+    task = pairing_of(pairing, columns, shift=shift)
     return _job(found, columns, task, files, client, concurrency, chunk_rows).run(progress)
 
 
@@ -145,11 +150,12 @@ def filtering(rule: Rule, columns: Columns, *, reasons: bool = False) -> Filter:
     return Filter(rule, named or "scores", named or "score", columns.responses, reasons)
 
 
-def pairing_of(pairing: Pairing, columns: Columns) -> Pairs:
+def pairing_of(pairing: Pairing, columns: Columns, *, shift: bool = False) -> Pairs:
     """Return the task for a table with these columns."""
     held = (columns.prompt, columns.messages, columns.responses, columns.images, columns.scores)
     # TRL would take the last two for the prompt's images, which stand in `images` anew.
-    return Pairs(pairing, (*(name for name in held if name is not None), "image", "images"))
+    removes = (*(name for name in held if name is not None), "image", "images")
+    return Pairs(pairing, removes, shift)
 
 
 def _open(source: AnyPath, columns: Columns, several: bool = False) -> tuple[Source, Columns]:

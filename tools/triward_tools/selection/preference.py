@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from triward.conversation import encode_messages
 from triward.errors import InvalidRequest
+from triward.rewards import RunningMoments
 
 from triward_tools.selection.limits import Floats
 from triward_tools.selection.pairing import Pairing, correlation_of, slope_of, within
@@ -23,12 +24,19 @@ class Pairs:
     Attributes:
         pairing: which responses are paired.
         removes: the input's columns that the pairs hold in another form.
+        shift: whether a pair has the reward shift of MPO as it was at this pair.
     """
 
     pairing: Pairing
     removes: tuple[str, ...] = ()
+    shift: bool = False
     name = "pairs"
-    writes = ("prompt", "chosen", "rejected", "images", "score_chosen", "score_rejected", "margin")
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The columns of TRL, and those of scores."""
+        scores = ("score_chosen", "score_rejected", "margin", *(("score_shift",) * self.shift))
+        return ("prompt", "chosen", "rejected", "images", *scores)
 
     def adds(self, several: bool) -> tuple[str, ...]:
         """None: a pair is a new row, with the columns of TRL."""
@@ -44,7 +52,8 @@ class Pairs:
 
     def begin(self, seen: Seen) -> PairChooser:
         """Find how scores depend on length."""
-        return PairChooser(self.pairing, self.removes, seen, slope_of(*_within(seen)))
+        past = RunningMoments() if self.shift else None
+        return PairChooser(self.pairing, self.removes, seen, slope_of(*_within(seen)), past)
 
 
 @dataclass
@@ -55,6 +64,7 @@ class PairChooser:
     removes: tuple[str, ...]
     seen: Seen
     slope: float
+    past: RunningMoments | None = None
     margins: list[float] = field(default_factory=list)
     longer: list[int] = field(default_factory=list)
     empty: int = 0
@@ -80,9 +90,17 @@ class PairChooser:
                 "score_chosen": verdict.scores[pair.chosen],
                 "score_rejected": verdict.scores[pair.rejected],
                 "margin": pair.margin,
+                **self._shift(verdict.scores[pair.chosen], verdict.scores[pair.rejected]),
             })  # fmt: skip
         self.empty += not rows
         return Choice(rows)
+
+    def _shift(self, chosen: float, rejected: float) -> dict[str, float]:
+        """Return the mean of both scores of all pairs so far, this one included."""
+        if self.past is None:
+            return {}
+        self.past.update([chosen, rejected])
+        return {"score_shift": self.past.mean}
 
     def _content(self, content: Any) -> Any:
         """Return a list of parts in data with images, else a text: a column has one type."""

@@ -71,13 +71,14 @@ def pair_rows(
     client: RewardClient | None = None,
     *,
     columns: Columns = Columns(),  # noqa: B008
+    shift: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Preference pairs for TRL; see `pairs_file`.
 
     All rows are held in memory. Arguments and errors are those of `best_of_n`.
     """
     columns, taken = _begun(rows, columns, several=True)
-    return _chosen(taken, pairing_of(pairing, columns), columns, client)
+    return _chosen(taken, pairing_of(pairing, columns, shift=shift), columns, client)
 
 
 def _chosen(

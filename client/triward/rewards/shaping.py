@@ -1,4 +1,4 @@
-"""Shaping of scores before a policy learns from them; docs/rewards.md says who does what.
+"""Shaping of scores before a policy learns from them.
 
 All standard deviations divide by n - 1, as torch's does and with it TRL's, verl's and OpenRLHF's.
 Everything is float64, and what is not finite in float32, as scores are, is refused.
@@ -16,17 +16,6 @@ import numpy.typing as npt
 
 from triward.errors import InvalidRequest
 from triward.moments import EPS, Array, Rewards, RunningMoments, as_list, finite_rewards
-
-__all__ = [
-    "RunningMoments",
-    "Shape",
-    "clip_rewards",
-    "group_advantages",
-    "leave_one_out",
-    "mix",
-    "shape_of",
-    "with_rules",
-]
 
 Groups = int | Sequence[Hashable] | npt.NDArray[Any]
 
@@ -56,8 +45,8 @@ def group_advantages(
     if scale not in ("group", "batch", None):
         raise ValueError(f"scale must be 'group', 'batch' or None, not {scale!r}")
     values = finite_rewards(rewards, "rewards")
-    member, counts = _grouped(groups, len(values))
-    deviations = _deviations(values, member, counts)
+    member, counts = membership(groups, len(values))
+    deviations = deviations_within(values, member, counts)
     if scale is None:
         return deviations
     if scale == "batch":
@@ -77,10 +66,10 @@ def leave_one_out(rewards: Rewards, groups: Groups) -> Array:
     as in TRL. Arguments, result and errors are `group_advantages`'s.
     """
     values = finite_rewards(rewards, "rewards")
-    member, counts = _grouped(groups, len(values))
+    member, counts = membership(groups, len(values))
     # r - (sum - r) / (n - 1) = (r - mean) * n / (n - 1)
     scale: Array = counts / np.maximum(counts - 1, 1)
-    return _deviations(values, member, counts) * scale[member]
+    return deviations_within(values, member, counts) * scale[member]
 
 
 def clip_rewards(rewards: Rewards, low: float, high: float) -> Array:
@@ -213,8 +202,8 @@ def with_rules(
     return [float(value) for value in mixed]
 
 
-def _grouped(groups: Groups, count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Each reward's group, counted from 0, and each group's size."""
+def membership(groups: Groups, count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Return each reward's group, counted from 0, and each group's size."""
     if isinstance(groups, (int, np.integer)):
         if groups < 1 or count % groups:
             raise InvalidRequest(f"groups: {count} rewards are not whole groups of {groups}")
@@ -228,8 +217,10 @@ def _grouped(groups: Groups, count: int) -> tuple[npt.NDArray[np.intp], npt.NDAr
     return member, np.bincount(member)
 
 
-def _deviations(values: Array, member: npt.NDArray[np.intp], counts: npt.NDArray[np.intp]) -> Array:
-    """From the mean of each one's group; exactly 0 where all are equal."""
+def deviations_within(
+    values: Array, member: npt.NDArray[np.intp], counts: npt.NDArray[np.intp]
+) -> Array:
+    """Return each one's deviation from the mean of its group; exactly 0 where all are equal."""
     # Off the group's first, or the mean of equal rewards could be off by a rounding, which a small
     # std would make large.
     first = np.unique(member, return_index=True)[1]
