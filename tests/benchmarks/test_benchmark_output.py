@@ -40,8 +40,8 @@ def run(module: ModuleType, *arguments: object) -> tuple[int, str]:
 
 
 def test_all_are_found() -> None:
-    names = "compare deadlines digests gpu.__main__ heap instances overlap peers.__main__ prefixes"
-    names += " routing soak tokens perf_analyzer.__main__ perf_analyzer.inputs"
+    names = "compare deadlines digests doors gpu.__main__ heap instances overlap peers.__main__"
+    names += " prefixes routing soak tokens perf_analyzer.__main__ perf_analyzer.inputs"
     assert {f"benchmarks.{name}" for name in names.split()} == set(ENTRY_POINTS)
 
 
