@@ -105,7 +105,7 @@ def over_grpc(client: RewardClient, asked: Asked) -> list[float]:
     return client.score_responses(asked.group.prompt, asked.group.responses)
 
 
-def over_http(port: int, asked: Asked) -> list[float]:
+def through_a_door(port: int, asked: Asked) -> list[float]:
     """Ask as trainers do: with a connection for each request."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     try:
@@ -180,7 +180,7 @@ def main(
             RewardClient(server.endpoints.grpc, timeout=600) as client,
             gateway(server.endpoints.grpc) as port,
         ):
-            ways = {GRPC: partial(over_grpc, client), HTTP: partial(over_http, port)}
+            ways = {GRPC: partial(over_grpc, client), HTTP: partial(through_a_door, port)}
             for name, make in WORKLOADS.items():
                 asked = make(Writer(np.random.default_rng(0)), requests)
                 rows[name] = [measure(ways, asked, n, repeats) for n in (1, CONCURRENCY)]
