@@ -135,8 +135,20 @@ def features(preprocessor: Preprocessor, group: PromptGroup) -> Features:
 
 
 @contextmanager
-def triton(checkpoint: Path, *flags: str, log: Path | None = None) -> Iterator[TritonServer]:
-    """Serve a checkpoint, exported with `flags`, with a real Triton; its log may be kept."""
+def triton(
+    checkpoint: Path,
+    *flags: str,
+    log: Path | None = None,
+    change: Callable[[Path], object] | None = None,
+) -> Iterator[TritonServer]:
+    """Serve a checkpoint, exported with `flags`, with a real Triton.
+
+    Args:
+        checkpoint: what is exported.
+        flags: of the export.
+        log: where Triton's log is kept, if it is.
+        change: is given the exported repository before it is served.
+    """
     from triward_server.serving.launch import Endpoints, TritonServer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +159,8 @@ def triton(checkpoint: Path, *flags: str, log: Path | None = None) -> Iterator[T
              "--preprocess-instances=2", *flags],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
+        if change:
+            change(repository)
         free = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
         with (
             (log or Path(folder, "triton.log")).open("w") as file,

@@ -20,11 +20,12 @@ from typing import Any
 from PIL import Image
 
 from tests.rowfiles import write_rows
-from triward_tools.evaluation.results import LabelledPair
+from triward_tools.evaluation.results import Labelled, LabelledGroup, LabelledPair
 
 Rows = list[dict[str, Any]]
 
-BENCHMARKS = ("rewardbench", "vl-rewardbench", "multimodal-rewardbench")
+BENCHMARKS = ("rewardbench", "vl-rewardbench", "multimodal-rewardbench", "rewardbench-2")
+WITH_PICTURES = BENCHMARKS[1:3]
 SUFFIXES = (".parquet", ".json", ".jsonl")
 
 # How a row may hold its picture. A Parquet file holds it in one way in all its rows.
@@ -37,7 +38,7 @@ class Data:
     """What was written, and what is to be read."""
 
     path: Path
-    pairs: Sequence[LabelledPair]
+    pairs: Sequence[Labelled]
     problems: dict[int, str]
 
 
@@ -63,7 +64,7 @@ def write(
     if images is None:
         images = "struct" if suffix == ".parquet" and published == "struct" else "path"
     rows: Rows = []
-    good: list[LabelledPair] = []
+    good: list[Labelled] = []
     problems: dict[int, str] = {}
     spoilt = iter(malformed)
     for number in range(pairs):
@@ -174,6 +175,35 @@ def _multimodal_rewardbench(
     )
 
 
+def _rewardbench_2(
+    index: int, number: int, folder: Path, images: str, suffix: str
+) -> tuple[dict[str, Any], LabelledGroup]:
+    """Two of seven rows are of Ties, the `ref` one and the `tied` one of a prompt."""
+    subset = ("Factuality", "Precise IF", "Ties", "Math", "Safety", "Ties", "Focus")[number % 7]
+    long, short = _responses(number)
+    chosen, rejected = (long,), (short, f"{short} Or not.", "?" * (number + 5))
+    name = str(number % 5)  # which other subsets have, too
+    if subset == "Ties":
+        kind = "ref" if number % 7 == 2 else "tied"
+        chosen = chosen if kind == "ref" else (long, f"{long}!", f"Yes: {long}")
+        name = f"{kind}:{number // 7}"
+    prompt = f"Question {number // 2} of {subset}?"
+    row = {
+        "id": name,
+        "prompt": prompt,
+        "chosen": list(chosen),
+        "rejected": list(rejected),
+        "num_correct": len(chosen),
+        "num_incorrect": 3,
+        "total_completions": len(chosen) + 3,
+        "models": ["a"],
+        "subset": subset,
+        "additional_metadata": {"category": None, "index": 1.5},
+    }
+    messages = [{"role": "user", "content": prompt}]
+    return row, LabelledGroup(index, name, subset, messages, chosen, rejected)
+
+
 def _message(image: object, text: str) -> list[dict[str, Any]]:
     return [
         {
@@ -227,11 +257,22 @@ _MULTIMODAL_REWARDBENCH: list[tuple[dict[str, Any], str]] = [
     ({"Output2": None}, "Output2: must be a text, got no value"),
 ]
 
-_Make = Callable[[int, int, Path, str, str], "tuple[dict[str, Any], LabelledPair]"]
+_REWARDBENCH_2: list[tuple[dict[str, Any], str]] = [
+    (
+        {"subset": "Chat"},
+        "subset: must be one of Factuality, Precise IF, Math, Safety, Focus, Ties",
+    ),
+    ({"chosen": []}, "chosen: must be a list of texts, got []"),
+    ({"total_completions": 9}, "total_completions: the row has 4 such responses, got 9"),
+    ({"rejected": None}, "rejected: must be a list of texts, got no value"),
+]
+
+_Make = Callable[[int, int, Path, str, str], "tuple[dict[str, Any], Labelled]"]
 _FORMS: dict[str, tuple[_Make, list[tuple[dict[str, Any], str]], str, str]] = {
     "rewardbench": (_rewardbench, _REWARDBENCH, "filtered-00000-of-00001", ""),
     "vl-rewardbench": (_vl_rewardbench, _VL_REWARDBENCH, "test-00000-of-00001", "struct"),
     "multimodal-rewardbench": (
         _multimodal_rewardbench, _MULTIMODAL_REWARDBENCH, "all_data", "path",
     ),
+    "rewardbench-2": (_rewardbench_2, _REWARDBENCH_2, "test-00000-of-00001", ""),
 }  # fmt: skip

@@ -10,7 +10,14 @@ from PIL import Image, ImageDraw
 
 from triward_tools.evaluation.arithmetic import BENCHMARKS
 from triward_tools.evaluation.report import Report, write_report
-from triward_tools.evaluation.results import LabelledPair, Problem, Result
+from triward_tools.evaluation.results import (
+    GroupResult,
+    Labelled,
+    LabelledGroup,
+    LabelledPair,
+    Problem,
+    Result,
+)
 
 QUESTIONS = [
     "How many of the bars are taller than the one on the left?",
@@ -62,6 +69,35 @@ def pair(index: int, subset: str, **changes: object) -> LabelledPair:
     return LabelledPair(**{**values, **changes})
 
 
+def group(result: GroupResult, **changes: object) -> LabelledGroup:
+    """A prompt without a picture, with as many responses as the result has scores."""
+    prompt = [{"role": "user", "content": QUESTIONS[result.index % len(QUESTIONS)]}]
+    texts = tuple(f"{ANSWERS[i % len(ANSWERS)]} ({i})" for i in range(len(result.scores)))
+    correct = len(result.chosen_scores)
+    values = {"prompt": prompt, "chosen": texts[:correct], "rejected": texts[correct:]}
+    return LabelledGroup(
+        **{"index": result.index, "id": result.id, "subset": result.subset, **values, **changes}
+    )
+
+
+def groups_of(prompts: int, seed: int = 0) -> list[GroupResult]:
+    """RewardBench 2's results, with scores of a coarse grid: so that some are equal."""
+    rng = random.Random(seed)
+    names = list(BENCHMARKS["rewardbench-2"].sections)
+    results = []
+    for number in range(prompts):
+        subset = names[number % len(names)]
+        kinds = ("ref", "tied") if subset == "Ties" else ("",)
+        for kind in kinds:
+            correct = 1 if kind != "tied" else rng.randint(2, 6)
+            scores = [rng.randint(0, 6) / 2 for _ in range(correct + rng.randint(3, 8))]
+            name = f"{kind}:{number}" if kind else str(number)
+            better = [score + 1.5 for score in scores[:correct]]
+            worse = scores[correct:]
+            results.append(GroupResult.of(len(results), name, subset, better, worse))
+    return results
+
+
 def results_of(benchmark: str, pairs: int, seed: int = 0) -> list[Result]:
     """Scores whose margins are normal around 1.2 with a deviation of 1.8; every 50th is a tie."""
     rng = random.Random(seed)
@@ -93,10 +129,16 @@ def write(
     model: str = "made-up-judge-7b",
     **changes: object,
 ) -> Report:
-    """A report of these results, whose pairs are made when they are asked for."""
-    subsets = {r.index: r.subset for r in results}
+    """A report of these results, whose rows are made when they are asked for."""
+    made = {r.index: r for r in results}
 
-    def pair_of(indices: list[int]) -> dict[int, LabelledPair]:
-        return {i: pair(i, subsets[i], **changes) for i in indices}
+    def pair_of(indices: list[int]) -> dict[int, Labelled]:
+        asked = (made[i] for i in indices)
+        return {
+            r.index: group(r, **changes)
+            if isinstance(r, GroupResult)
+            else pair(r.index, r.subset, **changes)
+            for r in asked
+        }
 
     return write_report(folder, benchmark, results, list(problems), pair_of, model=model)

@@ -127,10 +127,11 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         try:
             if self.delay:
                 time.sleep(self.delay)
+            call = _decode(number, request, context)
+            fault = Fault.UNAVAILABLE if full else self.fault(call)
             if not context.is_active():
                 self.given_up += 1
-            call = _decode(number, request, context)
-            return self._answer(call, Fault.UNAVAILABLE if full else self.fault(call), context)
+            return self._answer(call, fault, context)
         finally:
             with self._lock:
                 self._running -= 1

@@ -40,7 +40,7 @@ def run(module: ModuleType, *arguments: object) -> tuple[int, str]:
 
 
 def test_all_are_found() -> None:
-    names = "advantages compare deadlines digests gpu.__main__ heap instances overlap"
+    names = "advantages compare deadlines digests doors gpu.__main__ heap instances overlap"
     names += (
         " peers.__main__ prefixes routing soak tokens perf_analyzer.__main__ perf_analyzer.inputs"
     )

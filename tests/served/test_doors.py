@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -85,6 +87,33 @@ def test_images_have_grpcs_rewards(door: Doorway, exact: Served, shown: bytes) -
     assert door.ask("/classify", asked)[1]["embedding"] == [expected]
     slime = {"prompt": [shows(url)], "response": "A field."}
     assert door.ask("/remote_rm", slime)[1] == expected
+
+
+def test_16_callers_at_once_have_grpcs_rewards(door: Doorway, exact: Served, shown: bytes) -> None:
+    """Through every kind of door, with and without images; nobody gets another's."""
+    question = [{"type": "image", "image": shown}, {"type": "text", "text": "What is it?"}]
+    texts = ["Two." + " Two." * n for n in range(16)]
+    expected = exact.client.score_responses(MESSAGES, texts)
+    pictured = [{"role": "user", "content": question}]
+    expected_shown = exact.client.score_responses(pictured, texts)
+    together = threading.Barrier(16, timeout=60)
+
+    def call(n: int) -> list[float]:
+        together.wait()
+        others = [texts[n], texts[15 - n]]
+        body = {"query": [PROMPT + text for text in others], "prompts": [PROMPT] * 2}
+        found = list(door.ask("/get_reward", body)[1]["rewards"])
+        messages = {"messages": [shows(data_url(shown)), says(texts[n])]}
+        found += door.ask("/classify", messages)[1]["data"][0]["probs"]
+        found.append(door.ask("/remote_rm", {"prompt": PROMPT, "response": texts[n]})[1])
+        return found
+
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(call, range(16)))
+    assert found == [
+        [expected[n], expected[15 - n], expected_shown[n], expected[n]] for n in range(16)
+    ]
+    assert len(set(expected)) > 8, "the rewards tell nothing apart"
 
 
 def test_an_image_that_would_fill_the_memory_is_refused(door: Doorway, shown: bytes) -> None:

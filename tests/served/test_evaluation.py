@@ -13,6 +13,7 @@ from tests.benchmarkdata import BENCHMARKS, Data, write
 from tests.commands import BIN, Command
 from tests.conftest import Served
 from triward import RewardClient
+from triward_tools.evaluation.results import GroupResult
 
 Run = Callable[..., Command]
 
@@ -21,6 +22,7 @@ SUFFIX = {
     "rewardbench": ".parquet",
     "vl-rewardbench": ".parquet",
     "multimodal-rewardbench": ".json",
+    "rewardbench-2": ".parquet",
 }
 PAIRS = 24
 
@@ -73,14 +75,17 @@ def check_scores(client: RewardClient, data: Data, output: Path) -> None:
     rows = [json.loads(line) for line in lines(output)]
     assert [row["index"] for row in rows] == list(range(len(data.pairs) + len(data.problems)))
     for pair in data.pairs:
-        chosen, rejected = (
+        scores = [
             client.score([*pair.prompt, {"role": "assistant", "content": text}])
-            for text in (pair.chosen, pair.rejected)
-        )
-        row = rows[pair.index]
+            for text in pair.responses.values()
+        ]
+        row, result = rows[pair.index], pair.result(scores)
         assert (row["id"], row["subset"]) == (pair.id, pair.subset)
-        assert (row["chosen"], row["rejected"]) == (chosen, rejected)
-        assert (row["margin"], row["correct"]) == (chosen - rejected, chosen > rejected)
+        if isinstance(result, GroupResult):
+            assert row["chosen"] + row["rejected"] == scores
+        else:
+            assert [row["chosen"], row["rejected"]] == scores
+        assert (row["margin"], row["correct"]) == (result.margin, result.correct)
     for index, said in data.problems.items():
         assert said in rows[index]["error"]["reason"]
 

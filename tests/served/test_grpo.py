@@ -24,6 +24,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.conversations import picture
+from tests.tools.gateways import Doorway, running
 from triward import AsyncRewardClient, RewardClient, ServerUnavailable
 from triward.integrations.trl import TriwardReward, async_triward_reward
 from triward.rewards import RunningMoments, Shape
@@ -145,6 +146,75 @@ def test_text(
         for got, expected in zip(rewards, alone[-1], strict=True):
             assert got == pytest.approx(expected, abs=fp32_budget(expected))
     assert_logged(trainer, "triward", alone)
+
+
+def through(door: Doorway, checkpoint: Path) -> Callable[..., list[float]]:
+    """A reward function that asks OpenRLHF's door with rendered prompts, and keeps its rewards."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+
+    def gateway(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        texts = [
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            for prompt in prompts
+        ]
+        pairs = zip(texts, completions, strict=True)
+        query = [text + completion[0]["content"] for text, completion in pairs]
+        body = {"query": query, "prompts": texts, "labels": [None] * len(texts)}
+        status, answer = door.ask("/get_reward", body)
+        if status != 200:
+            raise ConnectionError(f"{status}: {answer}")
+        batches.append((prompts, completions, answer["rewards"]))
+        return list(answer["rewards"])
+
+    batches: list[tuple[list[Any], list[Any], list[float]]] = []
+    gateway.batches = batches  # type: ignore[attr-defined]
+    return gateway
+
+
+def test_through_the_gateway(
+    server: TritonServer,
+    client: RewardClient,
+    policy: Qwen2ForCausalLM,
+    checkpoint: Path,
+    arguments: Callable[..., GRPOConfig],
+    gained: Callable[[], tuple[float, float]],
+) -> None:
+    """Its rewards are the client's, and a prompt's completions are one request there, too."""
+    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    with running(server.endpoints.grpc, timeout=120.0) as door:
+        reward: Any = through(door, checkpoint)
+        trainer = GRPOTrainer(
+            policy, reward, args=arguments(), train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=AutoTokenizer.from_pretrained(checkpoint, padding_side="left"),
+        )  # fmt: skip
+        trainer.train()
+        counters = door.gateway.counters
+
+    assert gained()[0] == STEPS * PROMPTS
+    assert counters.requests == {("openrlhf", 200): STEPS}
+    assert counters.scores["openrlhf"] == STEPS * PROMPTS * GENERATIONS
+    alone = []
+    for asked, completions, rewards in reward.batches:
+        pairs = zip(asked, completions, strict=True)
+        alone.append([client.score([*prompt, *completion]) for prompt, completion in pairs])
+        for got, expected in zip(rewards, alone[-1], strict=True):
+            assert got == pytest.approx(expected, abs=fp32_budget(expected))
+    assert_logged(trainer, "gateway", alone)
+
+
+def test_a_gateway_whose_server_is_gone_ends_the_training(
+    policy: Qwen2ForCausalLM, checkpoint: Path, arguments: Callable[..., GRPOConfig]
+) -> None:
+    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    with running("127.0.0.1:1", timeout=5.0) as door:
+        trainer = GRPOTrainer(
+            policy, through(door, checkpoint), args=arguments(),
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=AutoTokenizer.from_pretrained(checkpoint, padding_side="left"),
+        )  # fmt: skip
+        with pytest.raises(ConnectionError, match="503"):
+            trainer.train()
+    assert [entry for entry in trainer.state.log_history if "reward" in entry] == []
 
 
 def test_a_shape(

@@ -15,8 +15,8 @@ LAYERS = {
     "": "inputs jobs offline",
     "selection": "limits best pairing rules columns verdicts source summary tasks preference sink "
     "parts picture job files rows",
-    "evaluation": "results sections text images published tables formats asking ledger arithmetic "
-    "statistics facts comparison charts pictures report run",
+    "evaluation": "results sections text wording images published tables tallies rewardbench2 "
+    "formats asking ledger arithmetic statistics facts comparison charts pictures report run",
     "gateway": "settings texts vllm sglang trainers addresses media asking counters app run",
     "on a cluster": "ray",
     "commands": "cli_selection cli_evaluation cli_gateway",

@@ -201,6 +201,7 @@ class TestPublished:
             "rewardbench": 16,
             "vl-rewardbench": 16,
             "multimodal-rewardbench": 0,
+            "rewardbench-2": 25,
         }
 
     def test_columns_are_scores_of_the_benchmark(self):
@@ -210,7 +211,7 @@ class TestPublished:
                 assert list(row.values) == [*benchmark.sections, *benchmark.totals]
 
     def test_scores_and_macros_follow_from_their_rows(self):
-        for row in PUBLISHED["rewardbench"]:
+        for row in (*PUBLISHED["rewardbench"], *PUBLISHED["rewardbench-2"]):
             *sections, score = row.values.values()
             assert abs(np.mean(sections) - score) <= 0.1, row
         for row in PUBLISHED["vl-rewardbench"]:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.benchmarkdata import BENCHMARKS, BESIDE, EMBEDDED, SUFFIXES, png, write
+from tests.benchmarkdata import (
+    BENCHMARKS,
+    BESIDE,
+    EMBEDDED,
+    SUFFIXES,
+    WITH_PICTURES,
+    png,
+    write,
+)
 from tests.rowfiles import write_rows
 from triward import InvalidRequest
 from triward_tools import cli_evaluation
 from triward_tools.evaluation.arithmetic import BENCHMARKS as ARITHMETIC
 from triward_tools.evaluation.formats import FORMATS, placed_pairs, read_pairs
-from triward_tools.evaluation.results import LabelledPair, Problem
+from triward_tools.evaluation.published import VL_PAIRS
+from triward_tools.evaluation.results import LabelledGroup, LabelledPair, Problem
 
 REWARDBENCH = {
     "prompt": "q", "chosen": "yes", "rejected": "no", "subset": "hep-go", "id": 7,
@@ -27,14 +38,19 @@ MULTIMODAL = {
     "ID": "nocaps_1", "Text": "q", "Image": "a.png", "Output1": "yes", "Output2": "no",
     "Better": "Output1", "Category": "safety",
 }  # fmt: skip
-ROWS = dict(zip(BENCHMARKS, (REWARDBENCH, VL, MULTIMODAL), strict=True))
+REWARDBENCH_2 = {
+    "id": "12", "prompt": "q", "chosen": ["yes"], "rejected": ["no", "nay", "never"],
+    "num_correct": 1, "num_incorrect": 3, "total_completions": 4, "subset": "Math",
+}  # fmt: skip
+TIED = {"id": "tied:3", "subset": "Ties", "num_correct": 2, "total_completions": 5}
+ROWS = dict(zip(BENCHMARKS, (REWARDBENCH, VL, MULTIMODAL, REWARDBENCH_2), strict=True))
 
 
 def check(benchmark, path, data):
     """Each row of what was written is there once, in its place."""
     found = list(read_pairs(benchmark, path))
     assert [row.index for row in found] == list(range(len(data.pairs) + len(data.problems)))
-    assert [row for row in found if isinstance(row, LabelledPair)] == list(data.pairs)
+    assert [row for row in found if not isinstance(row, Problem)] == list(data.pairs)
     problems = {row.index: row for row in found if isinstance(row, Problem)}
     assert problems.keys() == data.problems.keys()
     for index, said in data.problems.items():
@@ -51,7 +67,7 @@ def read(tmp_path, benchmark, *changes, suffix=".jsonl"):
     ]
     path = write_rows(tmp_path / f"data{suffix}", rows)
     good, *found = read_pairs(benchmark, path)
-    assert isinstance(good, LabelledPair)
+    assert not isinstance(good, Problem)
     return found
 
 
@@ -66,7 +82,7 @@ def test_published_forms(benchmark, suffix, tmp_path):
 
 @pytest.mark.parametrize("images", [*EMBEDDED, *BESIDE])
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("benchmark", BENCHMARKS[1:])
+@pytest.mark.parametrize("benchmark", WITH_PICTURES)
 def test_where_pictures_are(benchmark, suffix, images, tmp_path):
     data = write(benchmark, tmp_path, suffix, images=images, pairs=4)
     check(benchmark, data.path, data)
@@ -97,7 +113,9 @@ def test_a_prompt_of_messages(tmp_path):
     ("name", "subset"),
     [
         ("LRVInstruction-000000007746", "vlfeedback"),
-        ("jailbreak-typo-HateSpeech-1", "vlfeedback"),
+        ("jailbreak-typo-HateSpeech-70", "vlfeedback"),
+        ("politics-Gov_Decision-26", "vlfeedback"),
+        ("svit-complex_reasoning-7", "vlfeedback"),
         ("wildvision-battle-226", "wildvision"),
         ("hallucination_pair-7997", "povid"),
         ("RLAIF-V-14", "rlaif-v"),
@@ -112,12 +130,52 @@ def test_subset_from_the_id(name, subset, tmp_path):
     assert subset in ARITHMETIC["vl-rewardbench"].subsets
 
 
+def test_published_beginnings_of_ids_give_the_published_counts(tmp_path):
+    """The beginnings of the ids in data.jsonl of the benchmark's repository, with their counts."""
+    counts = {
+        "hallucination_pair": 448, "mathverse": 167, "mmmu_pro_test": 151, "RLAIF-V": 233,
+        "RLHF-V": 68, "LRVInstruction": 1, "jailbreak-typo": 7, "politics-Gov_Decision": 1,
+        "svit-complex_reasoning": 1, "wildvision-battle": 173,
+    }  # fmt: skip
+    names = [f"{start}-{n}" for start, count in counts.items() for n in range(count)]
+    pairs = read(tmp_path, "vl-rewardbench", *({"id": name} for name in names))
+    sections = ARITHMETIC["vl-rewardbench"].sections
+    found = {name: sum(p.subset in parts for p in pairs) for name, parts in sections.items()}
+    assert found == VL_PAIRS
+
+
+@pytest.mark.skipif("TRIWARD_VL_REWARDBENCH" not in os.environ, reason="has the published file")
+def test_the_published_file():
+    """`TRIWARD_VL_REWARDBENCH` names it: data.jsonl with its images, or the Parquet file."""
+    rows = list(read_pairs("vl-rewardbench", Path(os.environ["TRIWARD_VL_REWARDBENCH"])))
+    assert [row.reason for row in rows if isinstance(row, Problem)] == []
+    assert 1247 <= len(rows) <= 1250
+    sections = ARITHMETIC["vl-rewardbench"].sections
+    for name, parts in sections.items():
+        assert 0 <= VL_PAIRS[name] - sum(row.subset in parts for row in rows) <= 1250 - len(rows)
+
+
+def test_a_group_of_responses(tmp_path):
+    [group, tied] = read(tmp_path, "rewardbench-2", {}, {**TIED, "chosen": ["yes", "aye"]})
+    assert group == LabelledGroup(
+        1, "12", "Math", [{"role": "user", "content": "q"}], ("yes",), ("no", "nay", "never")
+    )
+    assert list(group.responses) == ["chosen[0]", "rejected[0]", "rejected[1]", "rejected[2]"]
+    assert list(tied.responses.values()) == ["yes", "aye", "no", "nay", "never"]
+
+
 @pytest.mark.parametrize(
-    ("benchmark", "column"), [("rewardbench", "subset"), ("multimodal-rewardbench", "Category")]
+    ("benchmark", "column"),
+    [
+        ("rewardbench", "subset"),
+        ("multimodal-rewardbench", "Category"),
+        ("rewardbench-2", "subset"),
+    ],
 )
 def test_subsets_are_what_the_arithmetic_counts(benchmark, column, tmp_path):
     known = sorted(ARITHMETIC[benchmark].subsets)
-    found = read(tmp_path, benchmark, *({column: name} for name in known))
+    ids = {"id": "ref:1"} if benchmark == "rewardbench-2" else {}
+    found = read(tmp_path, benchmark, *({column: name, **ids} for name in known))
     assert [pair.subset for pair in found] == known
 
 
@@ -154,7 +212,9 @@ def test_the_better_response(tmp_path):
         ("vl-rewardbench", {"human_ranking": [1, 2]}, "human_ranking: must be [0, 1] or [1, 0]"),
         ("vl-rewardbench", {"human_ranking": "01"}, "human_ranking: must be [0, 1] or [1, 0]"),
         ("vl-rewardbench", {"human_ranking": None}, "got no value"),
-        ("vl-rewardbench", {"id": "17"}, "VLFeedback's own"),
+        ("vl-rewardbench", {"id": "17"}, "its beginning must be LRVInstruction, jailbreak, "),
+        ("vl-rewardbench", {"id": "povid-17"}, "id: 'povid-17' names no subset"),
+        ("vl-rewardbench", {"id": "rlaif-V-14"}, "id: 'rlaif-V-14' names no subset"),
         ("vl-rewardbench", {"id": "-17"}, "id: '-17' names no subset"),
         ("vl-rewardbench", {"query": None}, "query: must be a text, got no value"),
         ("vl-rewardbench", {"image_path": "b.png"}, "image_path: there is no file 'b.png'"),
@@ -172,6 +232,31 @@ def test_the_better_response(tmp_path):
         ("multimodal-rewardbench", {"Category": "Safety"}, "Category: must be one of "),
         ("multimodal-rewardbench", {"Output1": 1.5}, "Output1: must be a text, got 1.5"),
         ("multimodal-rewardbench", {"Text": {}}, "Text: must be a text, got {}"),
+        ("rewardbench-2", {"chosen": "yes"}, "chosen: must be a list of texts, got 'yes'"),
+        ("rewardbench-2", {"rejected": ["a", 5, "b"]}, "rejected: must be a list of texts, one is"),
+        ("rewardbench-2", {"rejected": []}, "rejected: must be a list of texts, got []"),
+        ("rewardbench-2", {"prompt": 5}, "prompt: must be a text or a list of messages, got 5"),
+        ("rewardbench-2", {"num_correct": 2}, "num_correct: the row has 1 such responses, got 2"),
+        ("rewardbench-2", {"num_incorrect": None}, "num_incorrect: the row has 3 such responses"),
+        ("rewardbench-2", {"total_completions": 5}, "total_completions: the row has 4 such"),
+        ("rewardbench-2", {"subset": "ties"}, "subset: must be one of Factuality, Precise IF, "),
+        ("rewardbench-2", {"id": None}, "id: must be a text or a number, got no value"),
+        (
+            "rewardbench-2",
+            {"subset": "Ties"},
+            "id: in Ties it must be as ref:3 or tied:3",
+        ),
+        ("rewardbench-2", {**TIED, "chosen": ["a", "b"], "id": "tied:x"}, "got 'tied:x'"),
+        (
+            "rewardbench-2",
+            {"subset": "Ties", "id": "tied:3"},
+            "chosen: a tied row must have at least 2 responses, got 1",
+        ),
+        (
+            "rewardbench-2",
+            {"chosen": ["a", "b"], "num_correct": 2, "total_completions": 5},
+            "chosen: in Math there is 1 response, got 2",
+        ),
     ],
 )
 def test_a_malformed_row_is_a_problem_and_ends_nothing(benchmark, change, said, tmp_path):
@@ -179,7 +264,7 @@ def test_a_malformed_row_is_a_problem_and_ends_nothing(benchmark, change, said, 
     assert isinstance(problem, Problem)
     assert said in problem.reason
     assert (problem.index, problem.place) == (1, "data.jsonl: row 2")
-    assert isinstance(good, LabelledPair)
+    assert not isinstance(good, Problem)
 
 
 def test_long_values_are_shown_in_part(tmp_path):
@@ -258,6 +343,7 @@ def test_several_files_are_numbered_through(tmp_path):
         ("rewardbench", "filtered-00000-of-00001", "raw-00000-of-00001"),
         ("vl-rewardbench", "test-00000-of-00001", "train-00000-of-00001"),
         ("multimodal-rewardbench", "all_data", "all_data_release"),
+        ("rewardbench-2", "test-00000-of-00001", "train-00000-of-00001"),
     ],
 )
 def test_the_split_that_counts(benchmark, read, left, tmp_path):

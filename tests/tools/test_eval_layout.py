@@ -6,7 +6,7 @@ import pytest
 
 from tests import chromium
 from tests.chromium import STICKING_OUT, sideways
-from tests.evaluations import ANSWERS, results_of, write
+from tests.evaluations import ANSWERS, groups_of, results_of, write
 from triward_tools.evaluation.results import Problem
 
 browser, page = chromium.browser, chromium.page
@@ -38,6 +38,13 @@ def test_fits_the_window(page, report):
     assert page.evaluate(STICKING_OUT) == []
     # Also with everything open.
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert sideways(page) <= 0
+    assert page.evaluate(STICKING_OUT) == []
+
+
+def test_prompts_with_many_responses_fit_the_window(page, tmp_path):
+    write(tmp_path, "rewardbench-2", groups_of(90))
+    page.goto((tmp_path / "report.html").as_uri())
     assert sideways(page) <= 0
     assert page.evaluate(STICKING_OUT) == []
 

@@ -14,6 +14,7 @@ from triward_tools.evaluation.charts import calibration_chart, margin_chart
 from triward_tools.evaluation.pictures import thumbnail, turns
 from triward_tools.evaluation.results import Result
 from triward_tools.evaluation.statistics import calibration
+from triward_tools.evaluation.wording import PAIRS
 
 
 class TestPictures:
@@ -78,7 +79,7 @@ class TestPictures:
 class TestCharts:
     def test_take_their_colours_from_the_page(self):
         results = results_of("vl-rewardbench", 100)
-        for chart in (margin_chart(results), calibration_chart(calibration(results))):
+        for chart in (margin_chart(results, PAIRS), calibration_chart(calibration(results))):
             assert chart.startswith("<svg")
             assert "var(--good)" in chart
             assert not re.search(r"#0[1-6]{5}\b", chart)
@@ -87,12 +88,12 @@ class TestCharts:
 
     def test_names_differ_between_charts(self):
         results = results_of("vl-rewardbench", 100)
-        both = margin_chart(results) + calibration_chart(calibration(results))
+        both = margin_chart(results, PAIRS) + calibration_chart(calibration(results))
         names = re.findall(r'\bid="([^"]+)"', both)
         assert len(names) == len(set(names))
 
     @pytest.mark.parametrize("margin", [0.0, 1e-12, 1e30, -1e30])
     def test_equal_margins(self, margin):
         results = [Result(i, str(i), "povid", margin, 0.0) for i in range(5)]
-        assert margin_chart(results).startswith("<svg")
+        assert margin_chart(results, PAIRS).startswith("<svg")
         assert calibration_chart(calibration(results)).startswith("<svg")

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tests import benchmarkdata
-from tests.evaluations import pair, results_of, write
+from tests.evaluations import groups_of, pair, results_of, write
 from tests.fakeserver import FakeServer
 from triward import RewardClient
 from triward_tools.evaluation.report import write_report
@@ -127,6 +127,53 @@ class TestContents:
         for name in ("report.html", "report.md"):
             text = read(tmp_path)[name]
             assert "There are none to show for this benchmark." in text
+
+
+class TestGroups:
+    """RewardBench 2: prompts with several responses, and a subset with a score of its own."""
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        return write(tmp_path, "rewardbench-2", groups_of(90)), read(tmp_path)
+
+    def test_scores(self, files):
+        summary, texts = files
+        facts = json.loads(texts["report.json"])
+        names = ["Score", "Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties"]
+        assert [row["name"] for row in facts["rows"]] == names
+        assert facts["calibration"] is None  # a margin is not between the two of a pair
+        assert list(facts["terms"]) == [
+            "accuracy of tied", "accuracy of ref", "preferred", "preferred, hard", "margin",
+        ]  # fmt: skip
+        lines = summary.lines()
+        assert lines[0].endswith(" of 105 prompts right")
+        assert lines[1].endswith("  105 prompts")
+        assert re.match(r"  ties, which count as wrong in Ties, in part elsewhere: \d+", lines[-1])
+        for name in ("report.html", "report.md"):
+            assert "Ties is made of accuracy of tied" in texts[name]
+            assert "prompts" in texts[name] and "pairs" not in texts[name]
+            assert "calibration" not in texts[name].lower()
+
+    def test_every_response_of_a_case_is_shown_with_its_score(self, files):
+        worst = json.loads(files[1]["report.json"])["worst"]
+        for name, decimals in (("report.html", 3), ("report.md", 4)):
+            text = files[1][name]
+            for case in worst:
+                start = text.index(case["id"], text.index("lowest margins"))
+                place = start
+                for score in case["chosen_scores"] + case["rejected_scores"]:
+                    place = text.index(f"{score:.{decimals}f}", place) + 1
+        page = Page(files[1]["report.html"])
+        responses = sum(len(c["chosen_scores"]) + len(c["rejected_scores"]) for c in worst)
+        shown = [a for a in page.all("p") if a.get("class") == "role"]
+        assert len(shown) == responses + len(worst)  # and a prompt each
+
+    def test_a_row_that_is_gone(self, tmp_path):
+        write_report(tmp_path, "rewardbench-2", groups_of(1), [], lambda _: {}, model="m")
+        result = groups_of(1)[0]
+        for each in result.scores:
+            assert f"{each:.4f}" in read(tmp_path)["report.md"]
+        assert "Its row cannot be read any more." in read(tmp_path)["report.md"]
 
 
 class TestSameBytes:
@@ -260,13 +307,14 @@ class TestUnseen:
 
 class TestFewPairs:
     @pytest.mark.parametrize(
-        "benchmark", ["rewardbench", "vl-rewardbench", "multimodal-rewardbench"]
+        "benchmark", ["rewardbench", "vl-rewardbench", "multimodal-rewardbench", "rewardbench-2"]
     )
     def test_none(self, tmp_path, benchmark):
         summary = write(tmp_path, benchmark, [], [Problem(0, "a.jsonl, row 0", "no image")])
         facts = json.loads(read(tmp_path)["report.json"])
         assert facts["rows"] == [] and facts["margins"] is None and facts["calibration"] is None
-        assert "No pair has scores, so there is nothing to report." in read(tmp_path)["report.html"]
+        said = r"No (pair|prompt) has scores, so there is nothing to report\."
+        assert re.search(said, read(tmp_path)["report.html"])
         assert "1 row has no score and is in no number here." in "\n".join(summary.lines())
 
     def test_one(self, tmp_path):
@@ -308,8 +356,8 @@ class TestFewPairs:
 
 class TestArguments:
     def test_unknown_benchmark(self, tmp_path):
-        with pytest.raises(ValueError, match="no benchmark 'rewardbench-2', only rewardbench, vl-"):
-            write(tmp_path, "rewardbench-2", [])
+        with pytest.raises(ValueError, match="no benchmark 'rewardbench-3', only rewardbench, vl-"):
+            write(tmp_path, "rewardbench-3", [])
 
     def test_a_pair_counts_once(self, tmp_path):
         twice = [Result(3, "a", "povid", 1, 0), Result(3, "a", "povid", 1, 0)]

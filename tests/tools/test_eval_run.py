@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -74,6 +75,11 @@ def lines(output):
     return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
 
 
+def length(text):
+    """A text's score here, or the list of several ones'."""
+    return list(map(length, text)) if isinstance(text, tuple) else float(len(text.encode()))
+
+
 def content(output):
     return (output / "results.jsonl").read_bytes()
 
@@ -92,15 +98,16 @@ def test_a_line_for_each_row_in_order(benchmark, client, tmp_path, reports):
     found = lines(output)
     assert [line["index"] for line in found] == list(range(16))
     for pair in data.pairs:
-        chosen, rejected = (float(len(text.encode())) for text in (pair.chosen, pair.rejected))
+        chosen, rejected = map(length, (pair.chosen, pair.rejected))
+        low, high = np.min(chosen), np.max(rejected)
         assert found[pair.index] == {
             "index": pair.index,
             "id": pair.id,
             "subset": pair.subset,
             "chosen": chosen,
             "rejected": rejected,
-            "margin": chosen - rejected,
-            "correct": chosen > rejected,
+            "margin": low - high,
+            "correct": low > high,
         }
     for index, said in data.problems.items():
         assert found[index].keys() == {"index", "error"}
@@ -522,7 +529,7 @@ def test_wrong_data_are_the_callers(server, data, tmp_path, capsys):
         [],
         ["rewardbench"],
         ["rewardbench", "--data", "d"],
-        ["rewardbench-2", "--data", "d", "--output", "o"],
+        ["rewardbench-3", "--data", "d", "--output", "o"],
         ["rewardbench", "--data", "d", "--output", "o", "--concurrency", "0"],
         ["rewardbench", "--data", "d", "--output", "o", "--seed", "-1"],
         ["rewardbench", "--data", "d", "--output", "o", "--url", "http://host:1"],

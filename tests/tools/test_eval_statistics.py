@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tests.evaluations import results_of
-from triward_tools.evaluation.arithmetic import BENCHMARKS, Score, Tally
+from tests.evaluations import groups_of, results_of
+from triward_tools.evaluation.arithmetic import BENCHMARKS, Score
 from triward_tools.evaluation.results import Result
 from triward_tools.evaluation.statistics import (
     Interval,
@@ -20,6 +21,7 @@ from triward_tools.evaluation.statistics import (
     margins,
     wilson,
 )
+from triward_tools.evaluation.tallies import Tally
 
 VL = BENCHMARKS["vl-rewardbench"]
 
@@ -45,6 +47,35 @@ class TestBootstrap:
             # Two resamplings' own noise; the intervals are 0.15 wide.
             assert interval.low == pytest.approx(low, abs=0.012), score.name
             assert interval.high == pytest.approx(high, abs=0.012), score.name
+
+    def test_like_resampling_prompts(self):
+        """Of RewardBench 2, where Ties' rows are drawn together, and credits are parts of one."""
+        benchmark = BENCHMARKS["rewardbench-2"]
+        results = groups_of(120, seed=3)
+        scores = benchmark.scores(results)
+        wanted = [*scores.totals, *scores.sections]
+        got = bootstrap(wanted, scores.subsets, seed=1)
+        prompts = defaultdict(lambda: defaultdict(list))
+        for r in results:
+            prompts[r.subset][r.id.partition(":")[2] or r.id].append(r)
+        rng = random.Random(5)
+        drawn = defaultdict(list)
+        for _ in range(1000):
+            sample = []
+            for groups in prompts.values():
+                rows = list(groups.values())
+                for number in range(len(rows)):
+                    for r in rng.choice(rows):  # a prompt that is drawn twice is two prompts
+                        name = f"{r.id.partition(':')[0]}:{number}" if ":" in r.id else r.id
+                        sample.append(replace(r, index=len(sample), id=name))
+            found = benchmark.scores(sample)
+            for score in (*found.totals, *found.sections):
+                drawn[score.name].append(score.value)
+        for score, interval in zip(wanted, got, strict=True):
+            low, high = np.quantile(drawn[score.name], [0.025, 0.975])
+            width = high - low
+            assert interval.low == pytest.approx(low, abs=0.15 * width + 0.01), score.name
+            assert interval.high == pytest.approx(high, abs=0.15 * width + 0.01), score.name
 
     def test_covers_what_was_planted(self):
         """Of 400 made-up data sets, 95 % of the intervals hold the true score."""

@@ -26,6 +26,7 @@ pytest.importorskip("uvicorn")
 from tests.tools.gateways import PROMPT, running, says, shows
 from triward_tools.gateway.addresses import is_public, public_opener
 
+OTHER = "<|im_start|>user\nAnd 2+2?<|im_end|>\n<|im_start|>assistant\n"
 BODY = {"input": [PROMPT + "2", PROMPT + "Two."]}
 
 
@@ -139,6 +140,42 @@ def test_a_caller_that_leaves(door, caplog):
     assert (counters.requests["vllm_classify", 400], counters.held_bytes) == (1, 0)
     assert counters.running == 0
     assert "Exception" not in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/classify", "/get_reward"])
+def test_the_calls_of_a_caller_that_leaves_are_cancelled(path):
+    """Of those that wait for their answer; others keep theirs."""
+    asked, released = threading.Semaphore(0), threading.Event()
+
+    def wait(call):
+        asked.release()
+        assert released.wait(60)
+
+    body = json.dumps({**BODY, "query": [PROMPT + "2", OTHER + "4"], "prompts": [PROMPT, OTHER]})
+    calls = 1 if path == "/classify" else 2  # one for each prompt
+    with (
+        FakeServer(fault=wait) as server,
+        running(server.url, timeout=60.0) as door,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        stays = threads.submit(door.ask, "/classify", BODY)
+        assert asked.acquire(timeout=60)
+        counters = door.gateway.counters
+        with socket.create_connection(("127.0.0.1", door.port), timeout=60) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body.encode())
+            for _ in range(calls):
+                assert asked.acquire(timeout=60)
+            assert counters.running == 2
+        while counters.running > 1:
+            time.sleep(0.01)
+        released.set()
+        assert stays.result(60)[0] == 200
+        while server.given_up < calls:
+            time.sleep(0.01)
+    found = {status: count for (_, status), count in counters.requests.items()}
+    assert (found, counters.held_bytes) == ({499: 1, 200: 1}, 0)
+    assert server.given_up == calls
 
 
 def test_requests_at_once_are_bounded():
@@ -268,8 +305,33 @@ def test_private_addresses_are_not_asked(server, host):
 
 
 @pytest.mark.parametrize(
+    "host",
+    [
+        "169.254.169.254", "10.0.0.1", "172.16.0.1", "192.168.0.1", "100.100.100.200",
+        "[fd00:ec2::254]", "[fe80::1]", "[::ffff:169.254.169.254]", "[::169.254.169.254]",
+        "[64:ff9b::a9fe:a9fe]", "[64:ff9b:1::a9fe:a9fe]", "2852039166", "0xa9fea9fe",
+    ],
+)  # fmt: skip
+def test_metadata_of_clouds_and_private_networks_are_not_asked(server, host, monkeypatch):
+    """No socket is opened, in whatever form the address is written."""
+    opened = []
+    with running(server.url, allow_urls=True) as door:
+        real = socket.socket.connect
+        monkeypatch.setattr(
+            socket.socket, "connect",
+            lambda self, place: (opened.append(place), real(self, place))[1],
+        )  # fmt: skip
+        status, answer = door.ask("/classify", image(f"http://{host}/latest/meta-data/"))
+        assert (status, answer["error"]["type"]) == (400, "MediaError")
+        assert "is not a public address" in answer["error"]["message"]
+    assert {place[0] for place in opened} <= {"127.0.0.1"}  # the test's own
+    assert server.calls == 0
+
+
+@pytest.mark.parametrize(
     "target", ["http://127.0.0.2:{port}/secret", "http://169.254.169.254/latest/meta-data/",
-               "http://localhost:{port}/secret", "file:///etc/passwd", "ftp://127.0.0.1/a"],
+               "http://localhost:{port}/secret", "http://10.0.0.1/a", "http://[fd00:ec2::254]/a",
+        "http://[::ffff:169.254.169.254]/a", "file:///etc/passwd", "ftp://127.0.0.1/a"],
 )  # fmt: skip
 def test_redirects_to_private_addresses_are_not_followed(server, target):
     answers = {"/secret": (200, {}, png())}
@@ -285,6 +347,8 @@ def test_redirects_to_private_addresses_are_not_followed(server, target):
         with running(server.url, public_opener(judge), allow_urls=True) as door:
             status, answer = door.ask("/classify", image(f"http://127.0.0.1:{port}/"))
             assert (status, answer["error"]["type"]) == (400, "MediaError")
+            if target.startswith("http:"):  # it is not tried: the host is there or not
+                assert "is not a public address" in answer["error"]["message"]
         assert asked == ["/"]
     assert server.calls == 0
 
@@ -312,7 +376,8 @@ def test_what_is_fetched_is_bounded(server, monkeypatch):
         ("224.0.0.1", False), ("255.255.255.255", False), ("::1", False), ("::", False),
         ("fe80::1%eth0", False), ("fd00:ec2::254", False), ("ff02::1", False),
         ("::ffff:169.254.169.254", False), ("64:ff9b::a9fe:a9fe", False),
-        ("64:ff9b::5db8:d70e", True), ("2002:7f00:1::", False),
+        ("64:ff9b::5db8:d70e", True), ("2002:7f00:1::", False), ("::10.0.0.1", False),
+        ("64:ff9b:1::a00:1", False), ("fec0::1", False), ("2001:0:7f00:1::", False),
     ],
 )  # fmt: skip
 def test_public_addresses(address, public):

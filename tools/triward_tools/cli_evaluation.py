@@ -11,7 +11,7 @@ from typing import Any
 from triward.arguments import seed, whole_number
 from triward.client import RewardClient
 
-BENCHMARKS = ("rewardbench", "vl-rewardbench", "multimodal-rewardbench")
+BENCHMARKS = ("rewardbench", "vl-rewardbench", "multimodal-rewardbench", "rewardbench-2")
 
 
 def add(commands: Any, server: argparse.ArgumentParser) -> None:
@@ -19,8 +19,8 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     command = commands.add_parser(
         "eval",
         help="accuracy on a benchmark's public files, as a report",
-        description="Score a benchmark's pairs and write a report. The same command goes on with a "
-        "run that was interrupted.",
+        description="Score a benchmark's responses and write a report. The same command goes on "
+        "with a run that was interrupted.",
         parents=[server],
     )
     command.set_defaults(run=_run, error=command.error)

@@ -5,6 +5,8 @@
     VL-RewardBench         a section is the accuracy over its pairs; Overall is the accuracy over
                            all pairs, Macro the plain mean of the three sections
     Multimodal RewardBench a section is the accuracy over its pairs; Overall over all pairs
+    RewardBench 2          a section is its subset, see `rewardbench2`; the Score is the plain mean
+                           of the six
 
 Every one of these is a weighted mean of the subsets' accuracies, so a score is kept as its weights.
 A subset without a pair has no accuracy: it is left out, and the score names it as missing.
@@ -13,7 +15,7 @@ Sources: github.com/allenai/reward-bench (rewardbench/constants.py for sections 
 `calculate_scores_per_section` in rewardbench/utils.py; Lambert et al. 2024, arXiv:2403.13787);
 github.com/vl-rewardbench/VL_RewardBench (cal.py; Li et al. 2024, arXiv:2411.17451);
 github.com/facebookresearch/multimodal_rewardbench (scripts/2_get_accuracy.py; Yasunaga et al. 2025,
-arXiv:2502.14191).
+arXiv:2502.14191). Those of RewardBench 2 stand in `rewardbench2`.
 """
 
 from __future__ import annotations
@@ -22,34 +24,18 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from triward_tools.evaluation import rewardbench2
 from triward_tools.evaluation.results import Result
 from triward_tools.evaluation.sections import (
     MULTIMODAL_CATEGORIES,
     MULTIMODAL_REWARDBENCH,
     REWARDBENCH,
+    REWARDBENCH_2,
     VL_REWARDBENCH,
     multimodal_part,
 )
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Counts of one subset.
-
-    Attributes:
-        pairs: how many have scores, at least 1.
-        correct: of those, how many are right; a tie is not.
-        ties: how many have two equal scores.
-    """
-
-    pairs: int
-    correct: int
-    ties: int
-
-    @property
-    def accuracy(self) -> float:
-        """From 0 to 1."""
-        return self.correct / self.pairs
+from triward_tools.evaluation.tallies import Tally, tally
+from triward_tools.evaluation.wording import GROUPS, PAIRS, Wording
 
 
 @dataclass(frozen=True)
@@ -97,6 +83,8 @@ class Benchmark:
             its pairs in the data.
         part_of: the subset that a pair counts under, where its data's name is too coarse.
         subsets: the names that a pair may have in the data.
+        tally: counts the results of a subset; None where they give it no value.
+        wording: for reports.
     """
 
     title: str
@@ -106,6 +94,8 @@ class Benchmark:
     counts: Mapping[str, int]
     part_of: Callable[[Result], str]
     subsets: frozenset[str]
+    tally: Callable[[str, Sequence[Result]], Tally | None] = tally
+    wording: Wording = PAIRS
 
     def scores(self, results: Sequence[Result]) -> BenchmarkScores:
         """Return the numbers of these pairs.
@@ -133,16 +123,9 @@ class Benchmark:
             if result.subset not in self.subsets:
                 raise ValueError(f"{self.title} has no subset {result.subset!r}")
             grouped[self.part_of(result)].append(result)
-        return {
-            subset: Tally(
-                pairs=len(group),
-                correct=sum(r.correct for r in group),
-                ties=sum(r.chosen == r.rejected for r in group),
-            )
-            for parts in self.sections.values()
-            for subset in parts
-            if (group := grouped.get(subset))
-        }
+        parts = [subset for held in self.sections.values() for subset in held]
+        counted = {s: self.tally(s, grouped[s]) for s in parts if grouped.get(s)}
+        return {subset: found for subset, found in counted.items() if found is not None}
 
     def _weights(self, parts: Sequence[str], tallies: Mapping[str, Tally]) -> dict[str, float]:
         counted = {s: self.counts.get(s, tallies[s].pairs) for s in parts if s in tallies}
@@ -201,5 +184,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         counts={},
         part_of=lambda result: multimodal_part(result.subset, result.id),
         subsets=frozenset(MULTIMODAL_CATEGORIES),
+    ),
+    "rewardbench-2": Benchmark(
+        title="RewardBench 2",
+        source="github.com/allenai/reward-bench, arXiv:2506.01937",
+        sections={subset: (subset,) for subset in REWARDBENCH_2},
+        totals={"Score": "macro"},
+        counts={},
+        part_of=_named,
+        subsets=frozenset(REWARDBENCH_2),
+        tally=rewardbench2.subset_tally,
+        wording=GROUPS,
     ),
 }

@@ -1,9 +1,9 @@
-"""Pairs -> scores, in order, with patience for servers that are away."""
+"""Rows -> scores, in order, with patience for servers that are away."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 
 from triward.client import RewardClient
@@ -11,20 +11,20 @@ from triward.conversation import Messages
 from triward.errors import InvalidRequest
 from triward.retries import Answered, until_answered
 
-from triward_tools.evaluation.results import LabelledPair, Problem, Result
+from triward_tools.evaluation.results import Labelled, Problem, Result
 
 
 def results_of(
     client: RewardClient,
-    rows: Iterable[tuple[str, LabelledPair | Problem]],
+    rows: Iterable[tuple[str, Labelled | Problem]],
     *,
     concurrency: int = 32,
     patience: float = 600.0,
 ) -> Generator[Result | Problem, None, None]:
-    """Yield a result for each pair, in order; problems stay what they are.
+    """Yield a result for each pair or group, in order; problems stay what they are.
 
-    Both responses of a pair travel in one request, with those of its neighbours that have the same
-    prompt. A pair that the server refuses becomes a problem.
+    All responses of a row travel in one request, with those of its neighbours that have the same
+    prompt. A row of which the server refuses a response becomes a problem.
 
     Args:
         client: whom to ask.
@@ -37,13 +37,13 @@ def results_of(
             all, and no server is ready.
         TriwardError: a server failed, or the client's timeout ran out.
     """
-    taken: deque[tuple[str, LabelledPair | Problem]] = deque()
+    taken: deque[tuple[str, Labelled | Problem]] = deque()
 
     def conversations() -> Iterator[Messages]:
         for place, row in rows:
             taken.append((place, row))
-            if isinstance(row, LabelledPair):
-                for response in (row.chosen, row.rejected):
+            if not isinstance(row, Problem):
+                for response in row.responses.values():
                     yield [*row.prompt, {"role": "assistant", "content": response}]
 
     answers = until_answered(
@@ -54,28 +54,28 @@ def results_of(
         impatient_at_first=True,
     )
     with closing(answers):
-        for chosen in answers:
-            rejected = next(answers)
+        for first in answers:
             place, row = taken.popleft()
             while isinstance(row, Problem):  # done when the rows before it are
                 yield row
                 place, row = taken.popleft()
-            yield _result(place, row, chosen, rejected)
+            others = (next(answers) for _ in range(len(row.responses) - 1))
+            yield _result(place, row, [first, *others])
     yield from (row for _, row in taken if isinstance(row, Problem))
 
 
-def _result(
-    place: str, pair: LabelledPair, chosen: Answered, rejected: Answered
-) -> Result | Problem:
-    if isinstance(chosen, float) and isinstance(rejected, float):
-        return Result(pair.index, pair.id, pair.subset, chosen, rejected)
+def _result(place: str, row: Labelled, answers: Sequence[Answered]) -> Result | Problem:
+    scores = [answer for answer in answers if isinstance(answer, float)]
+    if len(scores) == len(answers):
+        return row.result(scores)
     said = {
         name: answer.reason
-        for name, answer in (("chosen", chosen), ("rejected", rejected))
+        for name, answer in zip(row.responses, answers, strict=True)
         if isinstance(answer, InvalidRequest)
     }
-    if len(said) == 2 and said["chosen"] == said["rejected"]:
-        reason = said["chosen"]
+    reasons = set(said.values())
+    if len(said) == len(answers) and len(reasons) == 1:
+        (reason,) = reasons
     else:
         reason = "; ".join(f"the {name} response: {text}" for name, text in said.items())
-    return Problem(pair.index, place, reason)
+    return Problem(row.index, place, reason)

@@ -11,6 +11,7 @@ import numpy as np
 
 from triward_tools.evaluation.results import Result
 from triward_tools.evaluation.statistics import Calibration
+from triward_tools.evaluation.wording import Wording
 
 # Drawn in colours that occur nowhere else, which then become the page's variables: so that one
 # chart serves a light and a dark page.
@@ -49,8 +50,8 @@ _STYLE = {
 }
 
 
-def margin_chart(results: Sequence[Result]) -> str:
-    """Draw a histogram of margins, the right pairs apart from ties and wrong ones."""
+def margin_chart(results: Sequence[Result], wording: Wording) -> str:
+    """Draw a histogram of margins, the right rows apart from ties and wrong ones."""
     values = np.array([r.margin for r in results])
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     width = max(high - low, 1e-9) / _BARS
@@ -73,7 +74,7 @@ def margin_chart(results: Sequence[Result]) -> str:
             axes.bar(left, counts, broad, below, align="edge", color=colour, label=label)
             below += counts
         axes.axvline(0, color=_INK, linewidth=1)
-        axes.set(xlabel="margin: chosen - rejected score", ylabel="pairs")
+        axes.set(xlabel=f"margin: {wording.margin}", ylabel=f"{wording.noun}s")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, handlelength=1)
 
     return _svg("margins", draw)

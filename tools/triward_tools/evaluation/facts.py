@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from triward_tools.evaluation.arithmetic import BENCHMARKS, Benchmark, BenchmarkScores, Score
 from triward_tools.evaluation.published import PUBLISHED, Published
 from triward_tools.evaluation.results import Problem, Result
+from triward_tools.evaluation.rewardbench2 import TiesTally
 from triward_tools.evaluation.statistics import (
     Calibration,
     Interval,
@@ -17,6 +18,8 @@ from triward_tools.evaluation.statistics import (
     calibration,
     margins,
 )
+from triward_tools.evaluation.tallies import Tally
+from triward_tools.evaluation.wording import PAIRS, Wording
 
 WORST = 20
 
@@ -67,9 +70,11 @@ class Facts:
         absent: sections without a pair, which the totals leave out.
         rows: totals first, then each section before its subsets; none without pairs.
         margins: None without pairs.
-        calibration: likewise.
+        calibration: likewise, and where a margin is not between two responses of one pair.
         worst: the pairs of the lowest margins, lowest first.
         published: rows of others, best first.
+        terms: of the score of RewardBench 2's Ties, name -> value; else none.
+        wording: of the report.
     """
 
     benchmark: str
@@ -87,6 +92,8 @@ class Facts:
     calibration: Calibration | None
     worst: tuple[Result, ...]
     published: tuple[Published, ...]
+    terms: Mapping[str, float]
+    wording: Wording
 
     def of(self, level: str) -> list[ScoreLine]:
         """Return the rows of one level."""
@@ -131,15 +138,21 @@ def gather(
         seed=seed,
         pairs=len(results),
         correct=sum(r.correct for r in results),
-        ties=sum(r.chosen == r.rejected for r in results),
+        ties=sum(r.tie for r in results),
         problems=tuple(sorted(problems, key=lambda p: p.index)),
         absent=tuple(name for name in benchmark.sections if name not in present),
         rows=_rows(benchmark, scores, results, seed),
         margins=margins(results) if results else None,
-        calibration=calibration(results) if results else None,
+        calibration=calibration(results) if results and benchmark.wording is PAIRS else None,
         worst=tuple(sorted(results, key=lambda r: (r.margin, r.index))[:WORST]),
         published=tuple(sorted(PUBLISHED[key], key=lambda p: -p.values[headline])),
+        terms=_terms(scores.subsets),
+        wording=benchmark.wording,
     )
+
+
+def _terms(subsets: Mapping[str, Tally]) -> Mapping[str, float]:
+    return next((t.terms for t in subsets.values() if isinstance(t, TiesTally)), {})
 
 
 def _rows(
@@ -152,7 +165,8 @@ def _rows(
     ordered = [("total", score) for score in scores.totals]
     for section in scores.sections:
         ordered.append(("section", section))
-        ordered += [("subset", subsets[subset]) for subset in section.weights]
+        parts = [subset for subset in section.weights if subset != section.name]
+        ordered += [("subset", subsets[subset]) for subset in parts]
     intervals = bootstrap([score for _, score in ordered], scores.subsets, seed=seed)
     summed: dict[str, float] = defaultdict(float)
     for result in results:

@@ -1,6 +1,6 @@
-"""The benchmarks' published files -> pairs.
+"""The benchmarks' published files -> pairs, or groups of responses.
 
-Nothing is guessed: a row that is no pair is a problem, which says what is wrong with it.
+Nothing is guessed: a row that is none is a problem, which says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,30 @@ from triward.conversation import Message
 from triward.errors import InvalidRequest
 
 from triward_tools.evaluation.images import picture
-from triward_tools.evaluation.results import LabelledPair, Problem
-from triward_tools.evaluation.sections import MULTIMODAL_CATEGORIES, REWARDBENCH
+from triward_tools.evaluation.results import Labelled, LabelledGroup, LabelledPair, Problem
+from triward_tools.evaluation.rewardbench2 import TIES, TIES_ID
+from triward_tools.evaluation.sections import MULTIMODAL_CATEGORIES, REWARDBENCH, REWARDBENCH_2
 from triward_tools.evaluation.tables import Columns, DataRow, data_files, read_rows
 
 _REWARDBENCH_SUBSETS = [subset for section in REWARDBENCH.values() for subset in section]
 
-# What the id of a VL-RewardBench row begins with -> subset. Ids are as RLAIF-V-14,
-# hallucination_pair-7997, wildvision-battle-226, mathverse_2028, mmmu_pro_test_Marketing_150.
+# What the id of a VL-RewardBench row begins with -> subset. These are all beginnings that the
+# published ids have: vl-rewardbench/VL_RewardBench, data/data.jsonl at commit e492d65, where the
+# folder of `image_path` names the subset, too. Of its 1,250 rows 10 are VLFeedback's, 173
+# wildvision's, 448 POVID's, 233 RLAIF-V's, 68 RLHF-V's, 167 MathVerse's and 151 MMMU-Pro's.
 _VL_PREFIXES = {
+    "LRVInstruction": "vlfeedback",
+    "jailbreak": "vlfeedback",
+    "politics": "vlfeedback",
+    "svit": "vlfeedback",
     "wildvision": "wildvision",
     "hallucination": "povid",
-    "povid": "povid",
-    "rlaif": "rlaif-v",
-    "rlhf": "rlhf-v",
+    "RLAIF": "rlaif-v",
+    "RLHF": "rlhf-v",
     "mathverse": "mathverse",
     "mmmu": "mmmu",
 }
+
 _MARKER = "<image>"
 
 
@@ -41,12 +48,12 @@ class Format:
     Attributes:
         columns: what a file must have; alternatives stand together.
         split: if a folder has files whose names begin with it, the others are not read.
-        pair: a row -> its pair; an InvalidRequest says why it is none.
+        pair: a row -> its pair or group; an InvalidRequest says why it is none.
     """
 
     columns: Columns
     split: str
-    pair: Callable[[DataRow], LabelledPair]
+    pair: Callable[[DataRow], Labelled]
 
 
 def files_of(benchmark: str, data: Path) -> list[Path]:
@@ -60,8 +67,8 @@ def files_of(benchmark: str, data: Path) -> list[Path]:
     return split or files
 
 
-def read_pairs(benchmark: str, data: Path) -> Iterator[LabelledPair | Problem]:
-    """Yield every row of the files, in order: a pair, or the problem why it is none.
+def read_pairs(benchmark: str, data: Path) -> Iterator[Labelled | Problem]:
+    """Yield every row of the files, in order: a pair or group, or the problem why it is none.
 
     Args:
         benchmark: one of `FORMATS`.
@@ -73,7 +80,7 @@ def read_pairs(benchmark: str, data: Path) -> Iterator[LabelledPair | Problem]:
     return (row for _, row in placed_pairs(benchmark, data))
 
 
-def placed_pairs(benchmark: str, data: Path) -> Iterator[tuple[str, LabelledPair | Problem]]:
+def placed_pairs(benchmark: str, data: Path) -> Iterator[tuple[str, Labelled | Problem]]:
     """Yield the same, each with its file and row in front."""
     format_ = FORMATS[benchmark]
     for row in read_rows(files_of(benchmark, data), format_.columns):
@@ -93,13 +100,38 @@ def _rewardbench(row: DataRow) -> LabelledPair:
     more rows of the same subsets.
     """
     subset = _known(_text(row, "subset"), "subset", _REWARDBENCH_SUBSETS)
-    prompt = row.values.get("prompt")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
     return LabelledPair(
-        row.index, _id(row, "id"), subset, _messages(prompt), _text(row, "chosen"),
+        row.index, _id(row, "id"), subset, _prompt(row), _text(row, "chosen"),
         _text(row, "rejected"),
     )  # fmt: skip
+
+
+def _rewardbench_2(row: DataRow) -> LabelledGroup:
+    """Read a row of allenai/reward-bench-2, which has no pictures.
+
+    `prompt`, `subset` and `id` are texts, `chosen` and `rejected` lists of texts, which
+    `num_correct`, `num_incorrect` and `total_completions` count. Ids of Ties are as ref:3 or
+    tied:3; a prompt of another subset has one correct response.
+    """
+    subset = _known(_text(row, "subset"), "subset", REWARDBENCH_2)
+    name = _id(row, "id")
+    chosen, rejected = _texts(row, "chosen"), _texts(row, "rejected")
+    counts = {
+        "num_correct": len(chosen),
+        "num_incorrect": len(rejected),
+        "total_completions": len(chosen) + len(rejected),
+    }
+    for column, count in counts.items():
+        if row.values.get(column) != count:
+            got = _shown(row.values.get(column))
+            raise InvalidRequest(f"{column}: the row has {count} such responses, got {got}")
+    if subset == TIES and not TIES_ID.fullmatch(name):
+        raise InvalidRequest(f"id: in {TIES} it must be as ref:3 or tied:3, got {_shown(name)}")
+    if subset == TIES and name.startswith("tied") and len(chosen) < 2:
+        raise InvalidRequest("chosen: a tied row must have at least 2 responses, got 1")
+    if subset != TIES and len(chosen) > 1:
+        raise InvalidRequest(f"chosen: in {subset} there is 1 response, got {len(chosen)}")
+    return LabelledGroup(row.index, name, subset, _prompt(row), chosen, rejected)
 
 
 def _vl_rewardbench(row: DataRow) -> LabelledPair:
@@ -122,18 +154,17 @@ def _vl_rewardbench(row: DataRow) -> LabelledPair:
 
 
 def _vl_subset(row: DataRow) -> str:
-    """Return the subset, which stands before the first hyphen or underscore of the id.
+    """Return the subset, which is told by what stands before the id's first hyphen or underscore.
 
-    As the benchmark's cal.py does it, but that `hallucination` is povid, upper or lower case is the
-    same, and an id without such a beginning names no source. What begins like no other is
-    VLFeedback's, whose ids name one of its own many sources, as LRVInstruction-000000007746.
+    As the benchmark's cal.py at commit 91b241e does it, but that there an id of any other beginning
+    counts as VLFeedback's.
     """
     name = _id(row, "id")
-    prefix = name.replace("_", "-").partition("-")
-    if not (prefix[0] and prefix[1]):
-        known = f"which is told by its beginning: {', '.join(_VL_PREFIXES)}, or VLFeedback's own"
-        raise InvalidRequest(f"id: {name!r} names no subset, {known}")
-    return _VL_PREFIXES.get(prefix[0].lower(), "vlfeedback")
+    prefix = name.replace("_", "-").partition("-")[0]
+    if prefix not in _VL_PREFIXES:
+        known = ", ".join(_VL_PREFIXES)
+        raise InvalidRequest(f"id: {_shown(name)} names no subset; its beginning must be {known}")
+    return _VL_PREFIXES[prefix]
 
 
 def _multimodal_rewardbench(row: DataRow) -> LabelledPair:
@@ -160,6 +191,12 @@ def _illustrated(row: DataRow, column: str, text: str) -> list[Message]:
     return [{"role": "user", "content": parts}]
 
 
+def _prompt(row: DataRow) -> list[Message]:
+    """Return a text as the user's message, and messages as they are."""
+    prompt = row.values.get("prompt")
+    return _messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+
+
 def _messages(value: object) -> list[Message]:
     """Messages; keys whose value is None are the table's, not the row's."""
     if not isinstance(value, (list, tuple)) or not value:
@@ -175,6 +212,16 @@ def _text(row: DataRow, column: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(f"{column}: must be a text, got {_shown(value)}")
     return value
+
+
+def _texts(row: DataRow, column: str) -> tuple[str, ...]:
+    value = row.values.get(column)
+    if not isinstance(value, (list, tuple)) or not value:
+        raise InvalidRequest(f"{column}: must be a list of texts, got {_shown(value)}")
+    for text in value:
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{column}: must be a list of texts, one is {_shown(text)}")
+    return tuple(value)
 
 
 def _id(row: DataRow, column: str) -> str:
@@ -207,5 +254,19 @@ FORMATS = {
         [("ID",), ("Text",), ("Image",), ("Output1",), ("Output2",), ("Better",), ("Category",)],
         "all_data.",
         _multimodal_rewardbench,
+    ),
+    "rewardbench-2": Format(
+        [
+            ("id",),
+            ("prompt",),
+            ("chosen",),
+            ("rejected",),
+            ("num_correct",),
+            ("num_incorrect",),
+            ("total_completions",),
+            ("subset",),
+        ],
+        "test",
+        _rewardbench_2,
     ),
 }

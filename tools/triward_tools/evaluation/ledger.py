@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from triward_tools.evaluation.results import Problem, Result
+from triward_tools.evaluation.results import GroupResult, Problem, Result
 from triward_tools.jobs import JobMismatch, naming
 
 Entry = Result | Problem
@@ -87,12 +87,15 @@ class Ledger:
 def _line(entry: Entry) -> dict[str, Any]:
     if isinstance(entry, Problem):
         return {"index": entry.index, "error": {"place": entry.place, "reason": entry.reason}}
+    held: tuple[Any, Any] = entry.chosen, entry.rejected
+    if isinstance(entry, GroupResult):
+        held = entry.chosen_scores, entry.rejected_scores
     return {
         "index": entry.index,
         "id": entry.id,
         "subset": entry.subset,
-        "chosen": entry.chosen,
-        "rejected": entry.rejected,
+        "chosen": held[0],
+        "rejected": held[1],
         "margin": entry.margin,
         "correct": entry.correct,
     }
@@ -111,6 +114,7 @@ def _entry(line: bytes) -> Entry | None:
         row = json.loads(line)
         if "error" in row:
             return Problem(row["index"], **row["error"])
-        return Result(*(row[name] for name in ("index", "id", "subset", "chosen", "rejected")))
+        made = GroupResult.of if isinstance(row["chosen"], list) else Result
+        return made(*(row[name] for name in ("index", "id", "subset", "chosen", "rejected")))
     except (ValueError, LookupError, TypeError):
         return None

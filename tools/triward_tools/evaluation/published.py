@@ -1,10 +1,10 @@
 """Results that others published for their models, in percent, as in their tables.
 
 Rounded sections must give their mean within 0.1. Where they do not, the row is shown as published
-and marked (`doubtful`). RewardBench's Scores and VL-RewardBench's Macros all follow. Of
-VL-RewardBench's Overall values, 11 of 16 do not follow from the row's own sections and the
-benchmark's 183, 749 and 318 pairs: InternVL3-8B by 5.9 points, InternVL3-78B by 5.5, the others by
-at most 0.8. The row of Skywork-VL Reward does.
+and marked (`doubtful`). The Scores of RewardBench and RewardBench 2 and VL-RewardBench's Macros all
+follow. Of VL-RewardBench's Overall values, 11 of 16 do not follow from the row's own sections and
+the benchmark's 183, 749 and 318 pairs: InternVL3-8B by 5.9 points, InternVL3-78B by 5.5, the others
+by at most 0.8. The row of Skywork-VL Reward does.
 """
 
 from __future__ import annotations
@@ -85,10 +85,42 @@ internlm2-20b-reward             | 98.9 76.5 89.9 95.8 90.3
 """
 
 
+_RB2_COLUMNS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties", "Score")
+_RB2_SOURCE = "arXiv:2506.01937, table 3 (* asked as a judge)"
+_RB2_ROWS = """
+google/gemini-2.5-flash-preview-04-17*   | 65.7 55.3 81.1 90.9 86.7 83.4 77.2
+nicolinho/QRM-Gemma-2-27B                | 78.5 37.2 69.9 95.8 95.4 83.2 76.7
+infly/INF-ORM-Llama3.1-70B               | 74.1 41.9 69.9 96.4 90.3 86.2 76.5
+anthropic/claude-opus-4-20250514*        | 82.7 41.9 74.9 89.5 86.2 83.7 76.5
+allenai/Llama-3.1-70B-Instruct-RM-RB2    | 81.3 41.9 69.9 88.4 86.5 88.3 76.1
+Skywork/Skywork-Reward-Gemma-2-27B       | 73.7 40.3 70.5 94.2 93.2 82.6 75.8
+anthropic/claude-3-7-sonnet-20250219*    | 73.3 54.4 75.0 90.3 92.1 67.2 75.4
+Skywork/Skywork-Reward-Gemma-2-27B-v0.2  | 76.7 37.5 67.2 96.9 91.7 81.8 75.3
+LxzGordon/URM-LLaMa-3.1-8B               | 68.8 45.0 63.9 91.8 97.6 76.5 73.9
+Skywork/Skywork-Reward-Llama-3.1-8B      | 69.9 42.5 62.8 93.3 96.2 74.1 73.1
+allenai/Llama-3.1-8B-Instruct-RM-RB2     | 74.3 44.4 61.7 89.6 90.7 76.4 72.8
+ShikaiChen/LDL-Reward-Gemma-2-27B-v0.1   | 75.6 35.0 64.5 92.2 91.3 76.3 72.5
+openai/gpt-4.1-2025-04-14*               | 82.9 39.7 65.2 87.3 73.4 85.4 72.3
+allenai/Llama-3.1-Tulu-3-70B-SFT-RM-RB2  | 80.8 36.9 67.8 86.9 77.8 83.1 72.2
+Skywork/Skywork-Reward-Llama-3.1-8B-v0.2 | 69.7 40.6 60.1 94.2 94.1 71.7 71.7
+anthropic/claude-sonnet-4-20250514*      | 76.1 35.9 70.5 89.1 76.0 79.4 71.2
+nicolinho/QRM-Llama3.1-8B-v2             | 66.5 40.6 61.2 94.7 89.1 72.3 70.7
+allenai/Llama-3.1-Tulu-3-8B-RL-RM-RB2    | 76.4 40.0 61.7 86.4 84.8 62.8 68.7
+allenai/Llama-3.1-Tulu-3-8B-DPO-RM-RB2   | 75.2 38.8 62.8 86.0 85.5 64.0 68.7
+allenai/Llama-3.1-Tulu-3-8B-SFT-RM-RB2   | 73.3 38.8 57.9 89.8 88.9 60.6 68.2
+google/gemini-2.5-pro-preview-05-06*     | 65.3 46.9 53.4 88.1 83.1 69.7 67.7
+Ray2333/GRM-Llama3-8B-rewardmodel-ft     | 62.7 35.0 58.5 92.2 89.3 68.2 67.7
+RLHFlow/ArmoRM-Llama3-8B-v0.1            | 65.7 41.9 66.1 82.2 76.6 66.3 66.5
+openai/gpt-4.1-mini-2025-04-14*          | 60.8 41.2 72.1 72.6 73.5 74.0 65.7
+openai/gpt-4o-2024-08-06*                | 56.8 33.1 62.3 86.2 72.9 78.2 64.9
+"""
+
+
 def _expected(values: Mapping[str, float]) -> dict[str, float]:
     """Return the totals that a row's sections give, in percent."""
     if "Score" in values:
-        return {"Score": sum(values[c] for c in _RB_COLUMNS[:4]) / 4}
+        sections = [value for name, value in values.items() if name != "Score"]
+        return {"Score": sum(sections) / len(sections)}
     pooled = sum(values[c] * n for c, n in VL_PAIRS.items()) / sum(VL_PAIRS.values())
     return {"Overall": pooled, "Macro": sum(values[c] for c in VL_PAIRS) / 3}
 
@@ -112,4 +144,5 @@ PUBLISHED: Mapping[str, tuple[Published, ...]] = {
     ),
     "vl-rewardbench": tuple(_rows(_VL_ROWS, _VL_COLUMNS, _VL_SOURCE)),
     "multimodal-rewardbench": (),
+    "rewardbench-2": tuple(_rows(_RB2_ROWS, _RB2_COLUMNS, _RB2_SOURCE)),
 }

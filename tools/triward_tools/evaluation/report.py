@@ -13,11 +13,26 @@ from typing import Any
 
 from triward_tools.evaluation.comparison import compare
 from triward_tools.evaluation.facts import Facts, gather
-from triward_tools.evaluation.results import LabelledPair, Problem, Result
+from triward_tools.evaluation.results import GroupResult, Labelled, Problem, Result
 from triward_tools.evaluation.text import fenced, markdown, visible
 from triward_tools.jobs import naming
 
-PairOf = Callable[[Sequence[int]], Mapping[int, LabelledPair]]
+PairOf = Callable[[Sequence[int]], Mapping[int, Labelled]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A response on a page.
+
+    Attributes:
+        verdict: 'better' or 'worse'.
+        score: the model's.
+        text: None where its row cannot be read any more.
+    """
+
+    verdict: str
+    score: float
+    text: str | None
 
 
 @dataclass(frozen=True)
@@ -29,16 +44,17 @@ class Report:
     def lines(self) -> list[str]:
         """Return a summary to print: scores with intervals, ties, and rows without a score."""
         facts = self.facts
-        lines = [
-            f"{facts.benchmark}, {facts.model}: {facts.correct:,} of {counted(facts.pairs)} right"
-        ]
+        noun = facts.wording.noun
+        right = f"{facts.correct:,} of {counted(facts.pairs, noun)} right"
+        lines = [f"{facts.benchmark}, {facts.model}: {right}"]
         lines += [
             f"  {'  ' if row.level == 'section' else ''}{row.name:<16}{percent(row.value):>6}"
-            f"  [{percent(row.interval.low)}, {percent(row.interval.high)}]  {counted(row.pairs)}"
+            f"  [{percent(row.interval.low)}, {percent(row.interval.high)}]"
+            f"  {counted(row.pairs, noun)}"
             for row in facts.rows
             if row.level != "subset"
         ]
-        lines.append(f"  ties, which count as wrong: {facts.ties:,}")
+        lines.append(f"  ties, which {facts.wording.ties}: {facts.ties:,}")
         return lines + [f"  {warning}" for warning in warnings(facts)]
 
 
@@ -79,10 +95,10 @@ def write_report(
         "statement": statement(facts),
         "comparison": compare(facts),
         "cases": [
-            (r, pair, turns(pair.prompt) if pair else [])
+            (r, pair, turns(pair.prompt) if pair else [], _responses(r, pair))
             for r, pair in ((r, pairs.get(r.index)) for r in facts.worst)
         ],
-        "margin_chart": margin_chart(results) if results else "",
+        "margin_chart": margin_chart(results, facts.wording) if results else "",
         "calibration_chart": calibration_chart(facts.calibration) if facts.calibration else "",
     }
     texts = {name: _render(name, values) for name in ("report.html", "report.md")}
@@ -98,20 +114,19 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def counted(pairs: int) -> str:
+def counted(count: int, noun: str) -> str:
     """Return a count with its noun, as "1 pair" or "1,250 pairs"."""
-    return f"{pairs:,} {'pair' if pairs == 1 else 'pairs'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def statement(facts: Facts) -> str:
     """Return a sentence that says what the headline means."""
+    words = facts.wording
     if not facts.pairs:
-        return "No pair has scores, so there is nothing to report."
+        return f"No {words.noun} has scores, so there is nothing to report."
     ties = f"; {facts.ties:,} of the others are ties" if facts.ties else ""
-    return (
-        f"Of {counted(facts.pairs)}, {facts.model} scores the better response higher in "
-        f"{facts.correct:,}{ties}."
-    )
+    counts = counted(facts.pairs, words.noun)
+    return f"Of {counts}, {facts.model} {words.achieved} {facts.correct:,}{ties}."
 
 
 def warnings(facts: Facts) -> list[str]:
@@ -122,13 +137,24 @@ def warnings(facts: Facts) -> list[str]:
         have = "row has no score and is" if count == 1 else "rows have no score and are"
         found.append(f"{count:,} {have} in no number here.")
     if facts.absent and facts.pairs:
-        found.append(f"No pair of {', '.join(facts.absent)}: the totals leave it out.")
+        absent = f"No {facts.wording.noun} of {', '.join(facts.absent)}"
+        found.append(f"{absent}: the totals leave it out.")
     if facts.incomplete:
         found.append(
-            f"Incomplete: no pair of {', '.join(facts.incomplete)}. "
+            f"Incomplete: no {facts.wording.noun} of {', '.join(facts.incomplete)}. "
             "Scores that miss a subset do not compare with published ones."
         )
     return found
+
+
+def _responses(result: Result, row: Labelled | None) -> list[Shown]:
+    """Return a row's responses, the correct ones first."""
+    correct = len(result.chosen_scores) if isinstance(result, GroupResult) else 1
+    texts = list(row.responses.values()) if row else [None] * len(result.scores)
+    return [
+        Shown("better" if i < correct else "worse", score, text)
+        for i, (score, text) in enumerate(zip(result.scores, texts, strict=True))
+    ]
 
 
 def _render(template: str, values: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from triward_tools.evaluation.asking import results_of
 from triward_tools.evaluation.formats import files_of, placed_pairs, read_pairs
 from triward_tools.evaluation.ledger import Ledger
 from triward_tools.evaluation.report import Report, write_report
-from triward_tools.evaluation.results import LabelledPair
+from triward_tools.evaluation.results import Labelled, Problem
 from triward_tools.jobs import check_apart, fingerprint, pin_manifest, row_bar
 
 MANIFEST = "manifest.json"
@@ -78,10 +78,10 @@ def evaluate(
                 ledger.append(entry)
                 bar.update()
 
-    def pair_of(indices: Sequence[int]) -> Mapping[int, LabelledPair]:
+    def pair_of(indices: Sequence[int]) -> Mapping[int, Labelled]:
         wanted = set(indices)
-        found = (pair for pair in read_pairs(benchmark, data) if pair.index in wanted)
-        return {pair.index: pair for pair in found if isinstance(pair, LabelledPair)}
+        found = (row for row in read_pairs(benchmark, data) if row.index in wanted)
+        return {row.index: row for row in found if not isinstance(row, Problem)}
 
     return write_report(
         output, benchmark, ledger.results(), ledger.problems(), pair_of,

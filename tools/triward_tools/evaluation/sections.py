@@ -47,6 +47,10 @@ VL_REWARDBENCH = {
     "Reasoning": ("mathverse", "mmmu"),
 }
 
+# Each is a section of its own. The published file has 475, 160, 183, 450, 495 and 102 rows of them
+# (Malik et al. 2025, arXiv:2506.01937, table 2).
+REWARDBENCH_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+
 # `Category` and, in two of them, what the ID tells: see `multimodal_part`.
 MULTIMODAL_REWARDBENCH = {
     "Correctness": ("open_generation/correctness_task",),

@@ -9,8 +9,9 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from triward_tools.evaluation.arithmetic import Score, Tally
+from triward_tools.evaluation.arithmetic import Score
 from triward_tools.evaluation.results import Result
+from triward_tools.evaluation.tallies import Floats, Tally
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -19,12 +20,10 @@ BINS = 10
 # Of the normal distribution at 1 - (1 - LEVEL) / 2.
 _Z = 1.959963984540054
 
-Floats = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % confidence interval of an accuracy or a score, within 0 and 1."""
+    """A 95 % confidence interval of an accuracy or a score."""
 
     low: float
     high: float
@@ -105,10 +104,7 @@ def bootstrap(
         An interval for each score, in their order.
     """
     rng = np.random.default_rng(seed)
-    accuracies = {
-        subset: rng.binomial(tally.pairs, tally.accuracy, draws) / tally.pairs
-        for subset, tally in tallies.items()
-    }
+    accuracies = {subset: tally.drawn(rng, draws) for subset, tally in tallies.items()}
     tail = (1 - LEVEL) / 2
     intervals = []
     for score in scores:
@@ -118,7 +114,8 @@ def bootstrap(
         )
         low, high = np.quantile(drawn, [tail, 1 - tail])
         # The weights add up to 1 but for rounding.
-        intervals.append(Interval(max(0.0, float(low)), min(1.0, float(high))))
+        slack = sum(weight * tallies[subset].slack for subset, weight in score.weights.items())
+        intervals.append(Interval(max(-slack, float(low)), min(1 + slack, float(high))))
     return intervals
 
 

@@ -27,8 +27,8 @@ Allowed = Callable[[str], bool]
 def is_public(address: str) -> bool:
     """Return True for an address of the public internet, in whatever form it is written.
 
-    Private, loopback, link-local (so of clouds' metadata) and multicast ones are not, nor IPv6
-    addresses that stand for such an IPv4 one.
+    Private, loopback, link-local (so of clouds' metadata), site-local, reserved and multicast ones
+    are not, nor IPv6 addresses that stand for such an IPv4 one.
     """
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
@@ -37,7 +37,10 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-    return parsed.is_global and not parsed.is_multicast
+        if parsed.is_site_local:
+            return False
+    # Reserved ones can stand for an IPv4 address, too, as ::10.0.0.1 and a network's own NAT64.
+    return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
 
 
 def public_opener(allowed: Allowed = is_public) -> Callable[..., Any]:

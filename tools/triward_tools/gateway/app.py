@@ -7,19 +7,21 @@ An error is `{"error": {"status": int, "type": str, "message": str}}` with that 
     502  the Triward server failed, or gave no finite number
     503  it is overloaded or away, or too many requests run at once; trainers ask again
     504  the timeout ran out
+
+A caller that leaves before its answer ends its calls to the server; the counters have it as 499.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -41,9 +43,15 @@ DOORS = (trainers.OPENRLHF, trainers.LLAMAFACTORY, trainers.SLIME, vllm.SCORE, v
 
 # Bodies of all requests together hold at most so many times the bytes of the longest one.
 _HELD = 16
+_GONE = 499  # as nginx counts callers that have left
 _READERS = 8  # threads that parse bodies and decode or fetch media
 
 Opener = Callable[..., Any]
+T = TypeVar("T")
+
+
+class Gone(Exception):
+    """The caller has left before its answer."""
 
 
 class Refused(Exception):
@@ -141,6 +149,8 @@ class Gateway:
             return _failure(error.status, error)
         except UnknownModel as error:
             return _failure(HTTPStatus.NOT_FOUND, error)
+        except Gone:
+            return Response(status_code=_GONE)  # which nobody reads
         except TriwardError as error:
             return _failure(http_status(error), error)
 
@@ -177,13 +187,20 @@ class Gateway:
     async def _scored(
         self, request: Request, body: bytes, doors: tuple[Door, ...], deadline: Deadline
     ) -> Response:
+        work = self._worked(request, body, doors, deadline)
+        read, scores = await _unless_gone(request, work)
+        self.counters.scores[read.door.name] += len(scores)
+        return JSONResponse(read.door.answer(read.request, scores, self._settings))
+
+    async def _worked(
+        self, request: Request, body: bytes, doors: tuple[Door, ...], deadline: Deadline
+    ) -> tuple[_Read, list[float]]:
+        """Return what was asked and its scores."""
         reading = partial(self._read, request, body, doors, deadline)
         loop = asyncio.get_running_loop()
         read = await _within(loop.run_in_executor(self._threads, reading), deadline)
         asking = ask(self._client, read.conversations, read.order, deadline.remaining())
-        scores = await _within(asking, deadline)
-        self.counters.scores[read.door.name] += len(scores)
-        return JSONResponse(read.door.answer(read.request, scores, self._settings))
+        return read, await _within(asking, deadline)
 
     def _read(
         self, request: Request, body: bytes, doors: tuple[Door, ...], deadline: Deadline
@@ -227,6 +244,30 @@ def _route(gateway: Gateway, door: Door) -> Callable[..., Any]:
         return await gateway.answer(door, request)
 
     return route
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for work, which is cancelled once the caller has left.
+
+    Raises:
+        Gone: it has.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Gone
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    """Wait until the caller of a request whose body is read has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _within(work: Any, deadline: Deadline) -> Any:
