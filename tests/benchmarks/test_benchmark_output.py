@@ -40,10 +40,9 @@ def run(module: ModuleType, *arguments: object) -> tuple[int, str]:
 
 
 def test_all_are_found() -> None:
-    names = "advantages compare deadlines digests doors gpu.__main__ heap instances overlap"
-    names += (
-        " peers.__main__ prefixes routing soak tokens perf_analyzer.__main__ perf_analyzer.inputs"
-    )
+    names = "advantages compare composer deadlines digests doors gpu.__main__ heap instances"
+    names += " overlap peers.__main__ prefixes routing soak tokens perf_analyzer.__main__"
+    names += " perf_analyzer.inputs"
     assert {f"benchmarks.{name}" for name in names.split()} == set(ENTRY_POINTS)
 
 
