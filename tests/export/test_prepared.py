@@ -42,7 +42,8 @@ from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
 
 CPU = ForwardConfig(dtype="float32", device="cpu", threads=1)
-REAL = os.environ.get("INTERNLM2_TOKENIZER")  # the published tokenizer.model, where it is at hand
+# The published tokenizer.model, where it is at hand.
+REAL = os.environ.get("TRIWARD_INTERNLM2_TOKENIZER")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_control_pieces_in_text_stay_text(text: str, published: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-@pytest.mark.skipif(REAL is None, reason="INTERNLM2_TOKENIZER is the published tokenizer.model")
+@pytest.mark.skipif(REAL is None, reason="no published tokenizer.model")
 def test_the_published_vocabulary() -> None:
     assert REAL is not None
     vocabulary = read_vocabulary(Path(REAL))
