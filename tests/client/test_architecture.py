@@ -16,8 +16,8 @@ LAYERS = {
     "who asks": "base client aio",
     "with scores": "moments rewards.shaping rewards.buffer rewards.dynamic rewards retries jsonl",
     "in other libraries": "integrations.images integrations.chatml integrations.rows "
-    "integrations.datasets integrations.trl integrations.trl_selection integrations.verl "
-    "integrations.verl_replay integrations.openrlhf integrations.prompts integrations.swift "
+    "integrations.prompts integrations.datasets integrations.trl integrations.trl_selection "
+    "integrations.verl integrations.verl_replay integrations.openrlhf integrations.swift "
     "integrations.areal integrations.skyrl integrations.nemo_rl integrations.roll",
     "commands": "arguments cli __main__",
 }

@@ -436,13 +436,14 @@ class TestRoll:
             (str(user("x")), "a", "bbccc"), (str(user("y")), "ccc")
         }  # fmt: skip
 
-    @pytest.mark.parametrize("where", ["collator", "plain", "dataset"])
+    @pytest.mark.parametrize("where", ["collator", "plain", "dataset", "struct"])
     def test_images(self, worker, server, calls, where):
         held = {"image": [png()]}
         column = {
             "collator": {"multi_modal_data": [{"prompt_token_ids": [1], "multi_modal_data": held}]},
             "plain": {"multi_modal_data": [held]},
             "dataset": {"images": [png()]},
+            "struct": {"images": [{"bytes": png(), "path": None}]},
         }[where]
         data = self.data([[2]], prompt=[chatml(f"{PLACE}?")], **column)
         rewards = worker.compute_rewards(data).batch["scores"].tolist()

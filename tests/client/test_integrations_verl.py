@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.client.helpers import AsyncTransport, failure, png, raising, requests
 from triward import AsyncRewardClient, InvalidRequest, RewardClient, ServerUnavailable
-from triward.integrations import verl
+from triward.integrations import prompts, verl
 from triward.rewards import RunningMoments, Shape
 
 PROMPT = [{"role": "user", "content": "What is it?"}]
@@ -82,11 +82,12 @@ def made(monkeypatch, transport):
         return kind(*arguments, **options, _transport=fake)
 
     waiting = AsyncTransport(transport)
-    monkeypatch.setattr(verl, "RewardClient", partial(make, RewardClient, transport))
-    monkeypatch.setattr(verl, "AsyncRewardClient", partial(make, AsyncRewardClient, waiting))
+    for module in (verl, prompts):
+        monkeypatch.setattr(module, "RewardClient", partial(make, RewardClient, transport))
+        monkeypatch.setattr(module, "AsyncRewardClient", partial(make, AsyncRewardClient, waiting))
     yield settings
-    verl._client.cache_clear()
-    verl._async_client.cache_clear()
+    prompts._client.cache_clear()
+    prompts._async_client.cache_clear()
     verl._shapes.clear()
 
 

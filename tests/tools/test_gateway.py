@@ -7,12 +7,13 @@ import json
 import re
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -353,6 +354,34 @@ def test_redirects_to_private_addresses_are_not_followed(server, target):
     assert server.calls == 0
 
 
+def test_a_redirects_body_is_not_read(server):
+    """It may never end."""
+    with web({}) as (port, asked):
+        endless = socketserver.ThreadingTCPServer(("127.0.0.1", 0), EndlessRedirect)
+        endless.target = f"http://127.0.0.1:{port}/gone"
+        endless.daemon_threads = True
+        threading.Thread(target=endless.serve_forever, daemon=True).start()
+        try:
+            opener = public_opener(lambda address: True)
+            with running(server.url, opener, allow_urls=True) as door:
+                url = f"http://127.0.0.1:{endless.server_address[1]}/"
+                status, answer = door.ask("/classify", image(url))
+        finally:
+            endless.shutdown()
+            endless.server_close()
+    assert (status, answer["error"]["type"]) == (400, "MediaError")
+    assert asked == ["/gone"]
+
+
+class EndlessRedirect(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.rfile.readline()
+        self.wfile.write(f"HTTP/1.1 302 Found\r\nLocation: {self.server.target}\r\n\r\n".encode())
+        with suppress(OSError):  # until the caller hangs up
+            while True:
+                self.wfile.write(b"x" * 2**16)
+
+
 def test_what_is_fetched_is_bounded(server, monkeypatch):
     """For all URLs of a request together."""
     monkeypatch.setattr("triward_tools.gateway.media.DOWNLOAD_LIMIT", 1000)
@@ -377,7 +406,9 @@ def test_what_is_fetched_is_bounded(server, monkeypatch):
         ("fe80::1%eth0", False), ("fd00:ec2::254", False), ("ff02::1", False),
         ("::ffff:169.254.169.254", False), ("64:ff9b::a9fe:a9fe", False),
         ("64:ff9b::5db8:d70e", True), ("2002:7f00:1::", False), ("::10.0.0.1", False),
-        ("64:ff9b:1::a00:1", False), ("fec0::1", False), ("2001:0:7f00:1::", False),
+        ("192.0.0.192", False), ("168.63.129.16", False), ("100.100.100.200", False),
+        ("3fff::1", False), ("64:ff9b:1::a00:1", False), ("fec0::1", False),
+        ("2001:0:7f00:1::", False),
     ],
 )  # fmt: skip
 def test_public_addresses(address, public):

@@ -73,6 +73,15 @@ def test_llamafactory(door, calls):
     assert calls == [(MESSAGES, ["2", "Two, as ev"], [])]
 
 
+@pytest.mark.parametrize("name", ["\ud800", float("nan"), ["model"]])
+def test_llamafactorys_model_is_a_name(door, calls, name):
+    """Others could not be told again."""
+    status, answer = door("/v1/score/evaluation", {"model": name, "messages": [PROMPT + "2"]})
+    assert (status, answer["error"]["type"]) == (400, "InvalidRequest")
+    assert answer["error"]["message"].startswith("model: ")
+    assert not calls
+
+
 @pytest.mark.parametrize("prompt", [PROMPT, MESSAGES])
 def test_slime(door, calls, prompt):
     """The answer itself is the reward."""

@@ -46,6 +46,8 @@ from triward.integrations.chatml import ENDS, PAD, Parse, chatml, plain, unended
 from triward.rewards import RunningMoments, Shape, with_rules
 from triward.stopping import stopping, wait_for
 
+_PADS = re.compile(f"(?:{re.escape(PAD)})+")
+
 MAX_BODY_BYTES = 64 * 2**20
 
 
@@ -148,15 +150,16 @@ def messages_of(prompt: Any, label: Any, parse: Callable[[Any], Messages]) -> Me
 
 def _response(query: str, prompt: str, ends: Sequence[str]) -> str:
     # A processor has put as many placeholders for an image into the query as the image has tokens.
-    pads = f"(?:{re.escape(PAD)})+"
-    pieces = map(re.escape, re.split(pads, prompt))
-    start = re.match(pads.join(pieces), query)
-    if start is None:
-        raise InvalidRequest(
-            "does not begin with its prompt; OpenRLHF cuts a prompt's beginning off when it does "
-            "not fit beside the response"
-        )
-    return unended(query[start.end() :], ends)
+    end = 0
+    for index, piece in enumerate(_PADS.split(prompt)):
+        pads = _PADS.match(query, end) if index else None
+        if (index and pads is None) or not query.startswith(piece, pads.end() if pads else end):
+            raise InvalidRequest(
+                "does not begin with its prompt; OpenRLHF cuts a prompt's beginning off when it "
+                "does not fit beside the response"
+            )
+        end = (pads.end() if pads else end) + len(piece)
+    return unended(query[end:], ends)
 
 
 def read_json(body: bytes) -> dict[str, Any]:

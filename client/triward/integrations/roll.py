@@ -89,7 +89,7 @@ def _images(fields: Mapping[str, Any], row: int) -> list[Any]:
     """Return a row's images, as ROLL's collator left them for vLLM, or as the dataset has them."""
     for name in ("multi_modal_data", "images"):
         held = fields[name][row] if name in fields else None
-        while isinstance(held, Mapping):
+        while isinstance(held, Mapping) and not {"bytes", "path"} & held.keys():
             held = held.get("multi_modal_data", held.get("image"))
         if held is not None:
             return list(held) if isinstance(held, (list, tuple)) else [held]

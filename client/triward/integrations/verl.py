@@ -21,7 +21,6 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from triward.aio import AsyncRewardClient
@@ -30,6 +29,7 @@ from triward.client import RewardClient
 from triward.conversation import Message, Messages
 from triward.errors import InvalidRequest
 from triward.integrations.images import placed
+from triward.integrations.prompts import async_client_of, client_of
 from triward.rewards import Shape, mix, shape_of
 
 
@@ -61,7 +61,7 @@ def compute_score(
         TriwardError: there is no score.
     """
     conversation = _conversation(_described(extra_info), solution_str)
-    return _shaped(_client(_hashable(url), timeout).score(conversation), shape)
+    return _shaped(client_of(url, timeout).score(conversation), shape)
 
 
 async def async_compute_score(
@@ -77,7 +77,7 @@ async def async_compute_score(
 ) -> float:
     """`compute_score` as a coroutine, which verl's reward loop runs without a thread for each."""
     conversation = _conversation(_described(extra_info), solution_str)
-    return _shaped(await _async_client(_hashable(url), timeout).score(conversation), shape)
+    return _shaped(await async_client_of(url, timeout).score(conversation), shape)
 
 
 class TriwardRewardManager:
@@ -204,16 +204,6 @@ class TriwardBatchRewardManager:
         return [score for _, score in sorted(zip(order, found, strict=True))]
 
 
-@cache
-def _client(url: Url, timeout: float) -> RewardClient:
-    return RewardClient(url, timeout=timeout)
-
-
-@cache
-def _async_client(url: Url, timeout: float) -> AsyncRewardClient:
-    return AsyncRewardClient(url, timeout=timeout)
-
-
 # By their settings: verl hands those to each call, and what is learnt has to outlive a call.
 _shapes: dict[str, Shape | None] = {}
 
@@ -238,10 +228,6 @@ async def _ruled(rule: Callable[..., Any], item: Any, response: str) -> Any:
     else:
         found = await asyncio.to_thread(rule, **asked)
     return found["score"] if isinstance(found, Mapping) else found
-
-
-def _hashable(url: Url) -> Url:
-    return url if isinstance(url, str) else tuple(url)
 
 
 def _conversation(prompt: Iterable[Message], response: str) -> Messages:

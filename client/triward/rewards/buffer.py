@@ -44,7 +44,8 @@ class SelectiveSampleBuffer(Generic[Sample]):
         capacity: the most samples; beyond that the oldest leave.
         threshold: samples with |A| up to it are not kept; 0 or more.
         alpha: 0 draws all alike, 1 in proportion to |A|.
-        max_age: a sample leaves after so many calls of `advance`; None for no limit.
+        max_age: calls of `advance` that a sample outlives; the next one removes it. None for no
+            limit.
         seed: of the draws.
 
     Raises:

@@ -20,6 +20,11 @@ from urllib.request import (
 from triward.errors import MediaError
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Clouds' own services, and documentation's addresses that older Pythons take for public ones.
+_REFUSED = [
+    ipaddress.ip_network(net)
+    for net in ("192.0.0.0/24", "168.63.129.16/32", "100.100.100.200/32", "3fff::/20")
+]
 
 Allowed = Callable[[str], bool]
 
@@ -39,6 +44,8 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if parsed.is_site_local:
             return False
+    if any(parsed in network for network in _REFUSED):
+        return False
     # Reserved ones can stand for an IPv4 address, too, as ::10.0.0.1 and a network's own NAT64.
     return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
 
@@ -53,7 +60,7 @@ def public_opener(allowed: Allowed = is_public) -> Callable[..., Any]:
     for handler in (
         _Http(allowed),
         _Https(allowed),
-        HTTPRedirectHandler(),
+        _Redirects(),
         HTTPDefaultErrorHandler(),
         HTTPErrorProcessor(),
     ):
@@ -99,6 +106,14 @@ def _connecting(
         return connection
 
     return made
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows without reading a redirect's body, of which there may be no end."""
+
+    def redirect_request(self, req: Request, fp: Any, *answer: Any) -> Request | None:
+        fp.close()  # urllib would read all of it; what is closed reads as empty
+        return super().redirect_request(req, fp, *answer)
 
 
 class _Http(HTTPHandler):

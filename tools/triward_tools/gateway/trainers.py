@@ -30,6 +30,9 @@ def _rewards(request: Request, scores: list[float], settings: Settings) -> dict[
 def _llamafactory(request: Request, settings: Settings) -> list[Messages]:
     if request.get("max_length") is not None:
         raise InvalidRequest(f"max_length: {request['max_length']!r:.50}; nothing is truncated")
+    name = request.get("model", "")
+    if not isinstance(name, str) or not name.isprintable():  # it is told again in the answer
+        raise InvalidRequest(f"model: must be a printable str, got {name!r:.50}")
     texts = text_list(request.get("messages"), "messages")
     return conversations_of(texts, "messages", settings)
 
