@@ -310,9 +310,15 @@ def test_two_heads_are_refused(valued: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_docreward_is_refused_by_its_token(valued: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer.json"])
+def test_docreward_is_refused_by_its_token(name: str, valued: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(valued, tmp_path / "copy"))
-    (copy / "added_tokens.json").write_text(json.dumps({"<|regression|>": 1023}))
+    file = copy / name
+    given = json.loads(file.read_text()) if file.is_file() else {}
+    tokens = [{"id": 1023, "content": "<|regression|>", "special": True}]
+    file.write_text(
+        json.dumps({**given, "added_tokens": [*given.get("added_tokens", []), *tokens]})
+    )
     with pytest.raises(CheckpointError, match=r"read at <\|regression\|>"), prepared(copy):
         pass
 
