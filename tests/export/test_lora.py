@@ -102,9 +102,36 @@ def served(base: Path, adapter: Path) -> float:
         ({}, lambda name: 8 / 4),
         ({"use_rslora": True}, lambda name: 8 / 4**0.5),
         ({"alpha_pattern": {"down_proj": 2}}, lambda name: 0.5 if "down_proj" in name else 2.0),
-        ({"target_modules": "model.*(q_proj|v_proj|down_proj)"}, lambda name: 2.0),
+        (
+            {"alpha_pattern": {"model.layers.0.self_attn.q_proj": 32, "^model.layers.1.*": 2}},
+            lambda name: (
+                8.0 if name.endswith("s.0.self_attn.q_proj") else 0.5 if ".1." in name else 2.0
+            ),
+        ),
+        (
+            {"alpha_pattern": {"v_proj|proj": 2}},
+            lambda name: 0.5 if "v_proj" in name else 2.0,
+        ),
+        (
+            {"r": 8, "rank_pattern": {r"model\.layers\.\d+\..*_proj": 4}},
+            lambda name: 2.0,
+        ),
+        (
+            {"target_modules": "model.*(q_proj|v_proj|down_proj)", "init_lora_weights": "gaussian"},
+            lambda name: 2.0,
+        ),
+        ({"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"]}, lambda name: 2.0),
     ],
-    ids=["alpha / r", "rslora", "patterns", "a pattern of modules"],
+    ids=[
+        "alpha / r",
+        "rslora",
+        "patterns",
+        "whole names",
+        "either of two",
+        "ranks",
+        "a pattern of modules",
+        "a module's whole name",
+    ],
 )
 def test_a_merged_adapter_scores_as_one_beside_its_base(
     fields: dict[str, Any], scale: Callable[[str], float], base: Path, tmp_path: Path
@@ -141,7 +168,29 @@ BAD = {
     "use_dora True": (dict, {"use_dora": True}),
     "bias 'all'": (dict, {"bias": "all"}),
     "peft_type 'IA3'": (dict, {"peft_type": "IA3"}),
-    "layers_to_transform": (dict, {"layers_to_transform": [1]}),
+    "layers_to_transform .1": (dict, {"layers_to_transform": [1]}),
+    "layers_to_transform 0": (dict, {"layers_to_transform": 0}),
+    "layer_replication": (dict, {"layer_replication": [[0, 2], [1, 4]]}),
+    "init_lora_weights 'pissa'": (dict, {"init_lora_weights": "pissa"}),
+    "some_new_kind True": (dict, {"some_new_kind": True}),
+    "alpha_pattern: 'layers.9.*' matches no module": (dict, {"alpha_pattern": {"layers.9.*": 2}}),
+    "rank_pattern: 'proj' matches no module": (dict, {"rank_pattern": {"proj": 4}}),
+    r"alpha_pattern: '\(q_proj': ": (dict, {"alpha_pattern": {"(q_proj": 4}}),
+    "rank_pattern .4. is no object": (dict, {"rank_pattern": [4]}),
+    "adapter_config.json: no r$": (dict, {"r": None}),
+    "adapter_config.json: no lora_alpha$": (dict, {"lora_alpha": None}),
+    "r 0 is not a whole number above 0": (dict, {"r": 0}),
+    "lora_alpha 'much' is not a number": (dict, {"lora_alpha": "much"}),
+    r"rank_pattern\['q_proj'\] 2.5 is not a whole number": (
+        dict, {"rank_pattern": {"q_proj": 2.5}},
+    ),
+    "are one weight": (
+        lambda t: t | {
+            n.replace("model.layers", "model.language_model.layers"): v.clone()
+            for n, v in t.items() if "layers.0.self_attn.q_proj" in n
+        },
+        {},
+    ),
     "lora_A has shape .4, 256., its base asks for .8, 256": (dict, {"r": 8}),
     "nothing for target module 'o_proj'": (dict, {"target_modules": [*TARGETS, "o_proj"]}),
     "has lora_B alone": (lambda t: without(t, "layers.1.self_attn.q_proj.lora_A"), {}),
@@ -192,3 +241,43 @@ def test_a_folder_that_is_no_adapter(name: str, base: Path, tmp_path: Path) -> N
     (adapter / name).unlink()
     with pytest.raises(CheckpointError, match=r"is .* a LoRA adapter"):
         prepared(base, adapter).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("adapter_config.json", b"{", "not JSON"),
+        ("adapter_config.json", b"\xff", "not JSON"),
+        ("adapter_config.json", b"[]", "not a JSON object"),
+        ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": 8}', "no r$"),
+        ("adapter_config.json", b'{"peft_type": "LORA", "r": 8}', "no lora_alpha$"),
+        ("adapter_model.safetensors", b"", "not a safetensors file"),
+        ("adapter_model.safetensors", b"\xff" * 100, "not a safetensors file"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    name: str, content: bytes, words: str, base: Path, tmp_path: Path
+) -> None:
+    adapter = write(tmp_path / "adapter", tensors_of(base))
+    (adapter / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}: {words}"):
+        prepared(base, adapter, tmp_path).__enter__()
+
+
+def test_fields_of_todays_peft_pass(base: Path, tmp_path: Path) -> None:
+    """All that PEFT writes for an adapter of plain LoRA."""
+    off = dict.fromkeys(
+        (
+            "alora_invocation_tokens", "arrow_config", "auto_mapping", "corda_config", "eva_config",
+            "exclude_modules", "layer_replication", "layers_pattern", "layers_to_transform",
+            "megatron_config", "revision", "target_parameters", "trainable_token_indices",
+        )
+    )  # fmt: skip
+    said = {
+        "ensure_weight_tying": False, "fan_in_fan_out": False, "init_lora_weights": True,
+        "loftq_config": {}, "lora_bias": False, "megatron_core": "megatron.core",
+        "peft_version": "0.18.0", "qalora_group_size": 16, "use_qalora": False,
+    }  # fmt: skip
+    adapter = write(tmp_path / "adapter", tensors_of(base), **off, **said)
+    with prepared(base, adapter) as folder:
+        assert (folder / "model.safetensors").is_file()

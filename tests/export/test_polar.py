@@ -118,8 +118,21 @@ def test_verify_and_export(
     flags = ("--checkpoint", published, "--device=cpu", "--output", tmp_path / "models")
     result = export(*flags, "--template", "polar")
     assert result.code == 0, result.stderr
+    assert "warning" not in result.stderr
     canary = json.loads((tmp_path / "models" / "reward" / "1" / "canary.json").read_text())
     assert "reference" in canary["messages"] and canary["scores"]
+
+
+def test_an_export_without_a_choice_warns(
+    published: Path, tmp_path: Path, export: Callable[..., Exit]
+) -> None:
+    """InternLM2-Reward's class is POLAR's, too."""
+    flags = ("--checkpoint", published, "--device=cpu", "--output", tmp_path / "models")
+    flags += ("--no-verify", "--no-canary", "--force")
+    result = export(*flags)
+    assert result.code == 0 and "If it is POLAR, its scores will be wrong" in result.stderr
+    result = export(*flags, "--template", "checkpoint")
+    assert result.code == 0 and "warning" not in result.stderr
 
 
 def test_the_template_is_polars_alone(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -66,7 +66,7 @@ def whole(published: Path) -> Path:
 def made(published: Path) -> tuple[Vocabulary, Any]:
     vocabulary = read_vocabulary(published / "tokenizer.model")
     tokenizer = tokenizer_of(vocabulary)
-    tokenizer.encode_special_tokens = False
+    tokenizer.encode_special_tokens = True  # as for what is in a message
     return vocabulary, tokenizer
 
 
@@ -108,6 +108,7 @@ letters = st.one_of(
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+@example(text="<s>")
 @given(text=st.lists(letters, max_size=8).map("".join))
 def test_ids_are_sentencepieces(text: str, made: tuple[Vocabulary, Any]) -> None:
     vocabulary, tokenizer = made
@@ -310,9 +311,15 @@ def test_two_heads_are_refused(valued: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_docreward_is_refused_by_its_token(valued: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer.json"])
+def test_docreward_is_refused_by_its_token(name: str, valued: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(valued, tmp_path / "copy"))
-    (copy / "added_tokens.json").write_text(json.dumps({"<|regression|>": 1023}))
+    file = copy / name
+    given = json.loads(file.read_text()) if file.is_file() else {}
+    tokens = [{"id": 1023, "content": "<|regression|>", "special": True}]
+    file.write_text(
+        json.dumps({**given, "added_tokens": [*given.get("added_tokens", []), *tokens]})
+    )
     with pytest.raises(CheckpointError, match=r"read at <\|regression\|>"), prepared(copy):
         pass
 

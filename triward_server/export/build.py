@@ -49,8 +49,8 @@ from .calibration import OrderKept
 from .configuration import configure, configure_vision
 from .draft import copy_source, folders, link_or_copy, written_whole
 from .onnx import export_vision
-from .options import Options, Weights
-from .prepared import prepared
+from .options import Options, Template, Weights
+from .prepared import may_be_polar, prepared
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -75,7 +75,7 @@ def build(options: Options) -> None:
     _say_where(options)
     _check_output(wanted.output, names, version, wanted.force)
     source, commit = _resolve(wanted.checkpoint, wanted.revision)
-    checkpoint.load_config(source)
+    _say_template(source, wanted.template)
     place = _beside(wanted.output) if wanted.lora else None
     with prepared(source, wanted.lora, place, wanted.template) as folder:
         _build(folder, commit, names, version, options)
@@ -277,6 +277,17 @@ def _say_where(options: Options) -> None:
         f"{', an instance on each' if len(used) > 1 else ''}",
         err=True,
     )
+
+
+def _say_template(source: Path, template: Template | None) -> None:
+    """Warn where the template is InternLM2-Reward's or POLAR's, and none was named."""
+    if may_be_polar(source) and template is None:
+        typer.echo(
+            "warning: InternLM2-Reward and POLAR have the same class, and this export takes the "
+            "checkpoint's chat template. If it is POLAR, its scores will be wrong: export with "
+            "--template polar. If not, --template checkpoint ends this warning",
+            err=True,
+        )
 
 
 def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..engine.naming import canonical_name
@@ -22,21 +22,23 @@ from ..engine.weights import INDEX_FILE, open_tensors, weight_files
 from ..errors import CheckpointError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What an adapter may leave out or turn off, and nothing else.
-_OFF: dict[str, tuple[Any, ...]] = {
-    "use_dora": (None, False),
+# Fields that are read here, and those that change no product: how and of what it was trained, and
+# which tensors are saved whole (those that are there are taken).
+_READ = {
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
+    "target_modules",
+}  # fmt: skip
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core",
+    "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "task_type",
+}  # fmt: skip
+# Fields of which these values change no product either; other initial values change the base.
+_ONLY: dict[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
-    "fan_in_fan_out": (None, False),
-    "lora_bias": (None, False),
-    "layers_to_transform": (None, []),
-    "layers_pattern": (None, []),
-    "exclude_modules": (None, []),
-    "trainable_token_indices": (None, []),
-    "target_parameters": (None, []),
-    "use_qalora": (None, False),
-    "alora_invocation_tokens": (None, []),
-    "megatron_config": (None,),
+    "init_lora_weights": (None, True, False, "gaussian"),
 }
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _LABELS = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
 
@@ -47,28 +49,30 @@ class Adapter:
     Attributes:
         fields: of `adapter_config.json`.
         pairs: A [r, in] and B [out, r], by the canonical name of the weight that they change.
+        modules: the adapter's own name of what has that weight, which its patterns match.
         whole: tensors that stand in for the base's, or that it lacks: a head.
     """
 
     fields: Mapping[str, Any]
     pairs: Mapping[str, tuple[Tensor, Tensor]]
+    modules: Mapping[str, str]
     whole: Mapping[str, Tensor]
 
     def scale(self, name: str) -> float:
         """Return what the product for a weight is multiplied by."""
-        rank = float(self._of(name, "rank_pattern", self.fields["r"]))
-        alpha = float(self._of(name, "alpha_pattern", self.fields["lora_alpha"]))
+        rank = self.rank(name)
+        alpha = float(self._of(name, "alpha_pattern", "lora_alpha"))
         return alpha / (rank**0.5 if self.fields.get("use_rslora") else rank)
 
     def rank(self, name: str) -> int:
         """Return the rank that the configuration gives for a weight."""
-        return int(self._of(name, "rank_pattern", self.fields["r"]))
+        return int(self._of(name, "rank_pattern", "r"))
 
-    def _of(self, name: str, pattern: str, default: Any) -> Any:
+    def _of(self, name: str, pattern: str, default: str) -> Any:
         patterns: Mapping[str, Any] = self.fields.get(pattern) or {}
-        module = name.removesuffix(".weight")
-        found = (v for key, v in patterns.items() if re.search(rf"(^|\.){key}$", module))
-        return next(found, default)
+        module = self.modules[name]
+        found = (value for key, value in patterns.items() if _matches(key, module))
+        return next(found, self.fields[default])
 
     def asks_for(self, name: str) -> bool:
         """Return True if it has a pair for the same weight of another layer."""
@@ -79,36 +83,102 @@ def read_adapter(folder: Path) -> Adapter:
     """Read an adapter.
 
     Raises:
-        CheckpointError: a file is missing, or asks for what is not merged here.
+        CheckpointError: a file is missing or damaged, or asks for what is not merged here.
     """
-    for name in (_CONFIG, _WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: no such file; is {folder} a LoRA adapter?")
-    fields: dict[str, Any] = json.loads((folder / _CONFIG).read_text())
+    config, weights = folder / _CONFIG, folder / _WEIGHTS
+    for file in (config, weights):
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file; is {folder} a LoRA adapter?")
+    fields = _read_fields(config)
+    halves, whole = _read_tensors(weights)
+    for module, pair in halves.items():
+        if len(pair) != 2:
+            raise CheckpointError(f"{weights}: {module} has lora_{min(pair)} alone")
+    _check_modules(fields, halves, folder)
+    modules: dict[str, str] = {}
+    for module in halves:
+        name = canonical_name(f"{module}.weight")
+        if name in modules:
+            raise CheckpointError(f"{weights}: {modules[name]} and {module} are one weight")
+        modules[name] = module
+    pairs = {name: (halves[own]["A"], halves[own]["B"]) for name, own in modules.items()}
+    return Adapter(fields, pairs, modules, whole)
+
+
+def _read_fields(file: Path) -> dict[str, Any]:
+    """Read the configuration; refuse what nothing here reads."""
+    try:
+        fields = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
     if fields.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder / _CONFIG}: peft_type {fields.get('peft_type')!r}")
-    for name, allowed in _OFF.items():
-        if fields.get(name) not in allowed:
-            raise CheckpointError(f"{folder / _CONFIG}: {name} {fields[name]!r} is not supported")
+        raise CheckpointError(f"{file}: peft_type {fields.get('peft_type')!r}")
+    for name, value in fields.items():
+        if name in _READ | _HARMLESS:
+            continue
+        nothing = value is None or value is False or value in ("", [], {})
+        if value not in _ONLY[name] if name in _ONLY else not nothing:
+            raise CheckpointError(f"{file}: {name} {value!r} is not supported")
+    _check_number(file, "r", fields.get("r"), whole=True)
+    _check_number(file, "lora_alpha", fields.get("lora_alpha"), whole=False)
+    return fields
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return halves by the adapter's own names of modules, and whole tensors by canonical names."""
     halves: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
-    for key, tensor in load_file(folder / _WEIGHTS).items():
-        name = key.removeprefix("base_model.model.").replace(".modules_to_save.", ".")
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.(?:default\.)?weight", name)
-        if match:
-            halves.setdefault(canonical_name(f"{match[1]}.weight"), {})[match[2]] = tensor
-        elif "lora_" in name:
-            raise CheckpointError(f"{folder / _WEIGHTS}: tensor {key!r} is not supported")
-        else:
-            whole[canonical_name(name)] = tensor
-    for name, pair in halves.items():
-        if len(pair) != 2:
-            raise CheckpointError(f"{folder / _WEIGHTS}: {name} has lora_{min(pair)} alone")
+    with open_tensors(file, "cpu") as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            tensor = tensors.get_tensor(key)
+            name = key.removeprefix("base_model.model.").replace(".modules_to_save.", ".")
+            match = re.fullmatch(r"(.+)\.lora_([AB])\.(?:default\.)?weight", name)
+            if match:
+                halves.setdefault(match[1], {})[match[2]] = tensor
+            elif "lora_" in name:
+                raise CheckpointError(f"{file}: tensor {key!r} is not supported")
+            else:
+                whole[canonical_name(name)] = tensor
+    return halves, whole
+
+
+def _check_modules(fields: Mapping[str, Any], modules: Collection[str], folder: Path) -> None:
+    """Refuse a target module without a pair, and a pattern that is wrong or matches no module."""
     wanted = fields.get("target_modules") or []
     for module in [] if isinstance(wanted, str) else wanted:
-        if not any(f".{name}".endswith(f".{module}.weight") for name in halves):
+        if not any(f".{name}".endswith(f".{module}") for name in modules):
             raise CheckpointError(f"{folder / _WEIGHTS}: nothing for target module {module!r}")
-    return Adapter(fields, {name: (p["A"], p["B"]) for name, p in halves.items()}, whole)
+    file = folder / _CONFIG
+    for field in _PATTERNS:
+        patterns = fields.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{file}: {field} {patterns!r} is no object")
+        for key, value in patterns.items():
+            _check_number(file, f"{field}[{key!r}]", value, whole=field == "rank_pattern")
+            try:
+                found = any(_matches(key, module) for module in modules)
+            except re.error as error:
+                raise CheckpointError(f"{file}: {field}: {key!r}: {error}") from None
+            if not found:
+                raise CheckpointError(f"{file}: {field}: {key!r} matches no module")
+
+
+def _check_number(file: Path, field: str, value: Any, whole: bool) -> None:
+    """Refuse a rank, which is whole, that is not above 0, and an alpha that is no number."""
+    if value is None:
+        raise CheckpointError(f"{file}: no {field}")
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or (whole and value < 1):
+        raise CheckpointError(
+            f"{file}: {field} {value!r} is not {'a whole number above 0' if whole else 'a number'}"
+        )
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Return True if PEFT finds a module by a key of a pattern: all of its name, or its end."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def merge(checkpoint: Path, folder: Path, output: Path) -> None:

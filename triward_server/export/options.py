@@ -114,12 +114,12 @@ class ExportConfig:
         Path | None, Field(description="Folder of a PEFT adapter of LoRA, which is merged in.")
     ] = None
     template: Annotated[
-        Template,
+        Template | None,
         Field(
-            description="checkpoint: its own chat template; polar: POLAR's, with a reference "
-            "answer in each request."
+            description="checkpoint: its own chat template, the default; polar: POLAR's, with a "
+            "reference answer in each request."
         ),
-    ] = Template.CHECKPOINT
+    ] = None
     revision: Annotated[str | None, Field(description="Branch, tag or commit on the hub.")] = None
     version: Annotated[
         int,

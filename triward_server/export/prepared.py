@@ -33,6 +33,7 @@ from .sentencepiece import Vocabulary, read_vocabulary, tokenizer_of
 _CONFIG, _MODEL, _TOKENIZER = "tokenizer_config.json", "tokenizer.model", "tokenizer.json"
 _PICKLED = "value_head.bin"  # of LLaMA-Factory
 _REGRESSION = "<|regression|>"
+_POLAR_CLASS = "InternLM2ForRewardModel"
 # What the written configuration keeps; the rest says how the remote class makes a tokenizer.
 _KEPT = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "model_max_length")
 
@@ -61,7 +62,7 @@ def prepared(
     checkpoint: Path,
     lora: Path | None = None,
     place: Path | None = None,
-    template: Template = Template.CHECKPOINT,
+    template: Template | None = None,
 ) -> Iterator[Path]:
     """Yield a folder that has all that serving reads: the checkpoint's own where that has.
 
@@ -69,16 +70,14 @@ def prepared(
         checkpoint: a folder.
         lora: a folder with an adapter that is merged in.
         place: where a folder is made, which with an adapter is as large as the checkpoint.
-        template: which chat template requests are rendered with.
+        template: which chat template requests are rendered with; None: the checkpoint's.
 
     Raises:
         CheckpointError: a file cannot be written anew, or the adapter is another checkpoint's.
     """
     _refuse_regression(checkpoint)
     polar = template is Template.POLAR
-    if polar and not (
-        _is_remote(checkpoint) and head_of(checkpoint, load_config(checkpoint)).token
-    ):
+    if polar and not (_is_remote(checkpoint) and may_be_polar(checkpoint)):
         raise CheckpointError(f"{checkpoint}: --template polar: this is no model of POLAR's class")
     remote, pickled = _is_remote(checkpoint), (checkpoint / _PICKLED).is_file()
     if not (remote or pickled or lora):
@@ -96,6 +95,11 @@ def prepared(
         if pickled:
             write_value_head(checkpoint, folder)
         yield folder
+
+
+def may_be_polar(checkpoint: Path) -> bool:
+    """Return True for the class that InternLM2-Reward and POLAR share: nothing tells them apart."""
+    return _POLAR_CLASS in (load_config(checkpoint).architectures or ())
 
 
 def write_value_head(checkpoint: Path, output: Path) -> None:
@@ -155,8 +159,8 @@ def write_tokenizer(checkpoint: Path, output: Path, polar: bool = False) -> None
 
 def _refuse_regression(checkpoint: Path) -> None:
     """Refuse DocReward, whose head is read at a token behind a last turn of images alone."""
-    for file in (checkpoint / "added_tokens.json", checkpoint / _CONFIG):
-        if file.is_file() and _REGRESSION in file.read_text():
+    for file in (checkpoint / name for name in ("added_tokens.json", _CONFIG, _TOKENIZER)):
+        if file.is_file() and _REGRESSION.encode() in file.read_bytes():
             raise CheckpointError(
                 f"{file}: the head is read at {_REGRESSION} behind a turn of images; a request "
                 "ends with a response of text, so this model is not supported"
