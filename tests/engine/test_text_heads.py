@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.engine.test_engine import features
 from tests.served.test_text_models import conversations
 from triward_server.config import ForwardConfig, PreprocessConfig
 from triward_server.engine.backbone import TwoLayerHead
@@ -23,7 +24,7 @@ from triward_server.export.random_text_checkpoint import make_text_checkpoint
 from triward_server.export.verify import verify
 from triward_server.intake.preprocess import Preprocessor
 from triward_server.schema import Features, Scores
-from triward_server.testing.oracle import TextOracle, fp32_budget
+from triward_server.testing.oracle import Oracle, TextOracle, fp32_budget
 
 CPU = ForwardConfig(dtype="float32", device="cpu", threads=1)
 NAMES = ("mistral", "qwen2-score", "qwen2-reward")
@@ -142,6 +143,28 @@ def test_a_multimodal_model_with_one_label(multimodal: Path) -> None:
     biased = check_tensors(multimodal).head == "biased_score"
     _, head = load_vision(multimodal)
     assert ("bias" in head.state_dict()) == biased
+
+
+def test_a_multimodal_label_is_the_value_heads_number(
+    multimodal: Path, checkpoint: Path, oracle: Oracle
+) -> None:
+    """30 conversations without images and with up to three: the model card's, but for the bias."""
+    rng = np.random.default_rng(0)
+    scorer, head = Scorer(multimodal, CPU), load_file(checkpoint / "value_head.safetensors")
+    bias = 0.25 if check_tensors(multimodal).head == "biased_score" else 0.0
+    drawn = [
+        [*(("image", int(index)) for index in rng.integers(0, 4, count % 4)), tuple(ids)]
+        for count, ids in enumerate(rng.integers(10, 900, (10, 30)).tolist())
+    ]
+    answers = [[tuple(ids)] for ids in rng.integers(10, 900, (3, 8)).tolist()]
+    items = [features(prompt, answers, scorer.geometry.image_token_id) for prompt in drawn]
+    expected = []
+    for item, result in zip(items, scorer.score(items), strict=True):
+        assert isinstance(result, Scores), result
+        for score, card in zip(result.scores, oracle.score_features(item), strict=True):
+            expected.append(card - head["v_head.summary.bias"].item() + bias)
+            assert abs(score - expected[-1]) <= fp32_budget(expected[-1])
+    assert len(expected) == 30 and np.std(expected) > 0.5
 
 
 def test_a_multimodal_models_labels_are_counted(multimodal: Path, tmp_path: Path) -> None:
