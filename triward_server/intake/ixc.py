@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..config import PreprocessConfig
 from ..errors import CheckpointError, ConfigError, InvalidRequest
+from ..model_configs import REWARD_TOKEN
 from ..schema import UInt8Array
 from .conversation import Conversation, ImagePart, MediaPlace, Message, VideoPart
 from .decoding import Header, Reading
@@ -31,7 +32,7 @@ FONT = "SimHei.ttf"
 HD_NUM, HD_NUM_OF_SEVERAL = 9, 6
 _IMAGE = "[UNUSED_TOKEN_0]"  # no text that is scored has it
 _PLACEHOLDER = 92_397  # its id, unless config.json says otherwise
-_CONTROL = {"image": 0, "scored": 130, "end": 145, "start": 146}  # `[UNUSED_TOKEN_n]`
+_CONTROL = {"image": 0, "scored": REWARD_TOKEN, "end": 145, "start": 146}  # `[UNUSED_TOKEN_n]`
 _TEMPLATE = (
     "{{% for message in messages %}}"
     "{{% if message.media_first %}}{image}{{% endif %}}"
