@@ -215,11 +215,15 @@ class IxcMedia:
         [field], [data] = place.fields, conversation.entries(place)
         header = reading.open(field, "video", data)
         check_pixels(field, header.size, self._config.max_image_pixels)
-        most = min(MOST_FRAMES, self._config.max_video_frames)
         try:
-            numbers = frames_shown(header.frames, header.rate, most)
+            numbers = frames_shown(header.frames, header.rate, MOST_FRAMES)
         except ValueError as error:
             raise InvalidRequest(field, f"no frames can be chosen: {error}") from None
+        limit = self._config.max_video_frames
+        if len(numbers) > limit:  # fewer would be another sheet, and so another score
+            raise InvalidRequest(
+                field, f"{len(numbers)} of its frames would be shown, the limit is {limit}"
+            )
         return _Frames(header.size, len(numbers), lambda: reading.frames(field, header, numbers))
 
     def _frame_list(
