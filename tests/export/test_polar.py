@@ -122,7 +122,9 @@ def test_verify_and_export(
     assert "reference" in canary["messages"] and canary["scores"]
 
 
-def test_the_template_is_polars_alone(tmp_path: Path) -> None:
+def test_the_template_is_polars_alone(tmp_path: Path, ixc_checkpoint: Path) -> None:
     make_text_checkpoint("qwen3", "tiny", 0, tmp_path / "qwen3")
     with pytest.raises(CheckpointError, match="no model of POLAR's class"):
         prepared(tmp_path / "qwen3", template=Template.POLAR).__enter__()
+    with pytest.raises(CheckpointError, match="no model of POLAR's class"):
+        prepared(ixc_checkpoint, template=Template.POLAR).__enter__()
