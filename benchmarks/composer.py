@@ -54,6 +54,8 @@ def batches_of(geometry: Geometry) -> dict[str, list[Features]]:
         answers = tuple(
             rng.integers(300, 1500, _RESPONSE).astype(np.int32) for _ in range(responses)
         )
+        for answer in answers:
+            answer[-1] = geometry.read_id
         return Features(np.concatenate([[1], shown, text]).astype(np.int32), answers, (image,))
 
     return {

@@ -12,6 +12,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+REWARD_TOKEN = 130  # of IXC-2.5's tokens `[UNUSED_TOKEN_n]`; its placeholder is n = 0
+
 
 @strict
 class InternLM2Config(PreTrainedConfig):  # type: ignore[misc] # an untyped package
@@ -57,11 +59,17 @@ class InternLMXComposer2Config(InternLM2Config):
 
     model_type = "internlmxcomposer2"
 
-    reward_token_id: int | None = None  # type: ignore[assignment] # the template writes it
+    reward_token_id: int | None = None  # type: ignore[assignment] # see below
     max_length: int = 16_384
     image_token_id: int = 92_397
     plora_rank: int = 256
     vision_config: dict | None = None  # type: ignore[type-arg]
+
+    def __post_init__(self, **kwargs: object) -> None:
+        """Fill in what follows from other fields."""
+        if self.reward_token_id is None:
+            self.reward_token_id = self.image_token_id + REWARD_TOKEN
+        super().__post_init__(**kwargs)
 
 
 COMPOSER = "InternLMXComposer2ForCausalLM"

@@ -43,5 +43,6 @@ def conversation(
             ids += [geometry.image_token_id or 0] * count
         else:
             ids += item
-    flat = [np.array([i for run in answer for i in run], np.int32) for answer in answers]
+    end = [] if geometry.read_id is None else [geometry.read_id]
+    flat = [np.array([*(i for run in answer for i in run), *end], np.int32) for answer in answers]
     return Features(np.array(ids, np.int32), tuple(flat), tuple(media))

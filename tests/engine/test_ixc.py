@@ -5,6 +5,7 @@ Requests are token ids and canvases; what makes those of messages is tested besi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -150,8 +151,9 @@ class TestScores:
         cached = Scorer(folder, replace(CPU, prefix_cache_bytes=30 * token), model=scorer._model)
         item = conversation([*image(3), TEXT], [[(20,)]], scorer.geometry)
         seen: list[Pass] = []
+        end = scorer.geometry.read_id
         for answer in (21, 22):
-            one = replace(item, response_ids=(np.array([answer], np.int32),))
+            one = replace(item, response_ids=(np.array([answer, end], np.int32),))
             results = cached.score([one], observe=seen.append)
             assert_right(ixc, [one], results)
         assert [each.tokens_reused for each in seen] == [0, 30]
@@ -279,6 +281,20 @@ class TestRequests:
 
     def test_whole_tiles_are_accepted(self) -> None:
         check(self.item(canvas(2, 3), 35), TILED, CPU)
+
+    def test_the_head_is_read_at_its_token_alone(self, folder: Path, scorer: Scorer) -> None:
+        """`[UNUSED_TOKEN_130]`, which the template writes: a caller's own ids may end otherwise."""
+        end = json.loads((folder / "config.json").read_text())["image_token_id"] + 130
+        assert scorer.geometry.read_id == end
+        ids = np.array([1, *TEXT], np.int32)
+        answers = [np.array(answer, np.int32) for answer in ([20, end], [20, 21])]
+        fine, *refused = scorer.score([
+            Features(ids, (answers[0],)), Features(ids, (answers[1],)), Features(ids, (*answers,)),
+        ])  # fmt: skip
+        assert np.isfinite(scores_of(fine)).all()
+        for number, each in enumerate(refused):
+            words = f"conversation {number} ends with id 21, the head is read at {end}"
+            assert isinstance(each, InvalidRequest) and words in str(each)
 
     def test_half_a_tile(self) -> None:
         with pytest.raises(InvalidRequest, match=r"grids\[0\].*\[1, 2, 4\].*multiples of 4"):

@@ -102,6 +102,7 @@ def test_wrong_shape(tensor: str, copy: Path) -> None:
         ({"bias": True}, "bias True is not supported"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"rope_scaling": {"type": "linear_of_mine", "factor": 2.0}}, "rope type"),
+        ({"reward_token_id": 7}, "reward_token_id 7 is not supported"),
         ({"window_size": 40}, "window_size = 40"),
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
         ({"vision_config": {"projection_dim": 8}}, r"vision_config\.projection_dim = 8"),
@@ -121,6 +122,7 @@ def test_both_model_types(model_type: str, copy: Path) -> None:
     configure(copy, model_type=model_type)
     (copy / "modeling_internlm_xcomposer2.py").write_text("raise SystemExit(1)")
     (copy / "configuration_internlm_xcomposer2.py").write_text("raise SystemExit(1)")
+    assert load_config(copy).model_type == "internlmxcomposer2"
     blueprint = check_tensors(copy)
     assert (blueprint.decoder.media_rank, blueprint.geometry.tile) == (8, 4)
 

@@ -135,7 +135,9 @@ def test_an_export_without_a_choice_warns(
     assert result.code == 0 and "warning" not in result.stderr
 
 
-def test_the_template_is_polars_alone(tmp_path: Path) -> None:
+def test_the_template_is_polars_alone(tmp_path: Path, ixc_checkpoint: Path) -> None:
     make_text_checkpoint("qwen3", "tiny", 0, tmp_path / "qwen3")
     with pytest.raises(CheckpointError, match="no model of POLAR's class"):
         prepared(tmp_path / "qwen3", template=Template.POLAR).__enter__()
+    with pytest.raises(CheckpointError, match="no model of POLAR's class"):
+        prepared(ixc_checkpoint, template=Template.POLAR).__enter__()

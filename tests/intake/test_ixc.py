@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from tests.conftest import encode
 from tests.conversations import picture
 from tests.ixc_conversations import ixc_conversations
-from tests.videos import film_bytes, frames
+from tests.videos import film, film_bytes, frames
 from triward.conversation import build_request, split_conversation
 from triward.deadline import Deadline
 from triward_server.config import PreprocessConfig
@@ -278,6 +279,30 @@ class TestVideos:
         found = features(ixc, [asks({**VIDEO, "frames": 5}, "?")], *shown)
         other = features(ixc, [asks({**VIDEO, "frames": 4}, "?")], *shown[:4])
         assert found.media[0].shape[1] > other.media[0].shape[1]
+
+    def test_no_fewer_frames_than_the_models_rule_has(
+        self, ixc_folder: Path, ixc: Preprocessor, clip: bytes
+    ) -> None:
+        """A limit refuses; it never makes another sheet. Three frames of the clip are shown."""
+        limited = Preprocessor(ixc_folder, PreprocessConfig(max_video_frames=2))
+        with pytest.raises(
+            InvalidRequest, match=r"media\[0\]: 3 of its frames would be shown, the limit is 2"
+        ):
+            features(limited, [asks(VIDEO, "?")], clip)
+        enough = Preprocessor(ixc_folder, PreprocessConfig(max_video_frames=3))
+        [found], [same] = (features(p, [asks(VIDEO, "?")], clip).media for p in (enough, ixc))
+        np.testing.assert_array_equal(found, same)
+
+    def test_a_file_whose_frames_are_all_hidden(self, ixc: Preprocessor, tmp_path: Path) -> None:
+        """VP8 may keep a frame as a reference alone: a rate of 8 in a second, and none to show."""
+        file = Path(film(tmp_path / "film.webm", 1, codec="libvpx"))
+        with av.open(str(file)) as container:
+            [packet] = [bytes(each) for each in container.demux(video=0) if each.size]
+        data = file.read_bytes()
+        assert data.count(packet) == 1 and packet[0] & 0b10000  # `show_frame`
+        hidden = data.replace(packet, bytes([packet[0] & ~0b10000]) + packet[1:])
+        with pytest.raises(InvalidRequest, match=r"media\[0\]: no frames .*: 0 frames, at least 1"):
+            features(ixc, [asks(VIDEO, "?")], hidden)
 
     def test_without_the_font(self, ixc_folder: Path, tmp_path: Path, clip: bytes) -> None:
         bare = Preprocessor(copied(ixc_folder, tmp_path, without=FONT), PreprocessConfig())

@@ -111,6 +111,11 @@ def test_frames_of_a_video(count: int, rate: float, shown: list[int]) -> None:
     assert list(frames_shown(count, rate, 32)) == shown
 
 
+def test_a_video_without_frames() -> None:
+    with pytest.raises(ValueError, match="0 frames, at least 1 is needed"):
+        frames_shown(0, 24.0, 32)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.5])
 def test_a_video_of_too_few_frames_a_second(rate: float) -> None:
     with pytest.raises(ValueError, match=f"{rate:g} frames a second"):

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
 )
 
-from .. import model_configs
 from ..errors import CheckpointError
+from ..model_configs import kind_of
 from .architectures import ARCHITECTURES, Architecture, Head, Vision
 from .architectures.fields import Fields
 from .backbone import HEADS, Encoder, RewardModel
@@ -96,7 +97,7 @@ def load_config(checkpoint: Path) -> Any:
     try:
         written = json.loads(path.read_text())
         model_type = written["model_type"]
-        composes = model_configs.COMPOSER in (written.get("architectures") or ())
+        kind = kind_of(written)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no model_type: {type(error).__name__}: {error}") from None
     if model_type not in ARCHITECTURES:
@@ -106,9 +107,8 @@ def load_config(checkpoint: Path) -> Any:
         if part.get("per_layer_config"):  # transformers would answer for no layer in particular
             raise CheckpointError(f"{path}: per_layer_config is not supported, layers are alike")
     try:
-        if composes:
-            kind = model_configs.InternLMXComposer2Config
-            return kind.from_dict(written | {"model_type": kind.model_type})
+        if kind != model_type:  # which `AutoConfig` would read as another class's
+            return CONFIG_MAPPING[kind].from_dict(written | {"model_type": kind})
         return AutoConfig.from_pretrained(checkpoint)
     except Exception as error:  # transformers raises many types
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from None

@@ -127,7 +127,7 @@ def write_tokenizer(checkpoint: Path, output: Path, polar: bool = False) -> None
 
     The names of tokens are those of `tokenizer_config.json`, whose template writes them. The
     tokenizer puts the first token in front of a text, and behind it the one at which the head is
-    read.
+    read, unless the template writes that (`Head.appended`).
     """
     config = load_config(checkpoint)
     given: dict[str, Any] = json.loads((checkpoint / _CONFIG).read_text())
@@ -144,8 +144,10 @@ def write_tokenizer(checkpoint: Path, output: Path, polar: bool = False) -> None
         )
     tokenizer = tokenizer_of(vocabulary)
     first = _token(vocabulary, config.bos_token_id)
-    read = head_of(checkpoint, config).token
-    last = _token(vocabulary, getattr(config, read)) if read else None
+    head = head_of(checkpoint, config)
+    last = None
+    if head.appended and head.token is not None:
+        last = _token(vocabulary, getattr(config, head.token))
     around = [token for token in (first, last) if token is not None]
     single = " ".join([first[0], "$A", *([last[0]] if last else [])])
     tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=around)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..config import PreprocessConfig
 from ..errors import CheckpointError, ConfigError, InvalidRequest
+from ..model_configs import REWARD_TOKEN
 from ..schema import UInt8Array
 from .conversation import Conversation, ImagePart, MediaPlace, Message, VideoPart
 from .decoding import Header, Reading
@@ -31,7 +32,7 @@ FONT = "SimHei.ttf"
 HD_NUM, HD_NUM_OF_SEVERAL = 9, 6
 _IMAGE = "[UNUSED_TOKEN_0]"  # no text that is scored has it
 _PLACEHOLDER = 92_397  # its id, unless config.json says otherwise
-_CONTROL = {"image": 0, "scored": 130, "end": 145, "start": 146}  # `[UNUSED_TOKEN_n]`
+_CONTROL = {"image": 0, "scored": REWARD_TOKEN, "end": 145, "start": 146}  # `[UNUSED_TOKEN_n]`
 _TEMPLATE = (
     "{{% for message in messages %}}"
     "{{% if message.media_first %}}{image}{{% endif %}}"
@@ -214,11 +215,15 @@ class IxcMedia:
         [field], [data] = place.fields, conversation.entries(place)
         header = reading.open(field, "video", data)
         check_pixels(field, header.size, self._config.max_image_pixels)
-        most = min(MOST_FRAMES, self._config.max_video_frames)
         try:
-            numbers = frames_shown(header.frames, header.rate, most)
+            numbers = frames_shown(header.frames, header.rate, MOST_FRAMES)
         except ValueError as error:
             raise InvalidRequest(field, f"no frames can be chosen: {error}") from None
+        limit = self._config.max_video_frames
+        if len(numbers) > limit:  # fewer would be another sheet, and so another score
+            raise InvalidRequest(
+                field, f"{len(numbers)} of its frames would be shown, the limit is {limit}"
+            )
         return _Frames(header.size, len(numbers), lambda: reading.frames(field, header, numbers))
 
     def _frame_list(

@@ -101,8 +101,10 @@ def frames_shown(count: int, rate: float, most: int) -> Sequence[int]:
         most: that are shown; of more, so many from the beginning on, evenly spaced.
 
     Raises:
-        ValueError: it has no more than one frame in two seconds.
+        ValueError: it has no frame, or no more than one in two seconds.
     """
+    if count < 1:
+        raise ValueError(f"{count} frames, at least 1 is needed")
     stride = round(rate)
     if stride < 1:
         raise ValueError(f"{rate:g} frames a second, more than one in two seconds is needed")

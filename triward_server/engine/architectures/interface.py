@@ -54,11 +54,13 @@ class Head:
         padding: read in front of the padding that ends a conversation ("last"), or of the first
             that is anywhere ("first"); None: at the last token, whatever that is.
         token: a field of the configuration, whose id the last token must have.
+        appended: the tokenizer puts that token behind a text; else the chat template writes it.
     """
 
     kind: str
     padding: Literal["first", "last"] | None = None
     token: str | None = None
+    appended: bool = False
 
 
 def _plain(decoder: DecoderConfig) -> Naming:

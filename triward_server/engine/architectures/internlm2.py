@@ -93,5 +93,5 @@ ARCHITECTURE = Architecture(
     internlm2_decoder,
     naming=_naming,
     shapes=internlm2_shapes,
-    heads={"InternLM2ForRewardModel": Head("score", token="reward_token_id")},
+    heads={"InternLM2ForRewardModel": Head("score", token="reward_token_id", appended=True)},
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...model_configs import COMPOSER
+from ...model_configs import COMPOSER, REWARD_TOKEN
 from ..clip_tower import TiledTower
 from ..decoder import DecoderConfig
 from ..naming import Naming
@@ -54,6 +54,8 @@ class _Rows(GroupedRows):
 
 def _decoder(config: Fields) -> DecoderConfig:
     decoder = internlm2_decoder(config)
+    # Which the template writes, wherever the field says that the head is read.
+    only("reward_token_id", [config.reward_token_id], [config.image_token_id + REWARD_TOKEN])
     only("head width", [decoder.head_dim * decoder.heads], [decoder.hidden])
     return replace(
         decoder,
@@ -147,5 +149,5 @@ ARCHITECTURE = Architecture(
     _vision,
     naming=_naming,
     shapes=_shapes,
-    heads={COMPOSER: Head("score")},
+    heads={COMPOSER: Head("score", token="reward_token_id")},
 )
