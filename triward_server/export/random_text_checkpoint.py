@@ -117,6 +117,8 @@ class Kind:
         fields: of config.json, beside those that all have; None: not this one.
         roles: tokens of a `tokenizer.model`, by the names of its pieces; None: it has no such file.
         head: a key of `backbone.HEADS`.
+        spread: of the head's weights. Scores spread as far, and so do their rounding errors, of
+            which a score near 0 may have as little as one near 1.
     """
 
     model: str
@@ -129,6 +131,7 @@ class Kind:
     fields: dict[str, Any]
     roles: dict[str, str] | None = None
     head: str = "score"
+    spread: int = 10
 
 
 _QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>")
@@ -188,7 +191,7 @@ KINDS: dict[str, Kind] = {
         model="Qwen2ForSequenceClassification",
         special=_QWEN, ordinary=("<tool_call>",), bos=None, eos="<|im_end|>", pad="<|endoftext|>",
         template=_QWEN2_TEMPLATE, fields={"model_type": "qwen2", "rope_theta": 1_000_000.0},
-        head="biased_score",
+        head="biased_score", spread=4,
     ),
     "qwen2-reward": Kind(  # Qwen2.5-Math-RM, WorldPM
         model="Qwen2ForRewardModel",
@@ -205,6 +208,7 @@ KINDS: dict[str, Kind] = {
         special=("<unk>", "<s>", "</s>"), ordinary=(), bos="<s>", eos="</s>", pad="<unk>",
         template=_MISTRAL_TEMPLATE,
         fields={"rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "sliding_window": 48},
+        spread=4,
     ),
     "internlm2": Kind(
         model="InternLM2ForRewardModel",
@@ -340,21 +344,21 @@ def _causal(config: Any) -> Any:
 def _write_weights(architecture: str, d: Dimensions, seed: int, output: Path) -> None:
     config = AutoConfig.from_pretrained(output)
     # As their publishers have them: Qwen2.5 carries trl's value head.
-    kind = KINDS[architecture].head
-    valued = kind == "v_head"
-    model = _causal(config) if valued else reference_model(config, kind, torch.device("cpu"))
+    kind = KINDS[architecture]
+    valued = kind.head == "v_head"
+    model = _causal(config) if valued else reference_model(config, kind.head, torch.device("cpu"))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         tensor = random_tensor(name, shape, seed, "cpu")
         if name in ("score.weight", "score.2.weight", "v_head.weight"):
-            tensor = tensor * 10
+            tensor = tensor * kind.spread
         elif architecture == "gemma2" and "norm" in name:
             tensor = tensor - 1  # Gemma adds 1 when it reads them
         tensors[name] = tensor
     save(tensors, output / "model.safetensors")
     if valued:
-        head = random_tensor("v_head", torch.Size([1, d.hidden]), seed, "cpu") * 10
+        head = random_tensor("v_head", torch.Size([1, d.hidden]), seed, "cpu") * kind.spread
         bias = torch.full((1,), 0.5, dtype=torch.bfloat16)
         save(
             {"v_head.summary.weight": head, "v_head.summary.bias": bias},
