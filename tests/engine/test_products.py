@@ -63,6 +63,24 @@ def test_written_out_attention_is_attention(
 
 
 @torch.inference_mode()
+def test_a_long_sequences_products_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many keys there are."""
+    multiply, sizes = products._multiply, list[int]()
+
+    def counted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out = multiply(x, weight)
+        sizes.append(out.numel())
+        return out
+
+    tensors = draw(600, 600, 8, 2, 16)
+    monkeypatch.setattr(products, "_VALUES", 20_000)
+    monkeypatch.setattr(products, "_multiply", counted)
+    attended = products.attend(*tensors, 0.25, None, True)
+    assert max(sizes) <= 20_000
+    torch.testing.assert_close(attended.double(), plain(tensors, None, True), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
 def test_long_sequences_are_written_out_and_short_ones_are_not() -> None:
     """Each in its place of the row, whichever kernel computes it."""
     lengths = [40, 300, 300, 12, 256]

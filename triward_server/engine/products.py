@@ -12,6 +12,7 @@ from torch import Tensor
 from .layers import takes_onednn
 
 _ROWS = 512  # of a product: enough for oneDNN, and few enough for a processor's cache
+_VALUES = 2**23  # of a product at most, 32 MiB: a pass's budget of bytes has no part for it
 _FEWEST_ROWS, _FEWEST_KEYS = 64, 256
 
 
@@ -46,7 +47,7 @@ def attend(
     """
     out = torch.empty_like(query)
     group = query.shape[1] // key.shape[1]
-    step = max(1, _ROWS // group)
+    step = max(1, min(_ROWS, _VALUES // len(key)) // group)
     before = len(key) - len(query)
     for head in range(key.shape[1]):
         mine = slice(head * group, (head + 1) * group)
