@@ -89,6 +89,22 @@ def policy(checkpoint: Path) -> Qwen2ForCausalLM:
 
 
 @pytest.fixture
+def trainer_of(
+    policy: Qwen2ForCausalLM, checkpoint: Path, arguments: Callable[..., GRPOConfig]
+) -> Callable[[Any], GRPOTrainer]:
+    """Makes the trainer of the text policy with a reward function."""
+
+    def make(reward: Any) -> GRPOTrainer:
+        prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
+        return GRPOTrainer(
+            policy, reward, args=arguments(), train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=AutoTokenizer.from_pretrained(checkpoint, padding_side="left"),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
 def processor(checkpoint: Path) -> Any:
     return AutoProcessor.from_pretrained(checkpoint, padding_side="left")
 
@@ -123,17 +139,11 @@ def assert_logged(trainer: GRPOTrainer, name: str, steps: list[list[float]]) -> 
 
 def test_text(
     client: RewardClient,
-    policy: Qwen2ForCausalLM,
-    checkpoint: Path,
-    arguments: Callable[..., GRPOConfig],
+    trainer_of: Callable[[Any], GRPOTrainer],
     gained: Callable[[], tuple[float, float]],
 ) -> None:
-    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
     reward = Recorded(client)
-    trainer = GRPOTrainer(
-        policy, reward, args=arguments(), train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=AutoTokenizer.from_pretrained(checkpoint, padding_side="left"),
-    )  # fmt: skip
+    trainer = trainer_of(reward)
     trainer.train()
 
     requests, saved = gained()
@@ -174,19 +184,14 @@ def through(door: Doorway, checkpoint: Path) -> Callable[..., list[float]]:
 def test_through_the_gateway(
     server: TritonServer,
     client: RewardClient,
-    policy: Qwen2ForCausalLM,
     checkpoint: Path,
-    arguments: Callable[..., GRPOConfig],
+    trainer_of: Callable[[Any], GRPOTrainer],
     gained: Callable[[], tuple[float, float]],
 ) -> None:
     """Its rewards are the client's, and a prompt's completions are one request there, too."""
-    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
     with running(server.endpoints.grpc, timeout=120.0) as door:
         reward: Any = through(door, checkpoint)
-        trainer = GRPOTrainer(
-            policy, reward, args=arguments(), train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=AutoTokenizer.from_pretrained(checkpoint, padding_side="left"),
-        )  # fmt: skip
+        trainer = trainer_of(reward)
         trainer.train()
         counters = door.gateway.counters
 
@@ -203,30 +208,18 @@ def test_through_the_gateway(
 
 
 def test_a_gateway_whose_server_is_gone_ends_the_training(
-    policy: Qwen2ForCausalLM, checkpoint: Path, arguments: Callable[..., GRPOConfig]
+    checkpoint: Path, trainer_of: Callable[[Any], GRPOTrainer]
 ) -> None:
-    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
     with running("127.0.0.1:1", timeout=5.0) as door:
-        trainer = GRPOTrainer(
-            policy, through(door, checkpoint), args=arguments(),
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=AutoTokenizer.from_pretrained(checkpoint, padding_side="left"),
-        )  # fmt: skip
+        trainer = trainer_of(through(door, checkpoint))
         with pytest.raises(ConnectionError, match="503"):
             trainer.train()
     assert [entry for entry in trainer.state.log_history if "reward" in entry] == []
 
 
-def test_a_shape(
-    client: RewardClient, policy: Qwen2ForCausalLM, checkpoint: Path,
-    arguments: Callable[..., GRPOConfig],
-) -> None:  # fmt: skip
-    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
+def test_a_shape(client: RewardClient, trainer_of: Callable[[Any], GRPOTrainer]) -> None:
     reward = Recorded(client, Shape(running=RunningMoments(), clip=(-0.5, 0.5), weight=2.0))
-    trainer = GRPOTrainer(
-        policy, reward, args=arguments(), train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=AutoTokenizer.from_pretrained(checkpoint, padding_side="left"),
-    )  # fmt: skip
+    trainer = trainer_of(reward)
     trainer.train()
 
     seen: list[float] = []
@@ -292,16 +285,9 @@ def test_pixels(
     assert_logged(trainer, "recorded", alone)
 
 
-def test_a_failure_ends_the_training(
-    policy: Qwen2ForCausalLM, checkpoint: Path, arguments: Callable[..., GRPOConfig]
-) -> None:
-    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
+def test_a_failure_ends_the_training(trainer_of: Callable[[Any], GRPOTrainer]) -> None:
     with RewardClient("127.0.0.1:1", max_attempts=1) as nobody:
-        trainer = GRPOTrainer(
-            policy, TriwardReward(nobody), args=arguments(),
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=AutoTokenizer.from_pretrained(checkpoint, padding_side="left"),
-        )  # fmt: skip
+        trainer = trainer_of(TriwardReward(nobody))
         with pytest.raises(ServerUnavailable):
             trainer.train()
     assert [entry for entry in trainer.state.log_history if "reward" in entry] == []
