@@ -453,5 +453,15 @@ def test_a_missing_process_is_noticed_twice_before_it_counts(
         server.kill()
 
 
+def test_the_servers_own_end_is_told_by_its_exit_status(repository: Path) -> None:
+    """The watchdog may see it dead first, and does not know of which signal."""
+    with subprocess.Popen(["sleep", "60"]) as server:
+        dog = Watchdog(TritonHttp("h", 1), 2, repository, server.pid, hang_timeout=10)
+        server.kill()
+        os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet asked why
+        assert psutil.Process(server.pid).status() == psutil.STATUS_ZOMBIE
+        dog._check_processes()
+
+
 def test_regions_are_where_the_tests_look(server: TritonServer) -> None:
     assert regions(os.getpid()), "or `assert_gone` would prove nothing"

@@ -156,6 +156,8 @@ class Watchdog:
             if state in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
                 raise Unhealthy(f"process {process.pid} of {name} is stopped")
             if state in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                if process.pid == self.pid:
+                    return  # `TritonServer.wait` has its exit status, which says why
                 raise Unhealthy(f"process {process.pid} of {name} is dead")
         try:
             expected = self._expected_stubs()
