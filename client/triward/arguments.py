@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,7 +45,9 @@ def examples(*commands: str) -> str:
 class Help(argparse.HelpFormatter):
     """Fills lines of text, but leaves those that begin with a space; aligns commands."""
 
-    def _iter_indented_subactions(self, action: argparse.Action) -> Iterator[argparse.Action]:
+    def _iter_indented_subactions(
+        self, action: argparse.Action
+    ) -> Generator[argparse.Action, None, None]:
         yield from getattr(action, "_get_subactions", list)()
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
