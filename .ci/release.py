@@ -212,7 +212,7 @@ def check_installed(output: Path, version: str, folder: Path) -> None:
     (own / "dependencies.pth").write_text(f"import site; site.addsitedir({str(ours)!r})\n")
     for package in PACKAGES:
         code = f"import {package}; print({package}.__file__, {package}.__version__)"
-        place, found = run(python, "-c", code).decode().split()
+        place, found = run(python, "-c", code, cwd=folder).decode().split()
         if not Path(place).is_relative_to(own) or found != version:
             sys.exit(f"release: installed {package} is {found} at {place}, not {version}")
     for program in ("triward", "triward-server"):
