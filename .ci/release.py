@@ -231,7 +231,9 @@ def run(*command: object, cwd: Path | None = None, **environment: str) -> bytes:
     """Return a command's output; end with it where the command fails."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, cwd=cwd, env={**inherited, **environment})
+    environment = {**inherited, **environment}
+    # Modes of files are in a wheel.
+    done = subprocess.run(words, capture_output=True, cwd=cwd, env=environment, umask=0o022)
     if done.returncode:
         shown = (done.stdout + done.stderr).decode(errors="replace")
         sys.exit(f"release: {' '.join(words)}\n{shown}")
