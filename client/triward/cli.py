@@ -45,7 +45,7 @@ from triward.errors import (
 )
 from triward.many import ranked
 from triward.options import lines_options, prompt_options, server_options
-from triward.table import Screen, score_table
+from triward.table import Screen, table_lines
 
 _CODES = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
 
@@ -305,7 +305,7 @@ def _print_scores(
         print(json.dumps(as_json))
         return
     names = "AB" if options.command == "compare" else [*map(str, range(len(scores)))]
-    lines = score_table(scores, names, options.response, Screen.of(sys.stdout))
+    lines = table_lines(scores, names, options.response, Screen.of(sys.stdout))
     print("\n".join(lines))
 
 

@@ -47,7 +47,7 @@ class Screen:
         return cls(shutil.get_terminal_size().columns, encoding, styled)
 
 
-def score_table(
+def table_lines(
     scores: Sequence[float], names: Sequence[str], texts: Sequence[str], screen: Screen
 ) -> list[str]:
     """Return lines: a head, then responses, best first.

@@ -7,17 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import triward.cli
-from triward.table import Screen, one_line, score_table
+from triward.table import Screen, one_line, table_lines
 
 PLAIN = Screen(80, "utf-8", styled=False)
 
 
 def test_numbers_stand_under_each_other_and_the_best_is_marked():
-    lines = score_table([-12.5, 3.25, -0.5], ["0", "1", "2"], ["low", "top", "mid"], PLAIN)
+    lines = table_lines([-12.5, 3.25, -0.5], ["0", "1", "2"], ["low", "top", "mid"], PLAIN)
     assert lines == [
         "   rank  response     score  text",
         "*     1         1    3.2500  top",
@@ -26,21 +27,27 @@ def test_numbers_stand_under_each_other_and_the_best_is_marked():
     ]
 
 
+def test_the_documentation_shows_it():
+    text = (Path(__file__).parents[2] / "docs" / "client.md").read_text(encoding="utf-8")
+    shown = table_lines([-2.8052, -2.8338], ["0", "1"], ["June.", "May."], PLAIN)
+    assert "\n".join(["```", *shown, "```"]) in text
+
+
 def test_equal_scores_are_marked_alike_and_a_single_one_is_not():
-    tied = score_table([1.0, 2.0, 2.0], ["0", "1", "2"], ["a", "b", "c"], PLAIN)
+    tied = table_lines([1.0, 2.0, 2.0], ["0", "1", "2"], ["a", "b", "c"], PLAIN)
     assert [line[0] for line in tied] == [" ", "*", "*", " "]
-    assert score_table([1.0], ["0"], ["a"], PLAIN)[1][0] == " "
+    assert table_lines([1.0], ["0"], ["a"], PLAIN)[1][0] == " "
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_a_line_is_as_wide_as_the_terminal(columns):
-    [_, row] = score_table([1.0], ["0"], ["word " * 100], Screen(columns, "utf-8", styled=False))
+    [_, row] = table_lines([1.0], ["0"], ["word " * 100], Screen(columns, "utf-8", styled=False))
     assert columns - 1 <= len(row) <= columns
     assert row.endswith("…")
 
 
 def test_a_tiny_terminal_still_shows_how_a_response_begins():
-    [_, row] = score_table([1.0], ["0"], ["a" * 100], Screen(8, "utf-8", styled=False))
+    [_, row] = table_lines([1.0], ["0"], ["a" * 100], Screen(8, "utf-8", styled=False))
     assert row.endswith("  aaaaaaaaa…")
 
 
@@ -105,7 +112,7 @@ def test_only_a_terminal_gets_style(monkeypatch, stream, environment, styled):
         monkeypatch.setenv(name, value)
     screen = Screen.of(stream)
     assert screen.styled is styled
-    lines = score_table([1.0, 2.0], ["0", "1"], ["a", "b"], screen)
+    lines = table_lines([1.0, 2.0], ["0", "1"], ["a", "b"], screen)
     assert [line.startswith("\x1b[1m*") for line in lines] == [False, styled, False]
     assert ("\x1b" in "".join(lines)) is styled
 
