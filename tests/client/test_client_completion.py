@@ -82,6 +82,11 @@ def test_each_shell_has_a_script(shell, capsys):
         assert checked.returncode == 0, checked.stderr
 
 
+def test_a_client_without_tools_has_a_script(monkeypatch, capsys):
+    monkeypatch.setattr(triward.cli, "entry_points", lambda group: ())
+    assert "health" in script("bash", capsys)
+
+
 def test_without_shtab_it_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     with pytest.raises(SystemExit) as caught:
