@@ -22,7 +22,7 @@ def add_completion(commands: Any) -> None:
         epilog=examples("source <(triward completion bash)"),
     )
     command.set_defaults(error=command.error)
-    command.add_argument("shell", choices=SHELLS)
+    command.add_argument("shell", choices=SHELLS, help="whose script is printed")
 
 
 def completion_script(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:

@@ -128,6 +128,11 @@ def test_help_fits_eighty_columns() -> None:
     assert [line for line in lines if len(line) > 80] == []
 
 
+@pytest.mark.parametrize("command", CLIENT)
+def test_every_option_says_what_it_does(command: str) -> None:
+    assert [a.dest for a in CLIENT[command]._actions if not a.help and a.dest != "command"] == []
+
+
 @pytest.mark.parametrize("command", SERVER)
 def test_a_command_is_described_by_a_whole_sentence(command: str) -> None:
     [_, listed] = server_help(app).split("Commands:")

@@ -46,7 +46,7 @@ def add_gateway(commands: Any, server: argparse.ArgumentParser) -> None:
         help="fetch images from http(s) URLs of public addresses; data: URLs are always taken",
     )
     command.add_argument(
-        "--max-body-bytes", type=whole_number, default=64 * 2**20, help="(%(default)s)"
+        "--max-body-bytes", type=whole_number, default=64 * 2**20, help="of a request (%(default)s)"
     )
     command.add_argument(
         "--max-requests",

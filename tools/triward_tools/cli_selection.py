@@ -121,12 +121,25 @@ def add_pairs(commands: Any, server: argparse.ArgumentParser) -> None:
     )
     command.set_defaults(run=_pairs, error=command.error)
     command.add_argument(
-        "--strategy", choices=("best-worst", "adjacent", "all"), default="best-worst"
+        "--strategy",
+        choices=("best-worst", "adjacent", "all"),
+        default="best-worst",
+        help="which responses are paired (%(default)s)",
     )
     infinity = float("inf")
-    command.add_argument("--min-margin", type=float, default=0.0, metavar="SCORE")
-    command.add_argument("--max-margin", type=float, default=infinity, metavar="SCORE")
-    command.add_argument("--max-length-ratio", type=float, default=infinity, metavar="RATIO")
+    command.add_argument(
+        "--min-margin", type=float, default=0.0, metavar="SCORE", help="the lowest (0)"
+    )
+    command.add_argument(
+        "--max-margin", type=float, default=infinity, metavar="SCORE", help="the highest (any)"
+    )
+    command.add_argument(
+        "--max-length-ratio",
+        type=float,
+        default=infinity,
+        metavar="RATIO",
+        help="of the longer response's characters to the shorter one's (any)",
+    )
     command.add_argument(
         "--length-penalty",
         type=_penalty,
