@@ -35,7 +35,9 @@ def examples(shown: str) -> list[list[str]]:
     """Words of the commands below `example:` in a help text, up to what a shell would cut off."""
     _, head, below = shown.replace("Example", "example").rpartition("example")
     assert head, "no example"
-    text = _SOURCED.sub(r"\1", below.partition("\n")[2].replace("\\\n", " "))
+    text = below.partition("\n")[2]
+    assert all(line.startswith("  ") for line in text.splitlines() if line), "not indented"
+    text = _SOURCED.sub(r"\1", text.replace("\\\n", " "))
     commands = [shlex.split(line) for line in text.splitlines() if line.strip()]
     assert commands, "no example"
     return [[*until(_ENDS, words)] for words in commands]
