@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers clean
+.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers release clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -71,6 +71,10 @@ gpu-wheels:
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
 	    --python-version 3.12 --implementation cp --platform manylinux_2_17_x86_64 \
 	    -r benchmarks/gpu/carried.txt -d $(WHEELS)
+
+# Wheels and sdists of the last commit in dist/, checked; nothing is uploaded.
+release: $(READY)
+	$(BIN)/python .ci/release.py
 
 # vLLM on a CPU in an environment of its own, for benchmarks.peers (docs/benchmarks.md): 3.4 GB.
 peers: $(PEERS)/.ready

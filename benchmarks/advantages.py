@@ -24,6 +24,7 @@ import torch
 import typer
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.commands import run_main
 from benchmarks.measure import machine, writable
 from triward.integrations.trl_selection import Selection, SelectiveSampling
 from triward.rewards import SelectiveSampleBuffer
@@ -124,4 +125,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -1,11 +1,11 @@
 """The model card's loop, the card's code on padded batches, our Scorer, and the served path.
 
-    python -m benchmarks.compare [--size small] [--workload group-8 …] [--repeats 5]
-    python -m benchmarks.compare --architecture qwen3    # a text reward model; the card's code is
-                                                         # AutoModelForSequenceClassification there
+    python -m benchmarks.compare --size small --workload group-8 --repeats 5
+    python -m benchmarks.compare --architecture qwen3
 
-All four run in turns in one process on one machine, warm, and the median of the turns counts, so
-that a slow moment of the machine meets all of them. Every path scores the same conversations and
+The second is a text reward model, whose card's code is AutoModelForSequenceClassification. All four
+run in turns in one process on one machine, warm, and the median of the turns counts, so that a slow
+moment of the machine meets all of them. Every path scores the same conversations and
 the scores are compared before a time is believed.
 """
 
@@ -29,6 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.commands import run_main
 from benchmarks.measure import (
     features,
     in_turns,
@@ -263,4 +264,4 @@ def oracle_of(architecture: str, size: Size, checkpoint: Path) -> Oracle | TextO
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

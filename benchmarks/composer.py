@@ -1,6 +1,6 @@
 """IXC-2.5-Reward: its own loop, restated, and our Scorer; and what its partial LoRA costs.
 
-    python -m benchmarks.composer [--size small] [--repeats 5] [--output FILE]
+    python -m benchmarks.composer --size small --repeats 5 --output results.json
 
 The loop scores one conversation at a time, as the published `get_score` does; here it is the
 project's restatement of it in float32, with torch's fused attention. Both read the same token ids
@@ -24,6 +24,7 @@ import typer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.commands import run_main
 from benchmarks.measure import in_turns, machine, row, scores, work, writable
 from triward_server.config import ForwardConfig
 from triward_server.engine.geometry import Geometry
@@ -176,4 +177,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

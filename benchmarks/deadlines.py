@@ -27,6 +27,7 @@ import typer
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
+from benchmarks.commands import run_main
 from benchmarks.measure import machine, triton, writable
 from triward.conversation import build_request
 from triward.deadline import Deadline
@@ -125,4 +126,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.commands import run_main
 from benchmarks.measure import in_turns, machine, writable
 from triward_server.engine.digests import digests
 from triward_server.schema import UInt8Array
@@ -80,4 +81,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

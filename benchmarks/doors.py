@@ -30,6 +30,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.commands import run_main
 from benchmarks.measure import CONCURRENCY, in_turns, machine, triton, writable
 from benchmarks.workloads import PromptGroup, Writer, photo
 from triward import RewardClient
@@ -194,4 +195,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -1,6 +1,6 @@
 """A scorer's memory, in use and in holes: random shapes, one process, no Triton.
 
-    python -m benchmarks.heap --output benchmarks/results/NAME.json [--no-tidy] [--no-keep]
+    python -m benchmarks.heap --output benchmarks/results/NAME.json --no-tidy --no-keep
 
 With glibc's mallinfo2(3) and the kernel's count of anonymous pages, every few seconds. The
 environment decides about the rest, as MALLOC_MMAP_THRESHOLD_ or ONEDNN_PRIMITIVE_CACHE_CAPACITY.
@@ -20,6 +20,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks.commands import run_main
 from benchmarks.measure import machine, writable
 from triward_server.backend.triton_io import KEPT_BYTES
 from triward_server.config import ForwardConfig
@@ -108,4 +109,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

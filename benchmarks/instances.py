@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 import typer
 
+from benchmarks.commands import run_main
 from benchmarks.measure import features, in_turns, machine, row, triton, writable
 from benchmarks.tokens import by_tokens
 from benchmarks.workloads import PromptGroup, Writer
@@ -106,4 +107,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

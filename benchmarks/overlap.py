@@ -1,6 +1,6 @@
 """How long a GPU would wait for the host: a simulated one, and the engine's own host work.
 
-    python -m benchmarks.overlap [--output FILE]
+    python -m benchmarks.overlap --output results.json
 
 The device is a thread that sleeps as long as a pass of Qwen2.5-VL-7B takes at a given speed, and
 computes nothing. Sorting, planning, packing and the prefix cache are the engine's own. In turns:
@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.commands import run_main
 from benchmarks.measure import in_turns, machine, writable
 from triward_server.config import ForwardConfig
 from triward_server.engine import passes
@@ -164,4 +165,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -13,6 +13,8 @@ import matplotlib as mpl
 import typer
 from matplotlib.figure import Figure
 
+from benchmarks.commands import run_main
+
 COLORS = {
     "card, one by one": "#9aa0a6",
     "card, padded batches of 8": "#c9ccd1",
@@ -67,4 +69,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -1,6 +1,6 @@
 """The prefix cache: a server with it beside one without, on requests that begin like earlier ones.
 
-    python -m benchmarks.prefixes [--output FILE]
+    python -m benchmarks.prefixes --output results.json
 
 Both servers get the same requests over gRPC, in turns, in one run. Every round has new prompts.
 """
@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.commands import run_main
 from benchmarks.measure import CONCURRENCY, machine, row, serving, timed, writable
 from benchmarks.workloads import Messages, Writer
 from triward import RewardClient
@@ -148,4 +149,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -28,6 +28,7 @@ import numpy as np
 import typer
 from matplotlib.figure import Figure
 
+from benchmarks.commands import run_main
 from benchmarks.measure import machine, writable
 from triward.routing import Router
 
@@ -195,4 +196,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

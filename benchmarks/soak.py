@@ -36,6 +36,7 @@ import typer
 from matplotlib.figure import Figure
 
 from benchmarks import footprint
+from benchmarks.commands import run_main
 from benchmarks.measure import ROOT, machine, writable
 from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.serving.launch import Endpoints, TritonServer
@@ -293,4 +294,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

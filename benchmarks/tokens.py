@@ -1,6 +1,6 @@
 """`score_tokens` beside `score_responses`: the same conversations, in turns, over gRPC.
 
-    python -m benchmarks.tokens [--size small] [--repeats 7] [--output FILE]
+    python -m benchmarks.tokens --size small --repeats 7 --output results.json
 
 The ids and pixels are made before the clock starts, as a trainer has them from its own rollouts.
 What the difference is made of: the server's decoding, resizing and tokenizing, and one step of the
@@ -24,6 +24,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 import typer
 
+from benchmarks.commands import run_main
 from benchmarks.measure import (
     CONCURRENCY,
     features,
@@ -127,4 +128,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -1,8 +1,8 @@
 """Turn a checkpoint into a Triton model repository: `triward-server export`."""
 
-from triward_server.export.commands import application, export
+from triward_server.export.commands import application
 
-app = application(export)
+app = application("export", "export/build_repository.py")
 
 if __name__ == "__main__":
     app()

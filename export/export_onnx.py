@@ -1,8 +1,8 @@
 """Write a vision tower and a value head as ONNX graphs: `triward-server export-onnx`."""
 
-from triward_server.export.commands import application, export_onnx
+from triward_server.export.commands import application
 
-app = application(export_onnx)
+app = application("export-onnx", "export/export_onnx.py")
 
 if __name__ == "__main__":
     app()

@@ -1,8 +1,8 @@
 """Write a checkpoint with random weights: `triward-server make-checkpoint`."""
 
-from triward_server.export.commands import application, make_checkpoint
+from triward_server.export.commands import application
 
-app = application(make_checkpoint)
+app = application("make-checkpoint", "export/make_checkpoint.py")
 
 if __name__ == "__main__":
     app()

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, schema
+from . import __version__, examples, schema
 from .config import Dtype
 from .errors import ConfigError, LaunchError, TriwardError
 from .export.commands import COMMANDS
@@ -37,7 +37,8 @@ _HANG_TIMEOUT_GPU = 10.0
 _HANG_TIMEOUT_CPU = 120.0
 _WATCH_INTERVAL = 2.0
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+# Help and usage errors without boxes, which leave text few columns.
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Repository = Annotated[Path, typer.Option(help="What `triward-server export` wrote.")]
 Verified = Annotated[
@@ -62,7 +63,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog=examples.shown(["triward-server serve --repository skywork"]))
 def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
@@ -315,6 +316,13 @@ def _calibrate(
         found: OrderKept = calibrate_checkpoint(checkpoint, device, streamed, file)
     typer.echo(str(found))
     raise typer.Exit(0 if found.agrees else 1)
+
+
+for _registered in app.registered_commands:
+    assert _registered.callback and _registered.callback.__doc__
+    _registered.epilog = examples.epilog(_registered.name or _registered.callback.__name__)
+    # The first sentence whole, which typer would cut.
+    _registered.short_help = " ".join(_registered.callback.__doc__.partition("\n\n")[0].split())
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """One GPU: check attention and small models, then make, check and time the 7B model.
 
-    python -m benchmarks.gpu [--size 7b] [--device cuda] [--steps A,B] [--output FILE]
+    python -m benchmarks.gpu --size 7b --device cuda --steps versions,kernels
 
 Steps run in the order of their worth; each is on disk as it ends, and one that fails does not stop
 the next. docs/gpu.md says what a bare machine needs and what the steps measure. `--device cpu
@@ -23,6 +23,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 import typer
 
+from benchmarks.commands import run_main
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.steps import STEPS, Steps
@@ -119,4 +120,4 @@ def _restart(steps: list[str], minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -1,9 +1,10 @@
 """The command on a machine that has nothing but what a bare GPU machine has.
 
-    python -m benchmarks.gpu.rehearsal --device cpu --size tiny [the command's other options]
+    python -m benchmarks.gpu.rehearsal --device cpu --size tiny
 
-Whatever else is installed is hidden: it can be neither imported nor found in this process. What is
-seen is what `machine.txt` names and, in turn, needs, and what `carried.txt` names.
+Options are the command's. Whatever else is installed is hidden: it can be neither imported nor
+found in this process. What is seen is what `machine.txt` names and, in turn, needs, and what
+`carried.txt` names.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def check_hidden() -> None:
 if __name__ == "__main__":
     hide()
     check_hidden()
-    import typer
 
+    from benchmarks.commands import run_main
     from benchmarks.gpu.__main__ import main
 
-    typer.run(main)
+    run_main(main)

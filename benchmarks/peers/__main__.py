@@ -1,10 +1,10 @@
 """vLLM's CPU build beside Triward: one text reward model, the same conversations, in turns.
 
-    make peers && python -m benchmarks.peers [--dtype bfloat16] [--column served] [--output FILE]
+    python -m benchmarks.peers --dtype bfloat16 --column served --output results.json
 
-First every side scores one round of conversations, and each score is compared with transformers'
-in float32; a side that is wrong ends the measurement. Then every round has new prompts. All
-processes stay up, and one computes at a time.
+`make peers` sets vLLM up. First every side scores one round of conversations, and each score is
+compared with transformers' in float32; a side that is wrong ends the measurement. Then every round
+has new prompts. All processes stay up, and one computes at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.commands import run_main
 from benchmarks.measure import machine, timed, writable
 from benchmarks.peers import sides
 from benchmarks.peers.steps import (
@@ -190,4 +191,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

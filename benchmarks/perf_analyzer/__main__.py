@@ -1,6 +1,6 @@
 """Throughput against latency of a served repository, by the real perf_analyzer.
 
-    python -m benchmarks.perf_analyzer --output results.json [--url HOST:PORT] [--mix text …]
+    python -m benchmarks.perf_analyzer --output results.json --url HOST:PORT --mix text
 
 Without `--url` a random checkpoint is exported and served on this machine's CPU. Each mix is driven
 in a closed loop; from the throughput that it reaches follow the rates of the open loop. Results go
@@ -24,6 +24,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import typer
 from rich.console import Console
 
+from benchmarks.commands import run_main
 from benchmarks.measure import machine, triton, writable
 from benchmarks.perf_analyzer import inputs
 from benchmarks.perf_analyzer.inputs import MIXES, REQUESTS, Scale
@@ -206,4 +207,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

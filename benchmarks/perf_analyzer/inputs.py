@@ -1,6 +1,6 @@
 """Input files for perf_analyzer: requests of real shapes, drawn from a seed.
 
-python -m benchmarks.perf_analyzer.inputs --mix mixed --output mixed.json
+    python -m benchmarks.perf_analyzer.inputs --mix mixed --output mixed.json
 
 A request is what `triward.RewardClient` would send for the same messages: JSON text, responses,
 and images as encoded files.
@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.commands import run_main
 from benchmarks.measure import writable
 from benchmarks.workloads import Messages, Writer, photo
 from triward.conversation import RewardRequest, build_request
@@ -154,4 +155,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -1,6 +1,6 @@
 """The results as one HTML file: plots as inline SVG, tables, sizing. It loads nothing.
 
-    python -m benchmarks.perf_analyzer.report benchmarks/results/NAME.json [--peak 50 --p99-ms 800]
+    python -m benchmarks.perf_analyzer.report benchmarks/results/NAME.json --peak 50 --p99-ms 800
 
 draws it again, and sizes for another objective from the same measurements.
 """
@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks.commands import run_main
 from benchmarks.perf_analyzer.runner import BACKLOG, WARM_UP
 from benchmarks.perf_analyzer.sizing import Objective, sizing
 from triward_server.schema import ENSEMBLE, FORWARD, PREPROCESS
@@ -370,4 +371,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

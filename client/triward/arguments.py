@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,27 @@ def check_free(path: Path) -> None:
         )
 
 
+def examples(*commands: str) -> str:
+    """Return an epilog of commands that can be copied; a long one continues behind `\\`."""
+    head = "example:" if len(commands) == 1 else "examples:"
+    return "\n".join([head, *(f"  {line}" for each in commands for line in each.splitlines())])
+
+
+class Help(argparse.HelpFormatter):
+    """Fills lines of text, but leaves those that begin with a space; aligns commands."""
+
+    def _iter_indented_subactions(
+        self, action: argparse.Action
+    ) -> Generator[argparse.Action, None, None]:
+        yield from getattr(action, "_get_subactions", list)()
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(
+            line if line.startswith(" ") else super(Help, self)._fill_text(line, width, indent)
+            for line in text.splitlines()
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """Suggests what a word that it does not know may have been meant to be.
 
@@ -45,6 +66,10 @@ class Parser(argparse.ArgumentParser):
 
     needed = ""
     _given: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """Set up a parser as argparse does, whose help keeps examples as they are."""
+        super().__init__(*args, **{"formatter_class": Help, **settings})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does; keep what was given, for `error`."""

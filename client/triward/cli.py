@@ -1,9 +1,12 @@
 """The command `triward`.
 
-    score     responses to one prompt, or a JSONL file of conversations
-    rank      the same, best first
-    compare   whether response A scores higher than response B
-    health    whether the model can be asked
+    score        responses to one prompt, or a JSONL file of conversations
+    rank         the same, with their order
+    compare      whether response A scores higher than response B
+    health       whether the model can be asked
+    completion   a script that completes commands in a shell
+
+Scores of one prompt are a table, or JSON with `--json`; a file of conversations is JSONL both ways.
 
 Other distributions add commands by entry points of the group `triward.commands`: functions that
 take argparse's subparsers and a parent parser with the server's options. triward-tools adds `eval`,
@@ -16,24 +19,23 @@ usage, 3 unavailable (health: not ready), 4 deadline exceeded, 5 another failure
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import json
-import shutil
 import sys
 import traceback
-import unicodedata
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO
 
 from triward import __version__ as version
 from triward import jsonl, protocol
-from triward.arguments import Parser, check_free, whole_number
+from triward.arguments import Parser, check_free, examples
 from triward.channel import Tls
 from triward.client import RewardClient
-from triward.deadline import Deadline
+from triward.completion import add_completion, completion_script
 from triward.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -42,7 +44,8 @@ from triward.errors import (
     TriwardError,
 )
 from triward.many import ranked
-from triward.routing import Routing
+from triward.options import lines_options, prompt_options, server_options
+from triward.table import Screen, table_lines
 
 _CODES = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
 
@@ -50,12 +53,33 @@ _CODES = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
 _TOOLS = ("eval", "best-of-n", "filter", "pairs", "gateway")
 _NEEDED = "comes with triward-tools; in a checkout of Triward: pip install ./tools"
 
+_EXAMPLES = {
+    "score": (
+        'triward score --image chart.png --prompt "Which month?" \\\n'
+        "    --response June. --response May.",
+        "triward score --input rollouts.jsonl --output scored.jsonl --progress",
+    ),
+    "rank": (
+        'triward rank --prompt "Which month?" --response June. --response May. --json',
+        "triward rank --input rollouts.jsonl --output ranked.jsonl",
+    ),
+    "compare": (
+        'triward compare --image chart.png --prompt "Which month?" --a June. --b May. \\\n'
+        '    && echo "A is better"',
+    ),
+    "health": ("triward health --url dns:///rewards:8001 --wait-ready 300",),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     for stream in (sys.stdout, sys.stderr):
         _tolerate_any_text(stream)
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.command == "completion":
+        print(completion_script(parser, options))
+        return 0
     try:
         with _client(options) as client:
             return int(options.run(client, options))
@@ -98,6 +122,8 @@ def _compare(client: RewardClient, options: argparse.Namespace) -> int:
     options.response = [options.a, options.b]
     a, b = scores = client.score_responses(_messages(options), options.response)
     _print_scores(scores, options, {"a": a, "b": b, "margin": a - b})
+    if not options.json:
+        print(f"margin of A over B: {a - b:.4f}")
     return 0 if a > b else 1
 
 
@@ -136,8 +162,9 @@ def _score_lines(client: RewardClient, options: argparse.Namespace) -> int:
         )
         first: TriwardError | None = None
         total = wrong = 0
+        unicode = options.output != "-" or _is_unicode(output)
         for row, error in done:
-            output.write(_line(row) + "\n")
+            output.write(_line(row, unicode) + "\n")
             output.flush()
             total, wrong, first = total + 1, wrong + bool(error), first or error
     if first is None:
@@ -146,8 +173,13 @@ def _score_lines(client: RewardClient, options: argparse.Namespace) -> int:
     return _report(first)
 
 
-def _line(row: dict[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False)
+def _is_unicode(stream: TextIO) -> bool:
+    """Return whether JSON can be written as it is; else it is written in ASCII."""
+    return codecs.lookup(stream.encoding or "utf-8").name == "utf-8"
+
+
+def _line(row: dict[str, Any], unicode: bool) -> str:
+    text = json.dumps(row, ensure_ascii=not unicode)
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a character came in as an escape, and goes out as one
@@ -164,6 +196,8 @@ def _same(one: str, other: str) -> bool:
 
 def _open(stack: ExitStack, name: str, mode: str, standard: Any) -> Any:
     if name == "-":
+        if mode == "r" and isinstance(standard, io.TextIOWrapper):  # JSONL, whatever the locale
+            standard.reconfigure(encoding="utf-8", errors="surrogateescape")
         return standard
     try:
         # What is not UTF-8 is that line's error.
@@ -173,32 +207,39 @@ def _open(stack: ExitStack, name: str, mode: str, standard: Any) -> Any:
         raise InvalidRequest(f"{name}: {error.strerror}") from error
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="triward",
         description="Rewards from a Triward server.",
-        epilog="Exit codes: 0 done or yes, 1 no, 2 wrong input, 3 unavailable, 4 too late, 5 else.",
+        epilog="Exit codes: 0 done or yes, 1 no, 2 wrong input, 3 unavailable, 4 too late, 5 else."
+        "\n\n" + examples("triward health --url localhost:8001", _EXAMPLES["score"][0]),
     )
     parser.add_argument(
         "--version",
         action="version",
         version=f"triward {version}, version {protocol.CONTRACT_VERSION} of the wire contract",
+        help="show it, and the wire contract's",
     )
-    commands: Any = parser.add_subparsers(dest="command", required=True)
-    server, prompt, lines = _server_options(), _prompt_options(), _lines_options()
+    commands: Any = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", title="commands"
+    )
+    server = server_options()
+    several, two = [prompt_options("any"), lines_options()], [prompt_options("two")]
     for name, run, parents, text in (
-        ("score", _score, [server, prompt, lines], "score responses, or a JSONL file"),
-        ("rank", _rank, [server, prompt, lines], "order responses by score, best first"),
-        ("compare", _compare, [server, prompt], "exit with 0 when A scores higher than B, else 1"),
-        ("health", _health, [server], "exit with 0 when the model can be asked"),
+        ("score", _score, several, "score responses, or a JSONL file"),
+        ("rank", _rank, several, "order responses by score, best first"),
+        ("compare", _compare, two, "exit with 0 when A scores higher than B, else 1"),
+        ("health", _health, [], "exit with 0 when the model can be asked"),
     ):
-        command = commands.add_parser(name, help=text, parents=parents)
+        command = commands.add_parser(
+            name,
+            help=text,
+            parents=[*parents, server],
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=examples(*_EXAMPLES[name]),
+        )
         command.set_defaults(run=run, error=command.error)
-        if name in ("score", "rank"):
-            command.add_argument("--response", action="append", help="may repeat")
-        if name == "compare":
-            command.add_argument("--a", required=True, help="response A")
-            command.add_argument("--b", required=True, help="response B")
+    add_completion(commands)
     _add_tools(commands, server)
     return parser
 
@@ -212,63 +253,6 @@ def _add_tools(commands: Any, server: argparse.ArgumentParser) -> None:
         if name not in found:
             command = commands.add_parser(name, help="comes with triward-tools", add_help=False)
             command.needed = _NEEDED
-
-
-def _server_options() -> argparse.ArgumentParser:
-    group = argparse.ArgumentParser(add_help=False)
-    group.add_argument(
-        "--url",
-        action="append",
-        default=None,
-        help="host of gRPC (localhost), or host:port (8001), or dns:///NAME:PORT; may repeat",
-    )
-    group.add_argument(
-        "--routing",
-        default="round_robin",
-        choices=get_args(Routing),
-        help="among several --url: in turn, or equal prompts to equal servers (%(default)s)",
-    )
-    group.add_argument("--model", default="reward", help="name of the ensemble (%(default)s)")
-    group.add_argument("--timeout", type=_seconds, default=60.0, help="seconds (%(default)s)")
-    group.add_argument(
-        "--wait-ready",
-        type=_waiting,
-        default=0.0,
-        metavar="SECONDS",
-        help="for a server that is starting",
-    )
-    group.add_argument("--tls", action="store_true", help="encrypt, with gRPC's own authorities")
-    group.add_argument("--tls-ca", metavar="FILE", help="encrypt, with this authority")
-    group.add_argument("--tls-certificate", metavar="FILE", help="the client's own, with --tls-key")
-    group.add_argument("--tls-key", metavar="FILE")
-    group.add_argument("--header", action="append", default=[], type=_header, metavar="NAME:VALUE")
-    group.add_argument("--json", action="store_true", help="JSON instead of a table")
-    return group
-
-
-def _prompt_options() -> argparse.ArgumentParser:
-    group = argparse.ArgumentParser(add_help=False)
-    group.add_argument("--image", action="append", default=[], help="path or URL; may repeat")
-    group.add_argument("--system", help="system message")
-    group.add_argument("--prompt", help="the user's text, after the images")
-    return group
-
-
-def _lines_options() -> argparse.ArgumentParser:
-    group = argparse.ArgumentParser(add_help=False)
-    group.add_argument(
-        "--input",
-        metavar="FILE",
-        help='JSONL, - for standard input; a line is {"messages": […], "responses": […]}, or '
-        '{"messages": […]} with the response as its last message',
-    )
-    group.add_argument("--output", metavar="FILE", default="-", help="JSONL (standard output)")
-    group.add_argument("--force", action="store_true", help="replace an output that is there")
-    group.add_argument(
-        "--concurrency", type=whole_number, default=32, help="requests at once (%(default)s)"
-    )
-    group.add_argument("--progress", action="store_true", help="show a bar")
-    return group
 
 
 def _client(options: argparse.Namespace) -> RewardClient:
@@ -305,26 +289,6 @@ def _client(options: argparse.Namespace) -> RewardClient:
         raise
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-        Deadline(seconds)  # raises for what no call could use
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return seconds
-
-
-def _waiting(text: str) -> float:
-    return _seconds(text) if text.strip("0.") else 0.0
-
-
-def _header(text: str) -> tuple[str, str]:
-    name, colon, value = text.partition(":")
-    if not (name and colon):
-        raise argparse.ArgumentTypeError(f"must be NAME:VALUE, got {text!r}")
-    return name.strip().lower(), value.strip()
-
-
 def _messages(options: argparse.Namespace) -> list[dict[str, Any]]:
     images = [{"type": "image", "image": image} for image in options.image]
     user = {"role": "user", "content": [*images, {"type": "text", "text": options.prompt}]}
@@ -341,33 +305,8 @@ def _print_scores(
         print(json.dumps(as_json))
         return
     names = "AB" if options.command == "compare" else [*map(str, range(len(scores)))]
-    rows = [("rank", "response", "score", "text")]
-    for rank, index in enumerate(ranked(scores), start=1):
-        rows.append((str(rank), names[index], f"{scores[index]:.4f}", options.response[index]))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    room = shutil.get_terminal_size().columns - sum(widths) - 3
-    for *cells, text in rows:
-        start = " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        print(f"{start} {_shortened(text, room)}")
-
-
-def _shortened(text: str, room: int) -> str:
-    """Return the text as a line of at most `room` terminal columns, without control characters."""
-    line = "".join(c for c in " ".join(text.split()) if unicodedata.category(c) != "Cc")
-    widths = [_width(character) for character in line]
-    if sum(widths) <= room:
-        return line
-    kept = 0
-    while kept < len(line) and sum(widths[: kept + 1]) < room:
-        kept += 1
-    return line[:kept] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _width(character: str) -> int:
-    """Columns of a terminal."""
-    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    lines = table_lines(scores, names, options.response, Screen.of(sys.stdout))
+    print("\n".join(lines))
 
 
 def _report(error: TriwardError) -> int:

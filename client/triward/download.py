@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 DOWNLOAD_LIMIT = 64 * 2**20
 _CHUNK = 256 * 2**10
-_USER_AGENT = "triward/0.1"
 
 # What a URL may hold besides letters and digits; the rest (spaces, umlauts) is percent-encoded.
 _URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
@@ -63,9 +62,12 @@ def _fetch(url: str, deadline: Deadline, limit: int, opener: Callable[..., Any] 
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
 
+    from triward import __version__  # which is being imported with this module
+
     shown = _without_query(url)
     try:
-        request = Request(quote(url, safe=_URL_CHARACTERS), headers={"User-Agent": _USER_AGENT})
+        agent = {"User-Agent": f"triward/{__version__}"}
+        request = Request(quote(url, safe=_URL_CHARACTERS), headers=agent)
         with (opener or urlopen)(request, timeout=deadline.remaining()) as response:
             return _read_body(response, deadline, limit, shown)
     except TriwardError:

@@ -19,7 +19,7 @@ LAYERS = {
     "integrations.prompts integrations.datasets integrations.trl integrations.trl_selection "
     "integrations.verl integrations.verl_replay integrations.openrlhf integrations.swift "
     "integrations.areal integrations.skyrl integrations.nemo_rl integrations.roll",
-    "commands": "arguments cli __main__",
+    "commands": "table arguments options completion cli __main__",
 }
 ORDER = [name for names in LAYERS.values() for name in names.split()]
 

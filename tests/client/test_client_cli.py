@@ -64,10 +64,10 @@ def defaults(**settings):
     ],
 )
 def test_a_row_is_one_line_of_the_terminal(made, capsys, monkeypatch, text, shown):
-    monkeypatch.setenv("COLUMNS", "36")
+    monkeypatch.setenv("COLUMNS", "42")
     assert triward.cli.main([*ARGUMENTS, *responses(text)]) == 0
     _, row = capsys.readouterr().out.splitlines()
-    assert row.rpartition("000 ")[2] == shown
+    assert row.rpartition("000  ")[2] == shown
 
 
 def test_table_is_best_first(made, capsys):
@@ -75,7 +75,7 @@ def test_table_is_best_first(made, capsys):
     out, err = capsys.readouterr()
     assert [line.split() for line in out.splitlines()] == [
         ["rank", "response", "score", "text"],
-        ["1", "1", "7.0000", "longest"],
+        ["*", "1", "1", "7.0000", "longest"],
         ["2", "2", "4.0000", "four"],
         ["3", "0", "2.0000", "no"],
     ]
@@ -206,8 +206,9 @@ def test_compare(made, capsys, a, b, code):
         "a": float(len(a)), "b": float(len(b)), "margin": margin,
     }  # fmt: skip
     assert triward.cli.main(arguments) == code
-    best = capsys.readouterr().out.splitlines()[1].split()
-    assert best[1] == ("A" if margin >= 0 else "B")
+    _, best, _, last = capsys.readouterr().out.splitlines()
+    assert best.split()[:3] == ["*", "1", "A" if margin >= 0 else "B"]
+    assert last == f"margin of A over B: {margin:.4f}"
 
 
 @pytest.mark.parametrize(("ready", "code", "text"), [(True, 0, "ready"), (False, 3, "not ready")])

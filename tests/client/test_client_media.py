@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import triward
 from triward import DeadlineExceeded, MediaError
 from triward.deadline import Deadline
 from triward.media import read_media
@@ -114,7 +115,7 @@ def test_http(web, deliver, deadline):
         deliver(PNG)(handler)
 
     assert read_media(web("/a.png", answer), deadline) == PNG
-    assert agents[0].startswith("triward/")
+    assert agents == [f"triward/{triward.__version__}"]
 
 
 def test_http_scheme_in_capitals_and_characters_to_escape(web, deliver, deadline):

@@ -18,7 +18,7 @@ from triward_server.serving.repository import DRAINING_VERSION
 
 # In the order in which data flows; a module imports only what stands above it.
 ROOMS = {
-    "": "errors schema contract config memory device model_configs",
+    "": "errors schema contract config memory device model_configs examples",
     "intake": "workers tiles image_codec video_codec codec_worker conversation decoding media "
     "video resizing family qwen sheet ixc families token_bound tokenization "
     "preprocess",

@@ -23,7 +23,7 @@ def test_the_words_that_the_client_knows_are_all_there(capsys):
     with pytest.raises(SystemExit):
         triward.cli.main(["--help"])
     out = capsys.readouterr().out
-    assert all(f"    {name} " in out for name in triward.cli._TOOLS)
+    assert all(f"\n  {name} " in out for name in triward.cli._TOOLS)
     assert "comes with triward-tools" not in out
 
 

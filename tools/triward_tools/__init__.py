@@ -4,4 +4,4 @@
 and `ray` score Parquet files. Installed, it adds its commands to `triward`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from triward.arguments import seed, whole_number
+from triward.arguments import examples, seed, whole_number
 from triward.client import RewardClient
 
 BENCHMARKS = ("rewardbench", "vl-rewardbench", "multimodal-rewardbench", "rewardbench-2")
+_EXAMPLE = "triward eval rewardbench-2 --data data/test.parquet --output rewardbench-2-run"
 
 
 def add(commands: Any, server: argparse.ArgumentParser) -> None:
@@ -21,10 +22,13 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         help="accuracy on a benchmark's public files, as a report",
         description="Score a benchmark's responses and write a report. The same command goes on "
         "with a run that was interrupted.",
+        epilog=examples(_EXAMPLE),
         parents=[server],
     )
     command.set_defaults(run=_run, error=command.error)
-    command.add_argument("benchmark", choices=BENCHMARKS)
+    command.add_argument(
+        "benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help=", ".join(BENCHMARKS)
+    )
     command.add_argument(
         "--data",
         required=True,

@@ -6,7 +6,7 @@ import argparse
 from importlib.util import find_spec
 from typing import Any
 
-from triward.arguments import whole_number
+from triward.arguments import examples, whole_number
 from triward.client import RewardClient
 
 
@@ -17,6 +17,7 @@ def add_gateway(commands: Any, server: argparse.ArgumentParser) -> None:
         help="HTTP for trainers that know vLLM, SGLang, OpenRLHF, LLaMA-Factory or slime",
         description="Answer the HTTP requests of other projects with rewards. There is no access "
         "control: listen where only trainers can connect.",
+        epilog=examples("triward gateway --url rewards:8001 --port 8010"),
         parents=[server],
     )
     command.set_defaults(run=_run, error=command.error)
@@ -45,7 +46,7 @@ def add_gateway(commands: Any, server: argparse.ArgumentParser) -> None:
         help="fetch images from http(s) URLs of public addresses; data: URLs are always taken",
     )
     command.add_argument(
-        "--max-body-bytes", type=whole_number, default=64 * 2**20, help="(%(default)s)"
+        "--max-body-bytes", type=whole_number, default=64 * 2**20, help="of a request (%(default)s)"
     )
     command.add_argument(
         "--max-requests",

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from triward.arguments import whole_number
+from triward.arguments import examples, whole_number
 from triward.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -27,8 +27,14 @@ _COLUMNS = {
 
 def add_best_of_n(commands: Any, server: argparse.ArgumentParser) -> None:
     """Add `best-of-n`. Its `run`, as the others', loads what it needs only when it is called."""
-    parents = [server, _file_options()]
-    best = commands.add_parser("best-of-n", help="choose the best of N responses", parents=parents)
+    best = commands.add_parser(
+        "best-of-n",
+        help="choose the best of N responses",
+        description="Score the responses of each row and keep the best. Rows are lines of JSONL, "
+        "or of Parquet; the same command goes on with a job that was interrupted.",
+        epilog=examples("triward best-of-n --input candidates.jsonl --output best.jsonl"),
+        parents=[_file_options(), server],
+    )
     best.set_defaults(run=_best_of_n, error=best.error)
 
 
@@ -45,7 +51,7 @@ def _file_options() -> argparse.ArgumentParser:
     pictures.add_argument("--picture", metavar="FILE", help=".svg or .png (OUTPUT.svg)")
     pictures.add_argument("--no-picture", action="store_true", help="draw none")
     group.add_argument(
-        "--concurrency", type=whole_number, default=32, help="requests (%(default)s)"
+        "--concurrency", type=whole_number, default=32, help="requests at once (%(default)s)"
     )
     group.add_argument(
         "--chunk-rows",
@@ -59,8 +65,18 @@ def _file_options() -> argparse.ArgumentParser:
 
 def add_filter(commands: Any, server: argparse.ArgumentParser) -> None:
     """Add `filter`."""
-    parents = [server, _file_options()]
-    command = commands.add_parser("filter", help="leave out unusual scores", parents=parents)
+    command = commands.add_parser(
+        "filter",
+        help="leave out unusual scores",
+        description="Keep the responses whose scores one rule allows: bounds, quantiles, or how "
+        "far they are from the others.",
+        epilog=examples(
+            "triward filter --input candidates.jsonl --output kept.jsonl --min -2.5",
+            "triward filter --input scored.jsonl --output kept.jsonl --scores scores \\\n"
+            "    --outliers --dropped dropped.jsonl",
+        ),
+        parents=[_file_options(), server],
+    )
     command.set_defaults(run=_filter, error=command.error)
     command.add_argument("--min", type=float, metavar="SCORE", help="the lowest that is kept")
     command.add_argument("--max", type=float, metavar="SCORE", help="the highest that is kept")
@@ -91,16 +107,39 @@ def add_filter(commands: Any, server: argparse.ArgumentParser) -> None:
 
 def add_pairs(commands: Any, server: argparse.ArgumentParser) -> None:
     """Add `pairs`."""
-    parents = [server, _file_options()]
-    command = commands.add_parser("pairs", help="make preference pairs for TRL", parents=parents)
+    command = commands.add_parser(
+        "pairs",
+        help="make preference pairs for TRL",
+        description="Pair responses of a prompt by their scores: rows of prompt, chosen and "
+        "rejected.",
+        epilog=examples(
+            "triward pairs --input candidates.jsonl --output pairs.jsonl --min-margin 1",
+            "triward pairs --input candidates.jsonl --output pairs.parquet \\\n"
+            "    --strategy all --max-pairs 4 --length-penalty auto",
+        ),
+        parents=[_file_options(), server],
+    )
     command.set_defaults(run=_pairs, error=command.error)
     command.add_argument(
-        "--strategy", choices=("best-worst", "adjacent", "all"), default="best-worst"
+        "--strategy",
+        choices=("best-worst", "adjacent", "all"),
+        default="best-worst",
+        help="which responses are paired (%(default)s)",
     )
     infinity = float("inf")
-    command.add_argument("--min-margin", type=float, default=0.0, metavar="SCORE")
-    command.add_argument("--max-margin", type=float, default=infinity, metavar="SCORE")
-    command.add_argument("--max-length-ratio", type=float, default=infinity, metavar="RATIO")
+    command.add_argument(
+        "--min-margin", type=float, default=0.0, metavar="SCORE", help="the lowest (0)"
+    )
+    command.add_argument(
+        "--max-margin", type=float, default=infinity, metavar="SCORE", help="the highest (any)"
+    )
+    command.add_argument(
+        "--max-length-ratio",
+        type=float,
+        default=infinity,
+        metavar="RATIO",
+        help="of the longer response's characters to the shorter one's (any)",
+    )
     command.add_argument(
         "--length-penalty",
         type=_penalty,

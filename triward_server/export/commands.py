@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from ..errors import TriwardError
+from ..examples import epilog
 from .options import OPSET, Size, TextModel, export_parameters, read_options
 
 Command = Callable[..., None]
@@ -90,10 +91,15 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def application(command: Command) -> typer.Typer:
-    """Return a program of its own that has one command."""
-    app = typer.Typer(add_completion=False)
-    app.command()(command)
+def application(name: str, script: str) -> typer.Typer:
+    """Return a program of its own that has one command.
+
+    Args:
+        name: of the command.
+        script: path of the program in a checkout, which its help shows.
+    """
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(epilog=epilog(name, script))(COMMANDS[name])
     return app
 
 

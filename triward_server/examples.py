@@ -1,0 +1,51 @@
+"""Examples that the commands' help shows."""
+
+from __future__ import annotations
+
+PROGRAM = "triward-server"
+
+# Command -> arguments of each example.
+ARGUMENTS = {
+    "serve": (
+        "--repository skywork",
+        "--repository skywork --tls-certificate server.pem --tls-key server.key",
+    ),
+    "health": ("--deep --repository skywork",),
+    "models": ("--http-port 8000",),
+    "load": ("judge",),
+    "unload": ("judge",),
+    "switch": ("2 --repository skywork",),
+    "export": (
+        "--checkpoint Skywork/Skywork-VL-Reward-7B --output skywork",
+        "--checkpoint tiny --output models --device cpu --dtype float32",
+    ),
+    "make-checkpoint": ("--size tiny --output tiny",),
+    "export-onnx": ("--checkpoint tiny --output graphs",),
+    "verify": ("--checkpoint tiny --small",),
+}
+_COLUMNS = 76  # of a terminal's 80: typer indents by 2, and so does this
+
+
+def epilog(command: str, script: str | None = None) -> str:
+    """Return the examples of a command as its help shows them.
+
+    Args:
+        command: of `triward-server`.
+        script: a file that is this command; None: it is given by its name.
+    """
+    program = f"python {script}" if script else f"{PROGRAM} {command}"
+    return shown([f"{program} {arguments}" for arguments in ARGUMENTS[command]])
+
+
+def shown(commands: list[str]) -> str:
+    r"""Return lines that typer leaves as they are, behind \b; long ones continue behind \."""
+    head = "Example:" if len(commands) == 1 else "Examples:"
+    return "\n".join(["\b", head, *map(_continued, commands)])
+
+
+def _continued(command: str) -> str:
+    line = f"  {command}"
+    if len(line) <= _COLUMNS:
+        return line
+    program, dashes, arguments = line.partition(" --")
+    return f"{program} \\\n     {dashes}{arguments}"
