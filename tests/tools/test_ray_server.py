@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from tests.asking import wait_until
-from tests.commands import Command
 from tests.conftest import ROOT
 from triward import RewardClient, ServerUnavailable
 from triward_tools.ray_server import RewardServer
@@ -51,9 +50,9 @@ def test_it_is_started_again_at_the_same_address(running, echo):
     first = family(running)
     with RewardClient(address) as client:
         assert client.score_responses(PROMPT, ANSWERS) == expected
-        kill_triton(running)
+        first[0].kill()  # its Triton notices, and has the port until it has ended
+        wait_until(lambda: running._process.pid != first[0].pid, timeout=60)
         assert gone(first)
-        wait_until(lambda: running._process.pid != first[0].pid)
         assert running.address() == address
         assert client.score_responses(PROMPT, ANSWERS) == expected
         second = family(running)
@@ -75,10 +74,11 @@ def test_one_that_is_stopped_is_no_error(running):
     assert gone(processes)
 
 
-def test_one_that_never_scored_is_not_started_again(tmp_path):
+def test_one_that_never_scored_is_not_started_again(tmp_path, capsys):
     server = RewardServer(str(tmp_path), restarts=3)
     with pytest.raises(ServerUnavailable, match=r"ended with 1: .*is not a repository"):
         server.address()
+    assert capsys.readouterr().err.count("is not a repository") == 1
 
 
 def test_a_node_without_the_command(monkeypatch, tmp_path):
@@ -116,6 +116,7 @@ def server_of(actor):
 
 
 ray.get(ended)  # it was stopped: no error
+ray.kill(server)  # has the bundle until then
 second = start_server(repository, group, restarts=0)
 client = RewardClient(ray.get(second.address.remote()))
 ended = second.watch.remote()
@@ -144,23 +145,20 @@ def ray():
     shutil.rmtree(temporary)
 
 
-def test_what_the_page_shows(ray, echo, echo_repository):
+def test_what_the_page_shows(ray, command, echo, echo_repository):
     page = (ROOT / "docs" / "integrations" / "ray.md").read_text()
     [code] = re.findall(r"```python\n([^`]*start_server\([^`]*)```", page)
     code = re.sub(r', "GPU": \d', "", code.replace('"/shared/skywork"', "repository"))
     code = re.sub(r'"CPU": \d', '"CPU": 1', code)
-    running = Command(
+    running = command(
         sys.executable, "-c", DRIVER.replace("{page}", code), echo_repository, ray,
         RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
     )  # fmt: skip
-    try:
-        third = [running.wait_for(r"^family (.*)$")[1] for _ in range(2)][-1]
-        processes = [*running.family(), *(psutil.Process(int(pid)) for pid in third.split())]
-        running.wait_for("^done$")
-        assert running.wait() == 0, running.output
-    finally:
-        running.kill()
+    third = [running.wait_for(r"^family (.*)$")[1] for _ in range(2)][-1]
+    processes = [*running.family(), *(psutil.Process(int(pid)) for pid in third.split())]
+    running.wait_for("^done$")
+    assert running.wait() == 0, running.output
     expected = echo.score_responses(PROMPT, ANSWERS)
     assert running.output.count(f"{expected}\n") == 2, running.output
     assert re.search(r"^typed .*the reward server on \S+ ended with -9", running.output, re.M)

@@ -15,9 +15,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from triward.errors import ServerUnavailable
 _COMMAND, _PACKAGE = "triward-server", "triward-server[embedded]"
 _READY = re.compile(r"ready +grpc +(\S+:(\d+))\s")
 _ANY = "0"
+_TRITON_EXIT = 60.0  # seconds; the server itself gives its Triton 40
 _CALLS = 16  # at once: `watch` and `address` wait in theirs
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -101,6 +104,7 @@ class RewardServer:
                 why = self._run()
                 if self._stopping or self._port == _ANY:  # one that never scored would not now
                     break
+                _wait_until_free(int(self._port))
         except OSError as error:
             why = str(error)
         finally:
@@ -181,6 +185,20 @@ def start_server(
         ),
     )
     return actor.remote(os.fspath(repository), flags, restarts)
+
+
+def _wait_until_free(port: int) -> None:
+    """Wait until nothing listens: a server that was killed leaves a Triton that ends by itself."""
+    end = time.monotonic() + _TRITON_EXIT
+    while time.monotonic() < end:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((get_node_ip_address(), port))
+            except OSError:
+                time.sleep(0.1)
+            else:
+                return
 
 
 def _ends_with_the_parent(parent: int) -> Callable[[], None]:
