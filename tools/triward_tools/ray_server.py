@@ -10,17 +10,15 @@ the repository under the same path.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,15 @@ _READY = re.compile(r"ready +grpc +(\S+:(\d+))\s")
 _ANY = "0"
 _TRITON_EXIT = 60.0  # seconds; the server itself gives its Triton 40
 _CALLS = 16  # at once: `watch` and `address` wait in theirs
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
+# A process that gets SIGTERM when the thread that started it ends. It asks for that itself, by
+# PR_SET_PDEATHSIG of prctl(2): a `preexec_fn` would run gRPC's own handlers of a fork, which can
+# abort in a child.
+_ENDS_WITH_US = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+os.getppid() == int(sys.argv[1]) or sys.exit("the actor has ended")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class RewardServer:
@@ -118,9 +124,8 @@ class RewardServer:
             if self._stopping:
                 return "the reward server was stopped"
             self._process = subprocess.Popen(
-                self._words(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                preexec_fn=_ends_with_the_parent(os.getpid()),
-            )  # fmt: skip
+                self._words(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
         assert self._process.stdout
         last = ""
         for line in self._process.stdout:
@@ -149,7 +154,8 @@ class RewardServer:
                 f"{node}: no {_COMMAND}; pip install 'triward-server[embedded]'"
             )
         return [
-            command, "serve", "--repository", self._repository, "--host", get_node_ip_address(),
+            sys.executable, "-I", "-c", _ENDS_WITH_US, str(os.getpid()), command,
+            "serve", "--repository", self._repository, "--host", get_node_ip_address(),
             "--grpc-port", self._port, "--http-port", "0", "--metrics-port", "0", *self._flags,
         ]  # fmt: skip
 
@@ -199,15 +205,3 @@ def _wait_until_free(port: int) -> None:
                 time.sleep(0.1)
             else:
                 return
-
-
-def _ends_with_the_parent(parent: int) -> Callable[[], None]:
-    """Return what to do in a child before its program starts, which gets SIGTERM then."""
-    libc = ctypes.CDLL(None)
-
-    def run() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return run
