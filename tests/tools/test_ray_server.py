@@ -15,7 +15,7 @@ import pytest
 from tests.asking import wait_until
 from tests.conftest import ROOT
 from triward import RewardClient, ServerUnavailable
-from triward_tools.ray_server import RewardServer
+from triward_tools.ray_server import ServerActor
 
 PROMPT = [{"role": "user", "content": "What is two and two?"}]
 ANSWERS = ["Four.", "Five."]
@@ -23,8 +23,8 @@ ANSWERS = ["Four.", "Five."]
 
 @pytest.fixture
 def running(echo_repository):
-    """A `RewardServer` as an actor has it, without Ray."""
-    server = RewardServer(str(echo_repository), ["--drain-timeout=5"], restarts=1)
+    """A `ServerActor` as an actor has it, without Ray."""
+    server = ServerActor(str(echo_repository), ["--drain-timeout=5"], restarts=1)
     yield server
     server.stop()
 
@@ -75,7 +75,7 @@ def test_one_that_is_stopped_is_no_error(running):
 
 
 def test_one_that_never_scored_is_not_started_again(tmp_path, capsys):
-    server = RewardServer(str(tmp_path), restarts=3)
+    server = ServerActor(str(tmp_path), restarts=3)
     with pytest.raises(ServerUnavailable, match=r"ended with 1: .*is not a repository"):
         server.address()
     assert capsys.readouterr().err.count("is not a repository") == 1
@@ -85,7 +85,7 @@ def test_a_node_without_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServerUnavailable, match=r"no triward-server; pip install"):
-        RewardServer(str(tmp_path)).address()
+        ServerActor(str(tmp_path)).address()
 
 
 # What docs/integrations/ray.md shows, and then what must become of a server that is killed, and of
@@ -161,5 +161,6 @@ def test_what_the_page_shows(ray, command, echo, echo_repository):
     assert running.wait() == 0, running.output
     expected = echo.score_responses(PROMPT, ANSWERS)
     assert running.output.count(f"{expected}\n") == 2, running.output
-    assert re.search(r"^typed .*the reward server on \S+ ended with -9", running.output, re.M)
+    typed = running.output.partition("\ntyped ")[2]  # Ray adds where it was raised
+    assert re.search(r"the reward server on \S+ ended with -9", typed), running.output
     assert gone(processes)

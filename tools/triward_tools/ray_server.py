@@ -44,7 +44,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-class RewardServer:
+class ServerActor:
     """The actor: runs `triward-server serve` as a process below its own.
 
     The server watches itself and ends when it cannot score. If it has scored, it is then started
@@ -168,7 +168,7 @@ def start_server(
     flags: Sequence[str] = (),
     restarts: int = 3,
 ) -> Any:
-    """Start a `RewardServer` with all that a bundle has; return the actor's handle.
+    """Start a `ServerActor` with all that a bundle has; return the actor's handle.
 
     The server ends with the actor: with its last handle, `ray.kill`, or the job. To let requests in
     flight finish, `ray.get(server.stop.remote())` before.
@@ -181,7 +181,7 @@ def start_server(
         restarts: how often the server may end and is started again.
     """
     resources = dict(group.bundle_specs[bundle])
-    actor = ray.remote(RewardServer).options(
+    actor = ray.remote(ServerActor).options(
         num_cpus=resources.pop("CPU", 0),
         num_gpus=resources.pop("GPU", 0),
         resources=resources,
