@@ -23,7 +23,7 @@ ANSWERS = ["Four.", "Five."]
 
 @pytest.fixture
 def running(echo_repository):
-    """A `ServerActor` as an actor has it, without Ray."""
+    """The actor as an object of this process, without Ray."""
     server = ServerActor(str(echo_repository), ["--drain-timeout=5"], restarts=1)
     yield server
     server.stop()
