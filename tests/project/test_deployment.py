@@ -32,7 +32,9 @@ from jsonschema import Draft202012Validator
 
 from tests import promql
 from tests.conftest import ROOT
+from tests.container import contained, missing
 from triward_server.cli import app
+from triward_server.export.random_checkpoint import make_checkpoint
 from triward_server.schema import REWARD, ModelNames
 from triward_server.serving.installation import find_triton
 from triward_server.serving.launch import Endpoints
@@ -93,7 +95,7 @@ def normal(name: str) -> str:
 def flags_of(command: str) -> set[str]:
     """What a command of triward-server takes."""
     parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
-    return {option for parameter in parameters for option in parameter.opts}
+    return {flag for each in parameters for flag in (*each.opts, *each.secondary_opts)}
 
 
 def default_of(command: str, parameter: str) -> Any:
@@ -113,9 +115,8 @@ class TestDockerfile:
         assert (result.returncode, result.stdout + result.stderr) == (0, "")
 
     def test_its_commands_exist(self) -> None:
-        entry = json.loads(only("ENTRYPOINT"))
         check = json.loads(only("HEALTHCHECK").split(" CMD ")[1].strip())
-        for command in (entry, check):
+        for command in (served_by_default(), check):
             assert command[0] in PROJECT["scripts"]
             assert flags_in(command) <= flags_of(command[1])
         # HTTP is the container's own.
@@ -124,13 +125,25 @@ class TestDockerfile:
 
     def test_signals_reach_the_server(self) -> None:
         """No shell stands in between that would keep SIGTERM to itself."""
-        assert json.loads(only("ENTRYPOINT"))[:2] == ["triward-server", "serve"]
+        assert served_by_default()[:2] == ["triward-server", "serve"]
         assert only("STOPSIGNAL") == "SIGTERM"
+
+    def test_it_runs_every_command(self) -> None:
+        assert json.loads(only("ENTRYPOINT")) == ["triward-server"]
+        lines = DOCKERFILE.read_text().replace("\\\n# ", "").splitlines()
+        shown = [line for line in lines if line.startswith("#     docker run")]
+        for line in shown:
+            # What follows the image's name, if anything does.
+            found = re.search(r" triward(?:-compiling)? +([^#]+)", line)
+            if found:
+                command, *flags = shlex.split(found[1])
+                assert flags_in(flags) <= flags_of(command), line
+        assert [" export " in line for line in shown].count(True) == 1
 
     def test_the_health_check_asks_where_http_listens(self) -> None:
         asked = default_of("health", "host"), default_of("health", "http_port")
         assert asked == (Endpoints.http_host, Endpoints.http_port)
-        for command in (only("HEALTHCHECK"), only("ENTRYPOINT")):
+        for command in (only("HEALTHCHECK"), only("CMD")):
             assert "--http-" not in command and "--host" not in command
 
     def test_what_it_copies_is_there_and_not_ignored(self) -> None:
@@ -178,6 +191,7 @@ class TestDockerfile:
         workdir = tmp_path / "build"
         workdir.mkdir()
         paths = {"/opt/triward": venv, "/dist": tmp_path / "dist"}
+        paths |= {path: tmp_path / path[1:] for path in ("/models", "/cache")}
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
         def run(arguments: str, **variables: str) -> None:
@@ -204,13 +218,35 @@ class TestDockerfile:
             elif step.name == "RUN" and step.stage != "compiler":
                 run(step.arguments)
 
-        command = [venv / "bin" / "triward-server", "serve", "--help"]
-        assert "--repository" in subprocess.check_output(command, text=True)
+        self._exports(venv, tmp_path)
         where = "import triward_server; print(triward_server.__file__)"
         isolated = [venv / "bin" / "python3", "-I", "-c", where]
         file = subprocess.check_output(isolated, text=True)
         assert Path(file.strip()).is_relative_to(venv)
         assert (Path(file.strip()).parent / "py.typed").is_file()
+
+    @staticmethod
+    def _exports(venv: Path, folder: Path) -> None:
+        """`docker run … triward export`, of the wheel that was installed, as the image's user."""
+        if why := missing():
+            pytest.skip(f"no mounts here: {why}")
+        variables = dict(word.split("=", 1) for word in shlex.split(only("ENV")))
+        variables["PATH"] = f"{venv / 'bin'}:{os.environ['PATH']}"
+        make_checkpoint("tiny", 0, folder / "checkpoint")
+        folder.chmod(0o755)
+        (folder / "root").mkdir()
+        mounts = {path: folder / path[1:] for path in ("/models", "/cache")}
+        words = [
+            *json.loads(only("ENTRYPOINT")), "export", "--checkpoint", folder / "checkpoint",
+            "--output", "/models", "--device=cpu", "--threads=1", "--no-verify",
+        ]  # fmt: skip
+        command = contained(folder / "root", mounts, *words, readable=[folder])
+        result = subprocess.run(command, env=variables, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        served = served_by_default()
+        assert served[served.index("--repository") + 1] == "/models"
+        assert (folder / "models" / "reward" / "config.pbtxt").is_file()
+        assert not [*(folder / "models").glob(".*")]
 
     @staticmethod
     def _resolved(cache: Any, run: Any, step: str, folder: Path) -> dict[str, str]:
@@ -305,6 +341,7 @@ class TestKubernetes:
     def test_flags_exist(self) -> None:
         split = container()["args"].index("--")
         ours, tritons = container()["args"][:split], container()["args"][split + 1 :]
+        assert ours[0] == "serve"
         assert flags_in(ours) <= flags_of("serve")
         assert flags_in(tritons) <= triton_flags()
         for probe in PROBES:
@@ -316,8 +353,7 @@ class TestKubernetes:
     def test_volumes_are_mounted_where_they_are_looked_for(self) -> None:
         mounts = {mount["name"]: mount["mountPath"] for mount in container()["volumeMounts"]}
         assert set(mounts) == {volume["name"] for volume in pod()["volumes"]}
-        entry = json.loads(only("ENTRYPOINT"))
-        assert mounts["repository"] == entry[entry.index("--repository") + 1]
+        assert mounts["repository"] == argument(container()["args"], "--repository")
         (key,) = [e["value"] for e in container()["env"] if e["name"].endswith("_KEY_FILE")]
         assert str(Path(key).parent) == mounts["admin"]
         # A read-only root needs these two.
@@ -400,7 +436,11 @@ class TestCompose:
         assert services()["triward"]["image"] == f"triward:{PROJECT['version']}"
 
     def test_flags_exist(self) -> None:
-        assert flags_in(services()["triward"]["command"]) <= flags_of("serve")
+        command, *flags = services()["triward"]["command"]
+        assert command == "serve"
+        assert flags_in(flags) <= flags_of("serve")
+        [mounted] = [v.rsplit(":", 2)[1] for v in services()["triward"]["volumes"]]
+        assert argument(flags, "--repository") == mounted
 
     def test_what_it_mounts_is_there(self) -> None:
         sources = [v.split(":")[0] for s in services().values() for v in s["volumes"]]
@@ -524,6 +564,11 @@ class TestMonitoring:
         assert (promql.DASHBOARDS / Path(home).relative_to(folder)).is_file()
         (source,) = load(DOCKER / "grafana" / "datasource.yaml")["datasources"]
         assert source["isDefault"], "panels name no datasource"
+
+
+def served_by_default() -> list[str]:
+    """The image's command when none is given."""
+    return [*json.loads(only("ENTRYPOINT")), *json.loads(only("CMD"))]
 
 
 def pod() -> Yaml:

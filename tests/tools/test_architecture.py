@@ -18,7 +18,7 @@ LAYERS = {
     "evaluation": "results sections text wording images published tables tallies rewardbench2 "
     "formats asking ledger arithmetic statistics facts comparison charts pictures report run",
     "gateway": "settings texts vllm sglang trainers addresses media asking counters app run",
-    "on a cluster": "ray",
+    "on a cluster": "ray ray_server",
     "commands": "cli_selection cli_evaluation cli_gateway",
 }
 ROOMS = ("selection", "evaluation", "gateway")

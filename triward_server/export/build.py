@@ -47,7 +47,7 @@ from ..serving.repository import pin, served_models, versions
 from . import calibration, verify
 from .calibration import OrderKept
 from .configuration import configure, configure_vision
-from .draft import copy_source, folders, link_or_copy, written_whole
+from .draft import copy_source, folders, is_empty, link_or_copy, room, written_whole
 from .onnx import export_vision
 from .options import Options, Template, Weights
 from .prepared import may_be_polar, prepared
@@ -74,17 +74,11 @@ def build(options: Options) -> None:
     names, version = model_names(wanted.name), str(wanted.version)
     _say_where(options)
     _check_output(wanted.output, names, version, wanted.force)
+    place = room(wanted.output)  # before gigabytes are downloaded
     source, commit = _resolve(wanted.checkpoint, wanted.revision)
     _say_template(source, wanted.template)
-    place = _beside(wanted.output) if wanted.lora else None
-    with prepared(source, wanted.lora, place, wanted.template) as folder:
+    with prepared(source, wanted.lora, place if wanted.lora else None, wanted.template) as folder:
         _build(folder, commit, names, version, options)
-
-
-def _beside(output: Path) -> Path:
-    """Return the output's folder, which has room for weights."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output.parent
 
 
 def _build(
@@ -163,7 +157,7 @@ def model_names(name: str) -> ModelNames:
 
 
 def _check_output(output: Path, names: ModelNames, version: str, force: bool) -> None:
-    if not output.exists():
+    if not output.exists() or is_empty(output):
         return
     ours = [each for each in served_models(output) if _is_ours(output, each)]
     if not ours:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import typer
@@ -21,6 +21,7 @@ from .options import OnnxBackend, Options, Weights
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 SOURCE_VERSION = "1"  # of the adapters in `source`
+_LOST_AND_FOUND = "lost+found"  # ext4's, in the root of each file system
 
 
 def source() -> Path:
@@ -54,6 +55,51 @@ def folders(names: ModelNames, repository: Path) -> list[str]:
     return [folder for folder in every if (repository / folder).exists()]
 
 
+def is_empty(output: Path) -> bool:
+    """Return True for a folder without models: a new volume's, with what file systems put there."""
+    return all(path.name == _LOST_AND_FOUND or path.name[0] == "." for path in output.iterdir())
+
+
+def room(output: Path) -> Path:
+    """Return the folder for drafts: beside the output, or inside it where that is a mount.
+
+    A rename, which completes an export, cannot enter a mount. What is beside it, such as the root
+    of a container, may be read-only besides.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+    place = output if output.exists() and not _takes_moves(output) else output.parent
+    try:
+        _new_folder(output, place).rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: user {os.getuid()} cannot write in {place} ({error.strerror}); "
+            "run as its owner (in a container: docker run --user) or give it away"
+        ) from None
+    return place
+
+
+def _takes_moves(output: Path) -> bool:
+    """Return True if a folder beside the output can be moved into it."""
+    with suppress(OSError):
+        probe = _new_folder(output, output.parent)
+        try:
+            moved = probe.rename(output / probe.name)
+        except OSError:
+            probe.rmdir()
+        else:
+            moved.rmdir()
+            return True
+    return False
+
+
+def _new_folder(output: Path, place: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=place))
+
+
 @contextmanager
 def written_whole(output: Path, names: ModelNames, version: str | None) -> Iterator[Path]:
     """Yield a temporary folder that becomes `output` if the block succeeds and vanishes if not.
@@ -62,17 +108,17 @@ def written_whole(output: Path, names: ModelNames, version: str | None) -> Itera
     None for a version in the place of the one that has its name. A model that is there gets the
     version.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    place = room(output)
+    draft = _new_folder(output, place)
     draft.chmod(0o755)
     try:
         yield draft
         if not output.exists():
             draft.rename(output)
-        elif version and names in served_models(output):
+        elif version and not is_empty(output) and names in served_models(output):
             _add_version(draft, output, names, version)
         else:
-            _put_model(draft, output, names)
+            _put_model(draft, output, names, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -95,10 +141,10 @@ def _add_version(draft: Path, output: Path, names: ModelNames, version: str) -> 
         undo.pop_all()
 
 
-def _put_model(draft: Path, output: Path, names: ModelNames) -> None:
+def _put_model(draft: Path, output: Path, names: ModelNames, place: Path) -> None:
     """Move a model's folders into a repository, in the place of those that have their names."""
     with (
-        tempfile.TemporaryDirectory(prefix=f".{output.name}.old.", dir=output.parent) as aside,
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.old.", dir=place) as aside,
         ExitStack() as undo,
     ):
         for model in reversed(folders(names, output)):
