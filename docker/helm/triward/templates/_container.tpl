@@ -98,7 +98,7 @@ command:
   - -ec
   - test -f "/models/$0/config.pbtxt" || exec triward-server export "$@"
 args:
-  - {{ $hf.name }}
+  - {{ $hf.name | quote }}
   - --name={{ $hf.name }}
   - --checkpoint={{ trimPrefix "hf://" $hf.uri }}
   {{- with $hf.revision }}
@@ -115,7 +115,7 @@ env:
   {{- if $hf.tokenSecret }}
   - name: HF_TOKEN
     valueFrom:
-      secretKeyRef: {name: {{ $hf.tokenSecret }}, key: {{ $hf.tokenKey }}}
+      secretKeyRef: {name: {{ $hf.tokenSecret | quote }}, key: {{ $hf.tokenKey | quote }}}
   {{- end }}
   {{- with .Values.extraEnv }}
   {{- toYaml . | nindent 2 }}
@@ -136,17 +136,17 @@ volumeMounts:
 {{- $hf := .Values.model.hf -}}
 {{- if eq .Values.model.source "pvc" }}
 - name: repository
-  persistentVolumeClaim: {claimName: {{ .Values.model.pvc.claim }}, readOnly: true}
+  persistentVolumeClaim: {claimName: {{ .Values.model.pvc.claim | quote }}, readOnly: true}
 {{- else if eq .Values.model.source "hf" }}
 - name: repository
   {{- if $hf.claim }}
-  persistentVolumeClaim: {claimName: {{ $hf.claim }}}
+  persistentVolumeClaim: {claimName: {{ $hf.claim | quote }}}
   {{- else if $hf.storageClass }}
   ephemeral:
     volumeClaimTemplate:
       spec:
         accessModes: [ReadWriteOnce]
-        storageClassName: {{ $hf.storageClass }}
+        storageClassName: {{ $hf.storageClass | quote }}
         resources:
           requests: {storage: {{ $hf.size }}}
   {{- else }}
@@ -157,15 +157,15 @@ volumeMounts:
 {{- end }}
 {{- if .Values.admin.secret }}
 - name: admin
-  secret: {secretName: {{ .Values.admin.secret }}}
+  secret: {secretName: {{ .Values.admin.secret | quote }}}
 {{- end }}
 {{- if .Values.tls.secret }}
 - name: tls
-  secret: {secretName: {{ .Values.tls.secret }}}
+  secret: {secretName: {{ .Values.tls.secret | quote }}}
 {{- if .Values.tls.clientCASecret }}
 - name: client-ca
   secret:
-    secretName: {{ .Values.tls.clientCASecret }}
+    secretName: {{ .Values.tls.clientCASecret | quote }}
     items: [{key: ca.crt, path: ca.crt}]
 {{- end }}
 {{- end }}
