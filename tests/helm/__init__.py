@@ -1,0 +1,1 @@
+"""The Helm chart, and KServe's manifests beside it."""
