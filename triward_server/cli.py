@@ -31,6 +31,7 @@ from .serving.log import LineWriter
 from .serving.switch import switch_version
 from .serving.triton_http import HttpError, TritonHttp
 from .serving.watchdog import Watchdog, check_once
+from .sizing.command import plan_replicas
 
 # A GPU's forward passes take a second or two; a CPU's may take minutes.
 _HANG_TIMEOUT_GPU = 10.0
@@ -225,6 +226,7 @@ def switch(
 
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+app.command("plan")(plan_replicas)
 
 
 def _watchdog(server: TritonServer, repository: Path, hang_timeout: float | None) -> Watchdog:

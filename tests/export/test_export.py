@@ -309,6 +309,9 @@ def test_the_wheel_alone_exports_and_serves(
 
     made = triward_server("make-checkpoint", "--size=tiny", "--seed=3", "--output", checkpoint)
     assert made.wait() == 0, made.output
+    asked = ("--requests-per-second=1", "--prompt-tokens=100")
+    planned = triward_server("plan", "--gpus=cpu", "--model=small", *asked)
+    assert planned.wait() == 0, planned.output
     flags = ("--device=cpu", "--dtype=float32", "--threads=1", "--preprocess-instances=1")
     exported = triward_server("export", "--checkpoint", checkpoint, "--output", repository, *flags)
     assert exported.wait() == 0, exported.output

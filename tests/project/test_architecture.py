@@ -32,6 +32,8 @@ ROOMS = {
     "ixc_pictures ixc_network ixc_reference referees verify calibration onnx configuration draft "
     "build random_checkpoint random_sentencepiece random_text_checkpoint random_ixc_tokenizer "
     "random_ixc_checkpoint commands",
+    "sizing": "queueing gpus models request measured speed demand footprint budgets planner report "
+    "command",
     "testing": "oracle echo_models echo",
     "commands": "cli",
 }
