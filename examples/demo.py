@@ -129,7 +129,10 @@ def _shown(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python examples/demo.py --page demo.html",
+    )
     parser.add_argument("--page", type=Path, default=PAGE, help="where the page goes (%(default)s)")
     try:
         main(parser.parse_args().page)

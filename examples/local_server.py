@@ -38,11 +38,13 @@ class Server:
 
     Attributes:
         url: of its gRPC endpoint, host:port.
+        http_url: of its HTTP endpoint; None where that is not known.
         checkpoint: the folder that it serves; None where that is not known.
         about: one sentence for a reader.
     """
 
     url: str
+    http_url: str | None
     checkpoint: Path | None
     about: str
     _cleanup: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
@@ -57,7 +59,7 @@ def start() -> Server:
     url, folder = os.environ.get(URL), os.environ.get(CHECKPOINT)
     if url is None:
         return start_tiny()
-    return Server(url, Path(folder) if folder else None, f"The server that {URL} names.")
+    return Server(url, None, Path(folder) if folder else None, f"The server that {URL} names.")
 
 
 def start_tiny(say: Callable[[str], None] = lambda step: None) -> Server:
@@ -85,7 +87,9 @@ def start_tiny(say: Callable[[str], None] = lambda step: None) -> Server:
         log = stack.enter_context(Path(folder, "triton.log").open("w"))
         running = stack.enter_context(TritonServer(repository, free, log=log))
         about = "A tiny model with random weights, on this machine: its scores mean nothing."
-        server = Server(running.endpoints.grpc, checkpoint, about, stack.pop_all())
+        at = running.endpoints
+        http = f"http://{at.http_client_host}:{at.http_port}"
+        server = Server(at.grpc, http, checkpoint, about, stack.pop_all())
     atexit.register(server.stop)  # a notebook may be closed before its last cell
     return server
 

@@ -135,11 +135,33 @@ def test_it_runs_and_prints_what_it_holds(
 
 
 @pytest.mark.slow
-def test_it_starts_a_server_of_its_own(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last cell stops it; what a kernel leaves, `nothing_left_behind` would find."""
+def test_it_starts_a_server_of_its_own(
+    runner: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("TRIWARD_URL", raising=False)
     [path] = [path for path in PATHS if path.stem in QUICK]
-    assert_same(read(path), runner.execute(path))
+    assert_same(read(path), runner.execute(path, TMPDIR=str(tmp_path)))
+    assert left_by_the_server(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_one_that_is_closed_before_its_last_cell_leaves_nothing(
+    runner: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TRIWARD_URL", raising=False)
+    begin = f"import sys\nsys.path.append({str(EXAMPLES)!r})\n"
+    source = begin + "from local_server import start\nprint(start().checkpoint.is_dir())"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbformat.write(notebook, tmp_path / "closed.ipynb")
+    (tmp_path / "temporary").mkdir()
+    done = runner.execute(tmp_path / "closed.ipynb", TMPDIR=str(tmp_path / "temporary"))
+    assert texts(done.cells[0]) == ["True\n"]
+    assert left_by_the_server(tmp_path / "temporary") == []
+
+
+def left_by_the_server(folder: Path) -> list[Path]:
+    """What is still there of the folders that `local_server` makes."""
+    return list(folder.glob("triward-*"))
 
 
 def test_a_cell_that_raises_is_an_error(runner: Any, tmp_path: Path) -> None:
@@ -198,7 +220,7 @@ class TestServer:
         monkeypatch.setenv("TRIWARD_URL", "rewards:8001")
         monkeypatch.delenv("TRIWARD_CHECKPOINT", raising=False)
         server = start()
-        assert (server.url, server.checkpoint) == ("rewards:8001", None)
+        assert (server.url, server.http_url, server.checkpoint) == ("rewards:8001", None, None)
         server.stop()
 
     def test_a_checkpoint_that_cannot_be_made_says_why_and_leaves_nothing(
