@@ -14,10 +14,18 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers chart release clean
+.PHONY: demo notebooks recording test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers chart release clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+# Runs the notebooks of examples/ from their tops and writes what they print into them.
+notebooks: $(READY)
+	$(BIN)/python examples/notebooks.py
+
+# Draws README's terminal anew, from what the commands print now: two minutes.
+recording: $(READY)
+	$(BIN)/python examples/recording.py
 
 # Ten minutes: every module, a real server, parity on every conversation and architecture.
 test: $(READY)

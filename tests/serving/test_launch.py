@@ -394,20 +394,6 @@ def test_cli_scores(server: TritonServer, client: RewardClient) -> None:
 
 
 @pytest.mark.slow
-def test_demo_shows_both_columns(command: Callable[..., Command]) -> None:
-    demo = command(sys.executable, ROOT / "examples" / "demo.py", COLUMNS="100")
-    assert demo.wait() == 0
-    rows = re.findall(r"The answer is: (\w) │\s+(\S+) │\s+(\S+) │", demo.output)
-    assert [answer for answer, *_ in rows] == ["B", "A"]
-    for _, served, card in rows:
-        assert float(served) == pytest.approx(float(card), rel=1e-4, abs=1e-4)
-    assert "random" in demo.output
-    assert "--checkpoint Skywork/Skywork-VL-Reward-7B" in demo.output
-    assert "triward-server serve --repository" in demo.output
-    assert regions(demo.process.pid) == []
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["3/4", "4/4"])
 def test_ctrl_c_during_the_demo(
     moment: str, command: Callable[..., Command], tmp_path: Path
