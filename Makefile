@@ -6,6 +6,8 @@ PEERS := .venv-peers
 TRAINERS := .venv-trainers
 # Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
 PERF ?=
+# Options of `make playground`, as in: make playground PLAYGROUND='--port 7860'
+PLAYGROUND ?=
 # Where the wheels for a GPU machine go.
 WHEELS ?= .wheels
 # Tests run in so many processes, which share two cores well; tests/groups.py says which tests where.
@@ -13,10 +15,14 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers clean
+.PHONY: demo playground test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+# The playground on the demo's tiny model, until Ctrl-C; it prints its address.
+playground: $(READY)
+	$(BIN)/python examples/playground.py $(PLAYGROUND)
 
 # Ten minutes: every module, a real server, parity on every conversation and architecture.
 test: $(READY)

@@ -74,8 +74,8 @@ class Form:
     """
 
     def __init__(self) -> None:  # noqa: D107 - the class says it
-        self.media = gr.File(label="Image or video (optional)", height=110, elem_classes="tw-drop")
-        self._preview = gr.HTML(elem_classes="tw-preview")
+        self.media = gr.File(label="Image or video (optional)", height=140, elem_classes="tw-drop")
+        self._preview = gr.HTML(visible=False, elem_classes=["tw-preview", "tw-flat"])
         self.prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12)
         self.count = gr.State(LEAST)
         self.rows = [
@@ -86,9 +86,9 @@ class Form:
             for n in range(1, MOST + 1)
         ]  # fmt: skip
         with gr.Row():
-            more = gr.Button("Add a response", size="sm", elem_classes="tw-more")
-            fewer = gr.Button("Remove the last", size="sm", elem_classes="tw-fewer")
-        self._limit = gr.HTML()
+            more = gr.Button("Add a response", size="sm", min_width=120)
+            fewer = gr.Button("Remove the last", size="sm", min_width=120)
+        self._limit = gr.HTML(visible=False, elem_classes="tw-flat")
         self.inputs = [self.media, self.prompt, self.count, *self.rows]
         self.outputs = self.inputs
         changed = [self.count, self._limit, *self.rows]
@@ -124,16 +124,19 @@ def _rows(wanted: int) -> list[Any]:
     limit = f"responses: the playground takes {LEAST} to {MOST}, got {wanted}"
     hidden = gr.update(value="", visible=False)
     rows = [gr.update(visible=True) if i < count else hidden for i in range(MOST)]
-    return [count, refused(limit) if wanted != count else "", *rows]
+    said = gr.update(value=refused(limit), visible=wanted != count)
+    return [count, said, *rows]
 
 
-def _preview(path: str | None) -> str:
-    """Return the file's picture or player in HTML."""
+def _preview(path: str | None) -> Any:
+    """Return an update with the file's picture or player in HTML."""
     if not path:
-        return ""
+        return gr.update(value="", visible=False)
     media = Draft("", (), Path(path))
     source = f"/gradio_api/file={quote(path)}"
     name = escape(media.media.name if media.media else "")
     if media.kind == "video":
-        return f'<video src="{source}" controls muted aria-label="{name}"></video>'
-    return f'<img src="{source}" alt="{name}">'
+        shown = f'<video src="{source}" controls muted aria-label="{name}"></video>'
+    else:
+        shown = f'<img src="{source}" alt="{name}">'
+    return gr.update(value=shown, visible=True)
