@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from tests import chromium
-from tests.chromium import STICKING_OUT, sideways
+from tests.chromium import sideways
 from tests.commands import BIN, Command
 from tests.conftest import ROOT, Served
 from tests.videos import film
@@ -23,6 +23,7 @@ from tests.videos import film
 pytest.importorskip("gradio")
 
 browser = chromium.browser
+expect.set_options(timeout=30_000)
 
 CHART = ROOT / "examples" / "chart.png"
 QUESTION = "Which colour has the highest bar?"
@@ -32,6 +33,13 @@ ANSWERS = (
     'It\'s Crimson, "at 73".',
 )
 WIDTHS = {"desk": 1280, "phone": 390}
+# Elements that stick out of the window; the table and the texts to copy scroll within themselves.
+# Gradio's blocks clip what is in them, so that `chromium.STICKING_OUT` would find nothing.
+STICKING_OUT = """() => [...document.querySelectorAll('.gradio-container *')].filter((element) => {
+    const box = element.getBoundingClientRect();
+    return element.checkVisibility() && box.width > 0 && !element.closest('.tw-runs, .cm-editor')
+        && (box.right > innerWidth + 0.5 || box.left < -0.5);
+}).map((element) => element.tagName + '.' + element.getAttribute('class'))"""
 # Contrast of each element that holds text of its own, against the first background that covers.
 CONTRAST = """() => {
     const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
@@ -136,6 +144,10 @@ class Visit:
                 strict=True,
             )
         )
+
+    def runs(self) -> Locator:
+        """The first cell of each row of the table."""
+        return self.page.locator(".tw-runs [role=gridcell][data-col='0']")
 
     def refused(self) -> str:
         alert = self.page.locator(".tw-message [role=alert]")
@@ -258,13 +270,26 @@ def test_a_run_comes_back(visit: Open, exact: Served) -> None:
     first = shown.chart("Ranked, best first")
     shown.fill("Another.", prompt="Something else?")
     shown.score()
-    expect(shown.page.locator(".tw-runs tbody tr:visible")).to_have_count(2)
+    expect(shown.runs()).to_have_count(2)
     assert shown.chart("Ranked, best first") != first
-    shown.page.locator(".tw-runs tbody tr:visible").last.locator("td").nth(1).click()
+    shown.runs().last.click()
+    check_first(shown, first)
+    shown.runs().first.click()
+    expect(shown.page.get_by_label("Prompt")).to_have_value("Something else?")
+    shown.runs().first.focus()  # the table is one stop of Tab; arrows move in it
+    shown.page.keyboard.press("ArrowDown")
+    check_first(shown, first)
+    expect(shown.page.locator(".tw-preview img")).to_be_visible()
+    shown.score()
+    expect(shown.runs()).to_have_count(3)
+    assert shown.chart("Ranked, best first") == first, "the image came back, too"
+    shown.check()
+
+
+def check_first(shown: Visit, ranked: list[tuple[str, str]]) -> None:
     expect(shown.page.get_by_label("Prompt")).to_have_value(QUESTION)
     expect(shown.page.get_by_label("Response 1", exact=True)).to_have_value(ANSWERS[0])
-    assert shown.chart("Ranked, best first") == first
-    shown.check()
+    assert shown.chart("Ranked, best first") == ranked
 
 
 def test_what_cannot_be_scored_is_said(visit: Open, exact: Served, tmp_path: Path) -> None:
@@ -349,7 +374,7 @@ def test_it_fits_and_can_be_read(
     assert shown.page.evaluate(CONTRAST) == []
     shown.fill(*ANSWERS, media=CHART)
     shown.score()
-    expect(shown.page.locator(".tw-runs tbody tr:visible")).to_have_count(1)
+    expect(shown.runs()).to_have_count(1)
     assert sideways(shown.page) <= 0
     assert shown.page.evaluate(STICKING_OUT) == []
     dark = "document.querySelector('.dark') !== null"
@@ -358,7 +383,9 @@ def test_it_fits_and_can_be_read(
     folder = Path(os.environ.get("PLAYGROUND_PICTURES", tmp_path))
     picture = folder / f"playground-{WIDTHS[device]}-{scheme}.png"
     shown.page.evaluate("scrollTo(0, 0)")
-    shown.page.screenshot(path=picture, full_page=True)
+    if device == "phone":
+        shown.button("Add a response").evaluate("button => button.scrollIntoView()")
+    shown.page.screenshot(path=picture, full_page=device == "desk")
     assert picture.stat().st_size < 150_000
     shown.page.add_style_tag(content=".tw-charts li { min-width: 1400px }")  # a control
     assert shown.page.evaluate(STICKING_OUT) != []

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -188,11 +189,15 @@ class TestResults:
 
     def test_bars_begin_at_zero_on_one_scale(self):
         html = bars("t", [Bar("1", "a", 3.0), Bar("2", "b", -1.0), Bar("3", "c", 0.0)])
-        drawn = re.findall('class="bar" x="(.*?)" width="(.*?)"', html)
-        assert drawn == [("25.000", "75.000"), ("0.000", "25.000"), ("25.000", "0.300")]
+        drawn = re.findall('class="(bar.*?)" x="(.*?)" width="(.*?)"', html)
+        assert drawn[0] == ("bar", "25.000", "75.000")
+        assert drawn[1] == ("bar below", "0.000", "25.000")
+        assert drawn[2] == ("bar", "25.000", "0.000")
+        assert re.findall('class="zero" x="(.*?)"', html) == ["25.000"] * 3
 
     def test_all_scores_zero(self):
-        assert 'width="0.300"' in bars("t", [Bar("1", "a", 0.0), Bar("2", "b", 0.0)])
+        html = bars("t", [Bar("1", "a", 0.0), Bar("2", "b", 0.0)])
+        assert re.findall('class="bar" x="(.*?)" width="(.*?)"', html) == [("0.000", "0.000")] * 2
 
     def test_texts_are_no_html(self):
         evil = "<img src=x onerror=alert(1)>"
@@ -303,7 +308,11 @@ def test_a_signal_ends_it_and_its_files(number, server, tmp_path):
     (tmp_path / "secret.png").write_bytes(png())
     here = tmp_path / "temporary"
     here.mkdir()
-    command = Command(BIN / "triward", "playground", "--url", server.url, TMPDIR=str(here))
+    elsewhere = socket.create_server(("127.0.0.1", 0))  # where requests to other hosts would go
+    elsewhere.setblocking(False)
+    proxy = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
+    environment = {"TMPDIR": str(here), "HTTP_PROXY": proxy, "HTTPS_PROXY": proxy}
+    command = Command(BIN / "triward", "playground", "--url", server.url, **environment)
     try:
         address = command.wait_for(r"^playground at (http://127\.0\.0\.1:\d+)$")[1]
         page = urllib.request.urlopen(address, timeout=30).read().decode()
@@ -322,7 +331,10 @@ def test_a_signal_ends_it_and_its_files(number, server, tmp_path):
         assert command.output.count("\n") == 1, command.output
         assert list(here.iterdir()) == []
         assert all(has_ended(process) for process in family)
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
     finally:
+        elsewhere.close()
         command.kill()
 
 

@@ -24,10 +24,11 @@ STYLE = """
 .tw-bars li > small { grid-column: 2 / 4; color: var(--body-text-color-subdued); }
 .tw-bars rect.track { fill: var(--border-color-primary); opacity: .45; }
 .tw-bars rect.bar { fill: #0f9488; }
-.tw-bars li.first rect.bar { fill: #0d6e66; }
+.tw-bars rect.below { fill: #e0893b; }
+.tw-bars rect.zero { fill: var(--body-text-color); }
 .dark .tw-bars rect.bar { fill: #2aa79a; }
-.dark .tw-bars li.first rect.bar { fill: #5eead4; }
-.tw-bars line { stroke: var(--body-text-color-subdued); }
+.dark .tw-bars rect.below { fill: #d9863d; }
+.tw-bars li.first > b { color: var(--color-accent); }
 .tw-said { margin: 0; padding: .6rem .8rem; border-radius: var(--radius-md);
   border: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
 .tw-said[role=alert] { color: var(--error-text-color); background: var(--error-background-fill);
@@ -57,7 +58,8 @@ class Bar:
 def bars(title: str, rows: Sequence[Bar]) -> str:
     """Return a titled list in HTML: each row has its number as text, and a bar from zero.
 
-    All bars of a chart have one scale, from the lowest score or 0 to the highest or 0.
+    All bars of a chart have one scale, from the lowest score or 0 to the highest or 0. Negative
+    scores reach to the left of zero, in another colour.
     """
     low = min([0.0, *(row.score for row in rows)])
     high = max([0.0, *(row.score for row in rows)])
@@ -68,10 +70,12 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
 def _item(row: Bar, low: float, span: float) -> str:
     zero, end = (100 * (x - low) / span for x in (0.0, row.score))
     left, width = min(zero, end), abs(end - zero)
+    kind = "bar below" if row.score < 0 else "bar"
     drawn = (
         '<svg viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
-        '<rect class="track" width="100" height="6" rx="0.5"/>'
-        f'<rect class="bar" x="{left:.3f}" width="{max(width, 0.3):.3f}" height="6"/></svg>'
+        '<rect class="track" width="100" height="6"/>'
+        f'<rect class="{kind}" x="{left:.3f}" width="{width:.3f}" height="6"/>'
+        f'<rect class="zero" x="{min(zero, 99.6):.3f}" width="0.4" height="6"/></svg>'
     )
     note = f"<small>{escape(row.note)}</small>" if row.note else ""
     return (

@@ -20,7 +20,7 @@ LEAST, MOST = 2, 16
 
 @dataclass(frozen=True)
 class Draft:
-    """What the fields hold.
+    """Contents of the fields.
 
     Attributes:
         prompt: the user's text.
@@ -92,11 +92,11 @@ class Form:
         self.inputs = [self.media, self.prompt, self.count, *self.rows]
         self.outputs = self.inputs
         changed = [self.count, self._limit, *self.rows]
-        options: dict[str, Any] = {
-            "show_progress": "hidden", "api_visibility": "private", "queue": False
-        }  # fmt: skip
-        more.click(lambda count: _rows(count + 1), self.count, changed, **options)
-        fewer.click(lambda count: _rows(count - 1), self.count, changed, **options)
+        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # One after the other, so that of quick clicks none is lost.
+        clicks = {**options, "trigger_mode": "multiple", "concurrency_id": "rows"}
+        more.click(lambda count: _rows(count + 1), self.count, changed, **clicks)
+        fewer.click(lambda count: _rows(count - 1), self.count, changed, **clicks)
         self.media.change(_preview, self.media, self._preview, **options)
 
     @staticmethod
