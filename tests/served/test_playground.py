@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from tests import chromium
 from tests.chromium import sideways
-from tests.commands import BIN, Command
+from tests.commands import BIN, Command, assert_gone
 from tests.conftest import ROOT, Served
 from tests.videos import film
 
@@ -278,6 +280,7 @@ def test_a_run_comes_back(visit: Open, exact: Served) -> None:
     expect(shown.page.get_by_label("Prompt")).to_have_value("Something else?")
     shown.runs().first.focus()  # the table is one stop of Tab; arrows move in it
     shown.page.keyboard.press("ArrowDown")
+    shown.page.keyboard.press("Enter")
     check_first(shown, first)
     expect(shown.page.locator(".tw-preview img")).to_be_visible()
     shown.score()
@@ -390,6 +393,22 @@ def test_it_fits_and_can_be_read(
     shown.page.add_style_tag(content=".tw-charts li { min-width: 1400px }")  # a control
     assert shown.page.evaluate(STICKING_OUT) != []
     shown.check()
+
+
+@pytest.mark.slow
+def test_one_command_shows_it(command: Callable[..., Command], tmp_path: Path) -> None:
+    """What `make playground` runs: a server of its own, and the page."""
+    script = ROOT / "examples" / "playground.py"
+    shown = command(sys.executable, script, "--timeout=90", TMPDIR=str(tmp_path))
+    served = shown.wait_for(r"^serving at (\S+);")[1]
+    address = shown.wait_for(r"^playground at (http://127\.0\.0\.1:\d+)$")[1]
+    with urllib.request.urlopen(address, timeout=30) as page:
+        assert served in page.read().decode()
+    family = shown.family()
+    os.killpg(shown.process.pid, signal.SIGINT)  # as a terminal sends it
+    assert shown.wait() == 0, shown.output
+    assert_gone(family)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pictures_in_the_docs_are_small() -> None:
