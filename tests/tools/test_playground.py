@@ -142,6 +142,13 @@ class TestServers:
                 dead.ask([{"role": "user", "content": "Why?"}], ["a", "b"])
             dead.close()
 
+    def test_an_authority_whose_file_is_gone(self, server):
+        with RewardClient(server.url, tls=Tls("/nowhere.pem")) as client:
+            encrypted = Servers(client)
+            with pytest.raises(InvalidRequest, match=r"^/nowhere.pem: No such file or directory$"):
+                encrypted.ask([{"role": "user", "content": "Why?"}], ["a", "b"])
+            encrypted.close()
+
     def test_only_servers_of_the_command_line_are_asked(self, servers, server):
         with pytest.raises(InvalidRequest, match=r"^server: must be one of .*, got 'other:1'$"):
             servers.ask([{"role": "user", "content": "Why?"}], ["a"], url="other:1")
@@ -325,6 +332,8 @@ def test_a_signal_ends_it_and_its_files(number, server, tmp_path):
             assert caught.value.code == 403
         for path in ("/docs", "/openapi.json", "/redoc"):
             assert status(address + path) == 404
+        other_name = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
+        assert status(other_name) == 400
         family = command.family()
         command.process.send_signal(number)
         assert command.wait() == 0, command.output

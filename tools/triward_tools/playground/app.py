@@ -15,6 +15,7 @@ from triward_tools.listening import serve_until_signal
 from triward_tools.playground.asking import Servers
 
 MOST_BYTES = 256 * 2**20  # of an uploaded file
+_LOCAL = ("127.0.0.1", "localhost")
 _GRACE = 5  # seconds for answers that were begun when a signal comes
 
 
@@ -50,7 +51,7 @@ def serve_page(servers: Servers, host: str, port: int) -> None:
     with tempfile.TemporaryDirectory(prefix="triward-playground-") as folder:
         # Read by Gradio when it is imported and when a file arrives.
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
-        web, stop = mounted(servers)
+        web, stop = mounted(servers, host)
         config = uvicorn.Config(
             web, log_level="warning", access_log=False, server_header=False,
             timeout_graceful_shutdown=_GRACE,
@@ -63,10 +64,11 @@ def serve_page(servers: Servers, host: str, port: int) -> None:
             servers.close()
 
 
-def mounted(servers: Servers) -> tuple[Any, Any]:
-    """Return the ASGI application, and a function that ends the page's open streams."""
+def mounted(servers: Servers, host: str) -> tuple[Any, Any]:
+    """Return the ASGI application for a host, and a function that ends the page's open streams."""
     import gradio as gr
     from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from triward_tools.playground import bars, compare, files
 
@@ -92,6 +94,8 @@ def mounted(servers: Servers) -> tuple[Any, Any]:
         mcp_server=False,
         root_path="",
     )
+    if host in _LOCAL:  # a site whose name is made to lead here is not let in (DNS rebinding)
+        web.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOCAL])
     inner: Any = web.routes[-1]
     return web, inner.app.stop_event.set
 

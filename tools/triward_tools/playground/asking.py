@@ -102,7 +102,13 @@ class Servers:
             TriwardError: as `RewardClient.score_responses` does, with the same sentences.
         """
         client = self._get(url or self.urls[0], model or self.model)
-        reply = client.ask(messages, responses)
+        try:
+            reply = client.ask(messages, responses)
+        except TriwardError:
+            raise
+        except OSError as error:  # a file of the encryption
+            reason = error.strerror or str(error)
+            raise InvalidRequest(f"{error.filename or 'input'}: {reason}") from error
         if not count_prompt:
             return reply
         try:
