@@ -58,9 +58,10 @@ def add(servers: Servers) -> None:
         score, [server, runs, *form.inputs], [*shown, runs, table],
         api_visibility="private", concurrency_limit=8, show_progress_on=message,
     )  # fmt: skip
+    # One after the other, so that the last click counts.
     table.select(
         recall, [runs], [*shown, server, *form.outputs],
-        api_visibility="private", show_progress="hidden",
+        api_visibility="private", show_progress="hidden", trigger_mode="multiple",
     )  # fmt: skip
 
 
