@@ -7,6 +7,8 @@ TRAINERS := .venv-trainers
 HELM := .venv-helm
 # Further options of `make perf`, as in: make perf PERF='--url host:8001 --scale full'
 PERF ?=
+# Options of `make playground`, as in: make playground PLAYGROUND='--port 7860'
+PLAYGROUND ?=
 # Where the wheels for a GPU machine go.
 WHEELS ?= .wheels
 # Tests run in so many processes, which share two cores well; tests/groups.py says which tests where.
@@ -14,10 +16,14 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo notebooks recording test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers chart release clean
+.PHONY: demo playground notebooks recording test test-all interpreters soak lint audit docs site bench perf gpu-rehearsal gpu-wheels peers trainers chart release clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+# The playground on the demo's tiny model, until Ctrl-C; it prints its address.
+playground: $(READY)
+	$(BIN)/python examples/playground.py $(PLAYGROUND)
 
 # Runs the notebooks of examples/ from their tops and writes what they print into them.
 notebooks: $(READY)

@@ -61,6 +61,7 @@ class Call:
     responses: list[bytes]
     media: list[bytes]
     headers: dict[str, str]
+    outputs: tuple[str, ...] = ()  # that the caller wants
 
 
 @dataclass
@@ -148,7 +149,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             _cut(context.peer())
         else:
             context.abort(grpc.StatusCode[fault.name], f"call {call.number} was to fail")
-        return _encode(call.model, scores)
+        return _encode(call, scores)
 
     def _count(self, responses: list[str]) -> None:
         with self._lock:
@@ -173,7 +174,10 @@ def _decode(number: int, request: Any, context: grpc.ServicerContext) -> Call:
         return Call(number, request.model_name, prompt, texts, [raw["pixels"]], headers)
     (messages,) = _strings(raw["messages"])
     responses, media = _strings(raw["responses"]), _strings(raw["media"])
-    return Call(number, request.model_name, messages, list(responses), list(media), headers)
+    outputs = tuple(output.name for output in request.outputs)
+    return Call(
+        number, request.model_name, messages, list(responses), list(media), headers, outputs
+    )
 
 
 def _texts(input_ids: bytes, lengths: bytes) -> list[bytes]:
@@ -192,10 +196,15 @@ def _strings(raw: bytes) -> Iterator[bytes]:
         start += 4 + length
 
 
-def _encode(model: str, scores: list[float]) -> Any:
-    response = service_pb2.ModelInferResponse(model_name=model, model_version="1")
+def _encode(call: Call, scores: list[float]) -> Any:
+    """The answer; a conversation has as many tokens as its messages and response have bytes."""
+    response = service_pb2.ModelInferResponse(model_name=call.model, model_version="1")
     response.outputs.add(name="scores", datatype="FP32", shape=[1, len(scores)])
     response.raw_output_contents.append(struct.pack(f"<{len(scores)}f", *scores))
+    if "token_counts" in call.outputs:
+        tokens = [len(call.messages) + len(text) for text in call.responses]
+        response.outputs.add(name="token_counts", datatype="INT32", shape=[1, len(tokens)])
+        response.raw_output_contents.append(struct.pack(f"<{len(tokens)}i", *tokens))
     return response
 
 

@@ -50,7 +50,7 @@ from triward.table import Screen, table_lines
 _CODES = {InvalidRequest: 2, ServerUnavailable: 3, DeadlineExceeded: 4}
 
 # Commands that are known, but not installed, say what brings them.
-_TOOLS = ("eval", "best-of-n", "filter", "pairs", "gateway")
+_TOOLS = ("eval", "best-of-n", "filter", "pairs", "gateway", "playground")
 _NEEDED = "comes with triward-tools; in a checkout of Triward: pip install ./tools"
 
 _EXAMPLES = {

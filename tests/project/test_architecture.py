@@ -106,6 +106,7 @@ def test_files_and_functions_are_short() -> None:
 
 # Names that stand for one thing in several modules, with what that is.
 SHARED_NAMES = {
+    "add": "a tab of the playground, and the command of evaluation",
     "ForwardBackend": "what an adapter imports; the echo's is in its place",
     "InvalidRequest": "the error, on the server and in the client",
     "PreprocessBackend": "what an adapter imports; the echo's is in its place",

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from triward import AsyncRewardClient
 from triward_tools.gateway.app import Gateway
-from triward_tools.gateway.run import http_server, listen
+from triward_tools.gateway.run import http_server
 from triward_tools.gateway.settings import Settings
+from triward_tools.listening import listen
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 PROMPT = SYSTEM + "<|im_start|>user\nWhat is\n1+1?<|im_end|>\n<|im_start|>assistant\n"

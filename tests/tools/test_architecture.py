@@ -12,25 +12,27 @@ from tests.layers import below, imported, modules, vague
 PACKAGE = Path(__file__).parents[2] / "tools" / "triward_tools"
 
 LAYERS = {
-    "": "inputs jobs offline",
+    "": "inputs jobs offline listening",
     "selection": "limits best pairing rules columns verdicts source summary tasks preference sink "
     "parts picture job files rows",
     "evaluation": "results sections text wording images published tables tallies rewardbench2 "
     "formats asking ledger arithmetic statistics facts comparison charts pictures report run",
     "gateway": "settings texts vllm sglang trainers addresses media asking counters app run",
+    "playground": "asking bars form snippets score files compare app",
     "on a cluster": "ray ray_server",
-    "commands": "cli_selection cli_evaluation cli_gateway",
+    "commands": "cli_selection cli_evaluation cli_gateway cli_playground",
 }
 ROOMS = ("selection", "evaluation", "gateway")
+FOLDERS = (*ROOMS, "playground")  # which shows what the others make
 ORDER = [
-    name if room not in ROOMS else f"{room}.{name}"
+    name if room not in FOLDERS else f"{room}.{name}"
     for room, names in LAYERS.items()
     for name in names.split()
 ]
 
 
 def test_every_module_has_its_place():
-    assert sorted(modules(PACKAGE)) == sorted([*ORDER, "", *ROOMS])
+    assert sorted(modules(PACKAGE)) == sorted([*ORDER, "", *FOLDERS])
 
 
 def test_a_module_imports_only_modules_above_it():

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-from queue import SimpleQueue
-
 import uvicorn
 from triward.aio import AsyncRewardClient
 from triward.base import BaseClient
-from triward.errors import InvalidRequest, TriwardError
-from triward.stopping import stopping, wait_for
 
 from triward_tools.gateway.app import Gateway, web_application
 from triward_tools.gateway.settings import Settings
+from triward_tools.listening import serve_until_signal
 
 # Connections beyond so many times the requests that may run are refused with 503 by uvicorn.
 _CONNECTIONS = 8
@@ -32,20 +27,8 @@ def serve(client: BaseClient, settings: Settings, host: str, port: int) -> None:
         InvalidRequest: nothing can listen there.
         TriwardError: the server of HTTP ended by itself.
     """
-    listener = listen(host, port)
-    server = http_server(Gateway(AsyncRewardClient.like(client), settings), settings)
-    with stopping() as stops:
-        # uvicorn takes signals over in the main thread alone, and raises them again at its end.
-        thread = threading.Thread(target=_run, args=(server, listener, stops), daemon=True)
-        thread.start()
-        shown = f"[{host}]" if ":" in host else host
-        print(f"listening on http://{shown}:{listener.getsockname()[1]}", flush=True)
-        wait_for(stops)
-        ended = not thread.is_alive()
-        server.should_exit = True
-        thread.join()
-    if ended:
-        raise TriwardError("the HTTP server ended by itself; its log says why")
+    gateway = Gateway(AsyncRewardClient.like(client), settings)
+    serve_until_signal(http_server(gateway, settings), host, port)
 
 
 def http_server(gateway: Gateway, settings: Settings) -> uvicorn.Server:
@@ -61,23 +44,3 @@ def http_server(gateway: Gateway, settings: Settings) -> uvicorn.Server:
             lifespan="on",
         )
     )
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens.
-
-    Raises:
-        InvalidRequest: nothing can listen there.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise InvalidRequest(f"{host}:{port}: {error.strerror or error}") from error
-
-
-def _run(server: uvicorn.Server, listener: socket.socket, stops: SimpleQueue[int]) -> None:
-    try:
-        server.run(sockets=[listener])
-    finally:
-        stops.put(0)

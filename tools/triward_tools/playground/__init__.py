@@ -1,0 +1,1 @@
+"""A web page that scores what is typed and dropped into it: `triward playground`."""
