@@ -125,7 +125,7 @@ def features(preprocessor: Preprocessor, group: PromptGroup) -> Features:
     media: list[bytes] = []
     for message in group.prompt:
         for part in message["content"]:
-            if part["type"] == "image":
+            if isinstance(part, dict) and part["type"] == "image":  # content may be a text
                 buffer = BytesIO()
                 part["image"].save(buffer, "BMP")
                 media.append(buffer.getvalue())

@@ -2,7 +2,9 @@
 
     python -m benchmarks.prefixes --output results.json
 
-Both servers get the same requests over gRPC, in turns, in one run. Every round has new prompts.
+Both servers get the same requests over gRPC, in turns, in one run. Every round has new prompts. The
+FLOP ratio is what the speed-up could be at most: how many times as much the server without the
+cache computes, as the engine's plan predicts it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.commands import run_main
 from benchmarks.measure import CONCURRENCY, machine, row, serving, timed, writable
+from benchmarks.planned import PlannedClient
 from benchmarks.workloads import Messages, Writer
 from triward import RewardClient
 from triward_server.export.random_checkpoint import Size, make_checkpoint
@@ -32,8 +35,9 @@ IMAGE = (672, 504)
 RESPONSE = (40, 120)  # words, as in benchmarks.workloads
 SHORT = (5, 40)
 TURNS = 10
+CACHE_BYTES = 256 * 1024**2  # the default on a CPU
 
-Run = Callable[[RewardClient], list[float]]
+Run = Callable[[Any], list[float]]  # of a `RewardClient`, or a `PlannedClient`
 
 
 def steps(write: Writer) -> dict[str, Run]:
@@ -113,16 +117,30 @@ def measure(clients: dict[str, RewardClient], rounds: int) -> dict[str, Any]:
     return rows
 
 
+def flops(checkpoint: Path, turn: int) -> dict[str, tuple[float, float]]:
+    """Predict each row's FLOPs of a round, with the cache and without."""
+    found: dict[str, tuple[float, float]] = {}
+    with_cache, without = (PlannedClient(checkpoint, size) for size in (CACHE_BYTES, 0))
+    for step, run in steps(Writer(np.random.default_rng(turn))).items():
+        before = with_cache.flops, without.flops
+        run(with_cache)
+        run(without)
+        found[step] = (with_cache.flops - before[0], without.flops - before[1])
+    return found
+
+
 def show_rows(console: Console, rows: dict[str, Any]) -> None:
     """Print the rows."""
     table = Table(title="time without the prefix cache over time with it")
-    for column in ("requests", WITH, WITHOUT, "speedup", "score distance / budget"):
+    columns = ("requests", WITH, WITHOUT, "speedup", "FLOP ratio", "score distance / budget")
+    for column in columns:
         table.add_column(column, justify="left" if column == "requests" else "right")
     for step, values in rows.items():
         servers = values["servers"]
         table.add_row(
             step, *(f"{servers[name]['median_s']:.3f} s" for name in (WITH, WITHOUT)),
-            f"{values['speedup']:.2f} x", f"{values['max_distance_in_budgets']:.2f}",
+            f"{values['speedup']:.2f} x", f"{values['flop_ratio']:.2f} x",
+            f"{values['max_distance_in_budgets']:.2f}",
         )  # fmt: skip
     console.print(table)
 
@@ -142,6 +160,8 @@ def main(
             serving(checkpoint, *FLAGS, "--prefix-cache-bytes=0") as forgets,
         ):
             rows = measure({WITH: remembers, WITHOUT: forgets}, rounds)
+        for step, (with_cache, without) in flops(checkpoint, 1).items():
+            rows[step]["flop_ratio"] = round(without / with_cache, 3)
     show_rows(Console(), rows)
     if output:
         results = {"machine": machine(), "size": size, "dtype": "float32", "rounds": rounds}

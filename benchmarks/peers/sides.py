@@ -23,9 +23,11 @@ from benchmarks.measure import ROOT, scores, serving
 from benchmarks.peers.steps import Wave
 from benchmarks.workloads import PromptGroup
 from triward import RewardClient
+from triward_server.backend.triton_io import KEPT_BYTES
 from triward_server.config import Dtype, ForwardConfig, PreprocessConfig
 from triward_server.engine.scoring import Scorer
 from triward_server.intake.preprocess import Preprocessor
+from triward_server.memory import Heap
 
 PYTHON = ROOT / ".venv-peers/bin/python"
 KV_CACHE_GIB = 2
@@ -39,6 +41,7 @@ Render = Callable[[PromptGroup], list[str]]
 
 def our_engine(checkpoint: Path, dtype: Dtype) -> Ask:
     """Preprocessing and the Scorer, one batch a wave."""
+    Heap(KEPT_BYTES)  # as the server's process does
     preprocessor = Preprocessor(checkpoint, PreprocessConfig())
     scorer = Scorer(checkpoint, ForwardConfig(dtype=dtype, device="cpu"))
 

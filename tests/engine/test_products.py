@@ -81,6 +81,27 @@ def test_a_long_sequences_products_stay_small(monkeypatch: pytest.MonkeyPatch) -
 
 
 @torch.inference_mode()
+def test_blocks_are_equally_long_and_bfloat16_values_are_multiplied_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A last block of a few rows takes as long as a whole one; logits need float32."""
+    multiply, seen = products._multiply, list[tuple[int, torch.dtype]]()
+
+    def counted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == weight.dtype
+        seen.append((len(x), x.dtype))
+        return multiply(x, weight)
+
+    monkeypatch.setattr(products, "_multiply", counted)
+    for dtype in (torch.float32, torch.bfloat16):
+        seen.clear()
+        products.attend(*(t.to(dtype) for t in draw(390, 900, 8, 2, 32)), 0.2, None, True)
+        assert [rows for rows, _ in seen[::2]] == 2 * [392, 392, 392, 384]
+        assert {each for _, each in seen[::2]} == {torch.float32}
+        assert {each for _, each in seen[1::2]} == {dtype}
+
+
+@torch.inference_mode()
 def test_long_sequences_are_written_out_and_short_ones_are_not() -> None:
     """Each in its place of the row, whichever kernel computes it."""
     lengths = [40, 300, 300, 12, 256]

@@ -85,6 +85,20 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
     assert config(output, "reward").platform == "ensemble"
 
 
+def test_the_forward_models_queue_can_do_without_bounds(
+    checkpoint: Path, export: Export, tmp_path: Path
+) -> None:
+    """With any bound Triton hands a batch over only when the one before it is done."""
+    output = tmp_path / "models"
+    flags = ("--device=cpu", "--max-queue-size=11", "--no-bound-forward-queue")
+    assert export("--checkpoint", checkpoint, "--output", output, *flags).code == 0
+    batching = config(output, "reward_forward").dynamic_batching
+    assert not batching.HasField("default_queue_policy")
+    assert batching.max_queue_delay_microseconds, "what waits is joined to one batch"
+    policy = config(output, "reward_preprocess").dynamic_batching.default_queue_policy
+    assert policy.max_queue_size == 11
+
+
 def test_defaults_are_for_a_gpu(checkpoint: Path, export: Export, tmp_path: Path) -> None:
     output = tmp_path / "models"
     assert export("--checkpoint", checkpoint, "--output", output).code == 0

@@ -32,7 +32,7 @@ def pays(query: Tensor, queries: int, keys: int, heads: int) -> bool:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, causal: bool
 ) -> Tensor:
-    """Softmax attention of one sequence, in float32.
+    """Softmax attention of one sequence; weights are made in float32.
 
     Args:
         query: [Q, H, D], the last Q places of the sequence.
@@ -47,30 +47,41 @@ def attend(
     """
     out = torch.empty_like(query)
     group = query.shape[1] // key.shape[1]
-    step = max(1, min(_ROWS, _VALUES // len(key)) // group)
+    most = max(1, min(_ROWS, _VALUES // len(key)) // group)
+    step = -(-len(query) // -(-len(query) // most))  # blocks of equal sizes: a short one is slow
     before = len(key) - len(query)
+    hidden = torch.full((step, step), -torch.inf).triu_(1)[:, None]
     for head in range(key.shape[1]):
         mine = slice(head * group, (head + 1) * group)
-        keys, values = key[:, head].float(), value[:, head].float()
+        # Whatever can be done for all blocks is: threads that wait for each other at many small
+        # operations lose most where other processes compute beside them.
+        rows = torch.empty(len(query), group, query.shape[2]).copy_(query[:, mine]).mul_(scale)
+        keys, values = key[:, head].float().contiguous(), value[:, head].t().contiguous()
         for first in range(0, len(query), step):
-            block = query[first : first + step, mine].float() * scale
+            block = rows[first : first + step]
             start, end = 0, len(key)
             if causal:
                 end = before + first + len(block)
                 start = max(0, end - len(block) + 1 - (window or end))
             weights = _multiply(block.flatten(0, 1), keys[start:end])
             if causal:
-                _hide_(weights.unflatten(0, block.shape[:2]), window)
-            attended = _multiply(weights.softmax(-1), values[start:end].t())
+                _hide_(weights.unflatten(0, block.shape[:2]), hidden, window)
+            # Rounded to the values' dtype, as every flash kernel does; their products are not.
+            attended = _multiply(weights.softmax(-1).to(values.dtype), values[:, start:end])
             out[first : first + step, mine] = attended.view_as(block)
     return out
 
 
-def _hide_(weights: Tensor, window: int | None) -> None:
-    """Hide what lies behind a query or out of its window, in weights [Q, group, K], Q the last."""
+def _hide_(weights: Tensor, hidden: Tensor, window: int | None) -> None:
+    """Hide what lies behind a query or out of its window.
+
+    Args:
+        weights: [Q, group, K], Q the last.
+        hidden: [at least Q, 1, as many], what is added to those of the last keys.
+        window: see `attend`.
+    """
     queries, keys = weights.shape[0], weights.shape[-1]
-    last = weights[..., keys - queries :]
-    last += last.new_full((queries, queries), -torch.inf).triu_(1)[:, None]
+    weights[..., keys - queries :].add_(hidden[:queries, :, :queries])
     if window is not None and keys > window:
         out = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries - window)
         weights.masked_fill_(out[:, None], -torch.inf)

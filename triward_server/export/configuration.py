@@ -52,7 +52,8 @@ def configure(draft: Path, names: ModelNames, options: Options) -> None:
     options.placement.apply(model, options.placement.count)
     model.max_batch_size = options.triton.forward_batch_size
     model.dynamic_batching.max_queue_delay_microseconds = options.triton.queue_delay_us
-    _bound_queue(model, options)
+    if options.triton.bound_forward_queue:
+        _bound_queue(model, options)
     _write_config(path, model)
 
 

@@ -93,6 +93,13 @@ class TritonConfig:
     queue_timeout_ms: Annotated[
         int, Field(ge=1, description="How long one waits for each model, unless it allows less.")
     ] = 30_000
+    bound_forward_queue: Annotated[
+        bool,
+        Field(
+            description="Both hold for the forward model, which may then idle for half a second "
+            "between two batches (docs/operations.md)."
+        ),
+    ] = True
     vision_backend: Annotated[
         OnnxBackend, Field(description="Who runs that model; python needs onnxruntime there.")
     ] = OnnxBackend.ONNXRUNTIME
