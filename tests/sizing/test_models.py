@@ -39,7 +39,9 @@ class TestNamed:
         folder = tmp_path / "checkpoint"
         random_checkpoint.make_checkpoint(name, 0, folder)
         ours, theirs = subject_of(name, None, None, None), subject_of("", folder, None, None)
-        assert replace(ours, title="", geometry=theirs.geometry) == replace(theirs, title="")
+        assert theirs.checkpoint == folder
+        same = {"title": "", "checkpoint": None, "geometry": theirs.geometry}
+        assert replace(ours, **same) == replace(theirs, **same)
 
     def test_the_7b_is_as_large_as_published(self, large: Subject) -> None:
         """16.6 GB of bfloat16 with a vocabulary's head, which no reward reads: 1.1 GB."""
