@@ -31,6 +31,7 @@ ANSWERS = ("The answer is: B", "The answer is: A")
 REAL = "Skywork/Skywork-VL-Reward-7B"
 PAGE = ROOT / "build" / "demo.html"
 NEXT = (
+    ("your own picture, in a browser, on this model", ("make playground",)),
     ("notebooks to read and to run", ("examples/*.ipynb",)),
     (
         "the real model, on a machine with a GPU",
@@ -40,7 +41,7 @@ NEXT = (
         ),
     ),
     (
-        "your own picture, with that server",
+        "your own picture, on that model",
         ("triward score --image FILE --prompt TEXT --response TEXT --response TEXT",),
     ),
 )

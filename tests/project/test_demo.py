@@ -97,7 +97,9 @@ class TestPage:
 def test_the_next_steps_are_commands_that_exist(example: Callable[[str], Any]) -> None:
     for _, commands in example("demo").NEXT:
         for command in commands:
-            if command.startswith("triward"):
+            if command.startswith("make"):
+                assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
+            elif command.startswith("triward"):
                 assert set(re.findall(r"--[a-z][\w-]*", command)) <= options_of(command), command
 
 
