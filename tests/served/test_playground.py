@@ -327,10 +327,10 @@ def test_an_image_that_is_none_is_the_clients_error(
 
 
 def test_a_dead_servers_sentence(
-    visit: Open, command: Callable[..., Command], exact: Served
+    visit: Open, command: Callable[..., Command], exact: Served, tmp_path: Path
 ) -> None:
-    """Earlier scores go when there are none for what is asked now."""
-    started = command(BIN / "triward", "playground", "--url", "127.0.0.1:9")
+    url, folder = "127.0.0.1:9", str(tmp_path)  # the command is killed, and leaves its folder
+    started = command(BIN / "triward", "playground", "--url", url, TMPDIR=folder)
     shown = visit(at=started.wait_for(r"^playground at (http://\S+)$")[1])
     shown.fill(*ANSWERS[:2], media=CHART)
     shown.button("Score").click()
