@@ -14,7 +14,7 @@ from benchmarks.workloads import Messages, PromptGroup, Writer
 OURS, PEER = "triward", "vllm"
 Wave = tuple[PromptGroup, ...]  # requests that are sent at once
 
-PROMPT = 600  # words, about 1.5 tokens each
+PROMPT = 600  # words, about 2.7 tokens each
 QUESTION = (40, 80)
 RESPONSE = (40, 120)
 TURNS = 10
