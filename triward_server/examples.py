@@ -22,6 +22,10 @@ ARGUMENTS = {
     "make-checkpoint": ("--size tiny --output tiny",),
     "export-onnx": ("--checkpoint tiny --output graphs",),
     "verify": ("--checkpoint tiny --small",),
+    "plan": (
+        "--gpus 8xH100 --requests-per-second 20 --prompt-tokens 300 --responses 8 --images 1",
+        "--gpus cpu --model small --requests-per-second 0.5 --prompt-tokens 300 --json",
+    ),
 }
 _COLUMNS = 76  # of a terminal's 80: typer indents by 2, and so does this
 

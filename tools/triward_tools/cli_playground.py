@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from triward.arguments import whole_number
+from triward.arguments import examples, whole_number
 from triward.client import RewardClient
 
 
@@ -18,7 +18,7 @@ def add_playground(commands: Any, server: argparse.ArgumentParser) -> None:
         help="a web page on this machine to try a server with images and responses",
         description="Show a page that scores what is typed and dropped into it. It has no login: "
         "listen where only those can connect who may ask the servers.",
-        epilog="example: triward playground --url localhost:8001 --port 7860",
+        epilog=examples("triward playground --url localhost:8001 --port 7860"),
         parents=[server],
     )
     command.set_defaults(run=_run, error=command.error)

@@ -88,9 +88,6 @@ def plan_replicas(
     """Say how many replicas a load takes, with which budgets and how much memory, and why.
 
     Exits with 1 where --gpus names fewer GPUs than are needed.
-
-    Example: triward-server plan --gpus 8xH100 --requests-per-second 20 --prompt-tokens 300
-    --responses 8 --images 1
     """
     from .demand import Demand
     from .models import subject_of  # torch, which the other commands do not need
