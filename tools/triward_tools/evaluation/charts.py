@@ -11,6 +11,7 @@ import numpy as np
 
 from triward_tools.evaluation.results import Result
 from triward_tools.evaluation.statistics import Calibration
+from triward_tools.evaluation.tallies import Floats
 from triward_tools.evaluation.wording import Wording
 
 # Drawn in colours that occur nowhere else, which then become the page's variables: so that one
@@ -23,7 +24,7 @@ _COLOURS = {
     "#050505": "var(--bad)",
     "#060606": "var(--tie)",
 }
-_INK, _MUTED, _LINE, _GOOD, _BAD, _TIE = _COLOURS
+INK, MUTED, LINE, GOOD, BAD, TIE = _COLOURS
 
 _SIZE = (4.6, 2.9)  # inches
 _BARS = 36
@@ -31,20 +32,20 @@ _BARS = 36
 _STYLE = {
     "svg.fonttype": "none",
     "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _LINE,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "grid.color": _LINE,
+    "grid.color": LINE,
     "grid.linewidth": 0.6,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
@@ -52,15 +53,19 @@ _STYLE = {
 
 def margin_chart(results: Sequence[Result], wording: Wording) -> str:
     """Draw a histogram of margins, the right rows apart from ties and wrong ones."""
-    values = np.array([r.margin for r in results])
+    return margin_histogram(np.array([r.margin for r in results]), wording)
+
+
+def margin_histogram(values: Floats, wording: Wording) -> str:
+    """Draw the same of margins [n], at least one."""
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     width = max(high - low, 1e-9) / _BARS
     # Zero is an edge, so that no bar holds wrong and right pairs.
     edges = width * np.arange(np.floor(low / width) - 1, np.ceil(high / width) + 2)
     groups = [
-        ("wrong", values[values < 0], _BAD),
-        ("tie", values[values == 0], _TIE),
-        ("right", values[values > 0], _GOOD),
+        ("wrong", values[values < 0], BAD),
+        ("tie", values[values == 0], TIE),
+        ("right", values[values > 0], GOOD),
     ]
 
     def draw(axes: Any) -> None:
@@ -73,11 +78,11 @@ def margin_chart(results: Sequence[Result], wording: Wording) -> str:
             left, broad = edges[:-1] + 0.05 * width, 0.9 * width
             axes.bar(left, counts, broad, below, align="edge", color=colour, label=label)
             below += counts
-        axes.axvline(0, color=_INK, linewidth=1)
+        axes.axvline(0, color=INK, linewidth=1)
         axes.set(xlabel=f"margin: {wording.margin}", ylabel=f"{wording.noun}s")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, handlelength=1)
 
-    return _svg("margins", draw)
+    return svg_chart("margins", draw)
 
 
 def calibration_chart(calibration: Calibration) -> str:
@@ -90,18 +95,23 @@ def calibration_chart(calibration: Calibration) -> str:
     curve = np.linspace(0, max(float(sizes.max()) * 1.05, 1e-3), 200)
 
     def draw(axes: Any) -> None:
-        axes.plot(curve, 100 / (1 + np.exp(-curve)), color=_MUTED, linestyle="--", linewidth=1.2)
-        axes.vlines(sizes, low, high, color=_GOOD, linewidth=1.2)
-        axes.plot(sizes, shares, "o", markersize=4.5, color=_GOOD, label="observed, 95 % interval")
-        axes.plot([], [], color=_MUTED, linestyle="--", linewidth=1.2, label="sigmoid(|margin|)")
+        axes.plot(curve, 100 / (1 + np.exp(-curve)), color=MUTED, linestyle="--", linewidth=1.2)
+        axes.vlines(sizes, low, high, color=GOOD, linewidth=1.2)
+        axes.plot(sizes, shares, "o", markersize=4.5, color=GOOD, label="observed, 95 % interval")
+        axes.plot([], [], color=MUTED, linestyle="--", linewidth=1.2, label="sigmoid(|margin|)")
         axes.set(xlabel="|margin|", ylabel="right, %", ylim=(min(45, low.min() - 3), 103))
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, handlelength=1.6)
 
-    return _svg("calibration", draw)
+    return svg_chart("calibration", draw)
 
 
-def _svg(name: str, draw: Any) -> str:
-    """Return a chart whose bytes depend on its data alone."""
+def svg_chart(name: str, draw: Any) -> str:
+    """Return a chart whose bytes depend on its data alone.
+
+    Args:
+        name: of the chart; two on a page need two.
+        draw: a function of matplotlib's axes. It uses the colours of this module.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -46,28 +46,36 @@ class Turn:
     parts: tuple[Part, ...]
 
 
-def turns(messages: Sequence[Message]) -> list[Turn]:
-    """Return the messages with their pictures made small; nothing in them makes this fail."""
+def turns(messages: Sequence[Message], show: Callable[[object], Part] | None = None) -> list[Turn]:
+    """Return the messages with their pictures made small; nothing in them makes this fail.
+
+    Args:
+        messages: with images as the client takes them.
+        show: makes a part of an image; `thumbnail` by default, which reads any file.
+    """
+    chosen = show or thumbnail
     return [
-        Turn(visible(str(m.get("role", "?"))), tuple(_parts(m.get("content")))) for m in messages
+        Turn(visible(str(m.get("role", "?"))), tuple(_parts(m.get("content"), chosen)))
+        for m in messages
     ]
 
 
-def _parts(content: object) -> list[Part]:
+def _parts(content: object, show: Callable[[object], Part]) -> list[Part]:
     if isinstance(content, str):
         return [Part(visible(content), is_text=True)]
     if not isinstance(content, (list, tuple)):
         return [Part(f"content of type {type(content).__name__}, not shown")]
-    return [_part(part) for part in content]
+    return [_part(part, show) for part in content]
 
 
-def _part(part: object) -> Part:
+def _part(part: object, show: Callable[[object], Part]) -> Part:
     if not isinstance(part, Mapping):
         return Part(f"part of type {type(part).__name__}, not shown")
     for key in _IMAGE_KEYS:
         if part.get(key) is not None:
             value = part[key]
-            return thumbnail(value.get("url") if isinstance(value, Mapping) else value)
+            url = value.get("url") if isinstance(value, Mapping) else None
+            return show(value if url is None else url)
     if isinstance(part.get("text"), str):
         return Part(visible(part["text"]), is_text=True)
     return Part(visible(f"{part.get('type', 'part of unknown type')}, not shown"))
