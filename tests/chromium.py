@@ -52,3 +52,8 @@ def page(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
 def sideways(page: Page) -> int:
     """Pixels by which the page is wider than the window."""
     return page.evaluate("document.scrollingElement.scrollWidth - innerWidth")
+
+
+def complaints(page: Page) -> list[str]:
+    """What went wrong on a page of Gradio's, whose own streams warn that they lack a method."""
+    return [text for text in page.complaints if text != "Method not implemented."]

@@ -18,7 +18,8 @@ LAYERS = {
     "evaluation": "results sections text wording images published tables tallies rewardbench2 "
     "formats asking ledger arithmetic statistics facts comparison charts pictures report run",
     "gateway": "settings texts vllm sglang trainers addresses media asking counters app run",
-    "playground": "asking bars form snippets score files compare app",
+    "playground": "asking bars form snippets score scoredrows scored figures gallery page files "
+    "agreement sides compare app",
     "on a cluster": "ray ray_server",
     "commands": "cli_selection cli_evaluation cli_gateway cli_playground",
 }
