@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests import chromium
 from tests.chromium import STICKING_OUT, complaints, sideways
 from tests.commands import BIN, Command
 from tests.conftest import Served
 from tests.conversations import image, picture, user
+from tests.served.test_playground import CHART, CONTRAST
 from triward import RewardClient, ServerUnavailable
 from triward.many import ranked
 from triward_server.export.random_checkpoint import make_checkpoint
@@ -154,3 +156,27 @@ def test_an_unknown_model_and_an_empty_response_are_sentences(
     panel.get_by_label("Response 2", exact=True).fill(" ")
     panel.get_by_role("button", name="Compare").click()
     expect(panel.locator("#compared [role=alert]")).to_contain_text("response 2: is empty")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_fits_and_can_be_read(
+    browser: Browser, address: str, server: TritonServer, other: RewardClient, width: int,
+    scheme: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Pictures for the documentation are made here: PLAYGROUND_PICTURES=docs/images."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    panel = filled(page, address, CHART)
+    choose(page, panel, "B", server.endpoints.grpc, OTHER)
+    run(panel)
+    assert page.evaluate("document.querySelector('.dark') !== null") is (scheme == "dark")
+    assert page.evaluate(CONTRAST.replace("'main *, .gradio-container *'", "'#compared *'")) == []
+    assert sideways(page) <= 0 and page.evaluate(STICKING_OUT) == []
+    page.evaluate("scrollTo(0, 0)")
+    shot = (
+        Path(os.environ.get("PLAYGROUND_PICTURES", tmp_path))
+        / f"playground-compare-{width}-{scheme}.png"
+    )
+    page.screenshot(path=shot, full_page=True)
+    assert shot.stat().st_size < 150_000
+    page.close()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 import triward.cli
 from tests import chromium
 from tests.chromium import STICKING_OUT, complaints, sideways
 from tests.commands import BIN, Command
 from tests.conversations import image, picture, user
-from tests.evaluations import bars
+from tests.evaluations import ANSWERS, QUESTIONS, bars
 from tests.rowfiles import read_rows, write_rows
+from tests.served.test_playground import CONTRAST
 from triward_server.serving.launch import TritonServer
 
 pytest.importorskip("gradio")
@@ -23,7 +27,6 @@ browser, page = chromium.browser, chromium.page
 
 SIZES = """panel => [...panel.querySelectorAll('article img')].map(
     image => [image.naturalWidth, image.naturalHeight])"""
-GREY = "element => getComputedStyle(element).color"
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +157,45 @@ def test_a_bad_file_is_a_sentence(page: Page, address: str, tmp_path: Path) -> N
     assert complaints(page) == []
 
 
-def test_a_dark_page_is_readable(browser: object, address: str, written: Path) -> None:
-    page = browser.new_page(color_scheme="dark")  # type: ignore[attr-defined]
-    panel = opened(page, f"{address}?__theme=dark", written / "pairs.jsonl")
-    for place in (".tw-file", ".tw-facts dt", "article pre", "figcaption"):
-        colour = panel.locator(place).first.evaluate(GREY)
-        assert sum(map(int, colour[4:-1].split(","))) > 3 * 128, (place, colour)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_fits_and_can_be_read(
+    browser: Browser, address: str, width: int, scheme: str, tmp_path: Path
+) -> None:
+    """Pictures for the documentation are made here: PLAYGROUND_PICTURES=docs/images."""
+    page = browser.new_page(viewport={"width": width, "height": 1280}, color_scheme=scheme)
+    page.goto(address)
+    panel = opened(page, address, write_rows(tmp_path / "pairs.parquet", made_up(150)))
+    assert panel.locator("article").count() == 10
+    assert page.evaluate("document.querySelector('.dark') !== null") is (scheme == "dark")
+    assert page.evaluate(CONTRAST.replace("'main *, .gradio-container *'", "'#scored *'")) == []
+    assert_fits(page)
+    page.evaluate("scrollTo(0, 0)")
+    shot = (
+        Path(os.environ.get("PLAYGROUND_PICTURES", tmp_path))
+        / f"playground-file-{width}-{scheme}.png"
+    )
+    page.screenshot(path=shot)
+    assert shot.stat().st_size < 150_000
     page.close()
+
+
+def made_up(count: int) -> list[dict[str, Any]]:
+    """Pairs with pictures, and scores that grow with length; one row has none."""
+    rng = random.Random(3)
+    rows: list[dict[str, Any]] = []
+    for n in range(count):
+        asked, right, wrong = (each[n % 3] for each in (QUESTIONS, ANSWERS, ANSWERS[1:] + ANSWERS))
+        answers = [right * rng.choice([1, 1, 2]), " ".join(wrong.split()[: rng.randint(3, 12)])]
+        scores = [
+            gain + len(text) / 60 + rng.gauss(0, 1)
+            for gain, text in zip((0.6, 0.0), answers, strict=True)
+        ]
+        says = [[{"role": "assistant", "content": text}] for text in answers]
+        prompt = [user({"type": "image"}, asked)]
+        rows.append({
+            "prompt": prompt, "images": [{"bytes": bars(n), "path": None}],
+            "chosen": says[0], "rejected": says[1],
+            "score_chosen": scores[0] if n else None, "score_rejected": scores[1],
+        })  # fmt: skip
+    return rows
