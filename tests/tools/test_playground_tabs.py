@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import urllib.request
 from html import unescape
 
 import pytest
 
+from tests.commands import BIN, Command
 from tests.fakeserver import FakeServer
 from tests.rowfiles import write_rows
 from triward import RewardClient, ServerUnavailable
@@ -21,6 +24,52 @@ from triward_tools.playground.gallery import Gallery
 
 DEAD = "127.0.0.1:9"
 TEXTS = ("four", "a", "seven!!")
+
+
+@pytest.fixture
+def page():
+    """Address of a playground that knows no server."""
+    command = Command(BIN / "triward", "playground", "--url", DEAD)
+    try:
+        yield command.wait_for(r"^playground at (http://\S+)$")[1]
+    finally:
+        command.kill()
+
+
+class TestForgedEvents:
+    """A visitor may post any path as a file, whether it was uploaded or not."""
+
+    def test_a_path_that_was_not_uploaded_is_refused(self, page, tmp_path):
+        path = write_rows(tmp_path / "secret.jsonl", [{"score": 1}])
+        config = json.loads(urllib.request.urlopen(f"{page}/config", timeout=30).read())
+        kinds = {each["id"]: each["type"] for each in config["components"]}
+        found = 0
+        for event in config["dependencies"]:
+            fields = [kinds[field] for field in event["inputs"]]
+            if fields not in (["file"], ["file", "textbox"]):
+                continue
+            found += 1
+            answer = self.post(page, event["id"], [forged(path), ""][: len(fields)])
+            assert answer["success"] is False, answer
+        assert found >= 3  # the preview of two tabs, and the file with scores
+
+    def post(self, page, number, data):
+        """The end of an event."""
+        session = f"session{number}"
+        body = json.dumps({"data": data, "fn_index": number, "session_hash": session}).encode()
+        headers = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{page}/gradio_api/queue/join", body, headers)
+        urllib.request.urlopen(asked, timeout=30).close()
+        stream = f"{page}/gradio_api/queue/data?session_hash={session}"
+        with urllib.request.urlopen(stream, timeout=30) as lines:
+            for line in lines:
+                if b"process_completed" in line:
+                    return json.loads(line.removeprefix(b"data: "))
+        raise AssertionError("the stream ended before the event")
+
+
+def forged(path):
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
 
 
 class TestFiles:

@@ -76,9 +76,12 @@ def mounted(servers: Servers, host: str) -> tuple[Any, Any]:
     styles = [page.joinpath("page.css").read_text("utf-8")]
     styles += [getattr(each, "STYLE", "") for each in (bars, files, compare)]
     closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    blocks = make_page(servers)
+    # Else Gradio takes the page for one under construction, whose events may name any file.
+    blocks.has_launched = True
     web = gr.mount_gradio_app(
         FastAPI(**closed),
-        make_page(servers),
+        blocks,
         path="/",
         app_kwargs=closed,
         theme=_theme(),
