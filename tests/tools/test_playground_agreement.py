@@ -102,6 +102,11 @@ class TestPage:
         assert [tuple(map(float, bar)) for bar in bars] == [
             (40, 20), (40, 5), (0, 40), (40, 10), (40, 10), (40, 60)]  # fmt: skip
 
+    def test_bars_begin_at_zero(self):
+        sides = [self.side("A", self.reply(1.0, 2.0)), self.side("B", self.reply(3.0, 4.0))]
+        bars = re.findall(r'class="bar" x="([\d.]+)" width="([\d.]+)"', sides_page("xy", sides))
+        assert [tuple(map(float, bar)) for bar in bars] == [(0, 25), (0, 75), (0, 50), (0, 100)]
+
     def test_one_error_leaves_the_other_side(self):
         gone = ServerUnavailable("b:8001: no connection: <refused>")
         page = sides_page(["x", "y"], [self.side("A", self.reply(1.0, 2.0)), self.side("B", gone)])
