@@ -33,7 +33,7 @@ notebooks: $(READY)
 recording: $(READY)
 	$(BIN)/python examples/recording.py
 
-# Ten minutes: every module, a real server, parity on every conversation and architecture.
+# A quarter of an hour: every module, a real server, parity on every conversation and architecture.
 test: $(READY)
 	$(PYTEST) $(SPREAD)
 

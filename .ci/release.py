@@ -45,10 +45,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="(dist)")
     output = parser.parse_args().output
+    if output != ROOT / "dist" and output.exists() and any(output.iterdir()):
+        sys.exit(f"release: --output: {output} is not empty")
     if left_out := git("status", "--porcelain"):
         print(f"release: not committed, so not in it:\n{left_out}", file=sys.stderr)
-    shutil.rmtree(output, ignore_errors=True)
-    version = release(output)
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder, "dist")
+        version = release(built)
+        shutil.rmtree(output, ignore_errors=True)  # of the last release, now that there is another
+        shutil.copytree(built, output)
     for path in sorted(output.iterdir()):
         print(f"{path.stat().st_size:>9}  {path.name}")
     print(f"release: {version} is built and checked; nothing was uploaded")

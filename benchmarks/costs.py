@@ -1,10 +1,11 @@
 """What the benchmarks' workloads compute, for `triward-server plan`.
 
-    python -m benchmarks.costs      # writes triward_server/sizing/carried.json
+    python -m benchmarks.costs
 
-The server's package has no `benchmarks/`, and results files have seconds but no FLOPs. So it
-carries what its planner counts in each workload, the costs of the small models that were measured,
-and the results that it plans with. A test compares the file with what this makes.
+writes triward_server/sizing/carried.json. The server's package has no `benchmarks/`, and results
+files have seconds but no FLOPs. So it carries what its planner counts in each workload, the costs
+of the small models that were measured, and the results that it plans with. A test compares the file
+with what this makes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from torch import float32
 
+from benchmarks.commands import run_main
 from benchmarks.measure import ROOT, features
 from benchmarks.perf_analyzer.inputs import MIXES, Scale, requests
 from benchmarks.workloads import SMALL_IMAGE, TEXT, GroupSizes, workloads
@@ -57,8 +60,6 @@ class Model:
         self._geometry = blueprint.geometry
         self._preprocessor = Preprocessor(checkpoint, PreprocessConfig())
         # Bytes are of the dtype; FLOPs, which is all that rates need, are not.
-        from torch import float32
-
         self.cost: Cost = empty_model(blueprint, float32).cost
 
     def compared(self, shape: GroupSizes) -> dict[str, Counts]:
@@ -135,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)

@@ -36,6 +36,7 @@ NEXT = (
     (
         "the real model, on a machine with a GPU",
         (
+            "source .venv/bin/activate",
             f"triward-server export --checkpoint {REAL} --output skywork",
             "triward-server serve --repository skywork",
         ),

@@ -58,8 +58,8 @@ def clean(notebook: Any) -> Any:
     for number, cell in enumerate(notebook.cells, start=1):
         cell.id, cell.metadata = f"cell-{number}", nbformat.NotebookNode()
         for output in cell.get("outputs", []):
-            output.pop("metadata", None) if output.output_type == "stream" else None
             if output.output_type == "stream":
+                output.pop("metadata", None)
                 output.text = without_traces(output.text)
             elif "data" in output:
                 output.metadata = nbformat.NotebookNode()

@@ -57,7 +57,7 @@ def main() -> None:
     """Run the commands and write the picture."""
     lines = list(_asked("make demo"))
     lines += printed([sys.executable, "examples/demo.py"])
-    lines.append(Text())
+    lines += [Text(), Text(f"# a server runs at {ADDRESS}", style="dim")]
     with local_server() as server:
         lines += _asked(SCORE)
         lines += printed(score_command(server.url))

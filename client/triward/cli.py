@@ -10,7 +10,7 @@ Scores of one prompt are a table, or JSON with `--json`; a file of conversations
 
 Other distributions add commands by entry points of the group `triward.commands`: functions that
 take argparse's subparsers and a parent parser with the server's options. triward-tools adds `eval`,
-`best-of-n`, `filter` and `pairs`.
+`best-of-n`, `filter`, `pairs`, `gateway` and `playground`.
 
 Exit codes: 0 done (compare: A scores higher; health: ready), 1 no (compare), 2 wrong input or
 usage, 3 unavailable (health: not ready), 4 deadline exceeded, 5 another failure, 130 Ctrl-C.

@@ -50,7 +50,8 @@ def attend(
     most = max(1, min(_ROWS, _VALUES // len(key)) // group)
     step = -(-len(query) // -(-len(query) // most))  # blocks of equal sizes: a short one is slow
     before = len(key) - len(query)
-    hidden = torch.full((step, step), -torch.inf).triu_(1)[:, None]
+    size = step if causal else 0
+    hidden = torch.full((size, size), -torch.inf).triu_(1)[:, None]
     for head in range(key.shape[1]):
         mine = slice(head * group, (head + 1) * group)
         # Whatever can be done for all blocks is: threads that wait for each other at many small
@@ -66,7 +67,7 @@ def attend(
             weights = _multiply(block.flatten(0, 1), keys[start:end])
             if causal:
                 _hide_(weights.unflatten(0, block.shape[:2]), hidden, window)
-            # Rounded to the values' dtype, as every flash kernel does; their products are not.
+            # Rounded to the values' dtype, as transformers' eager attention does.
             attended = _multiply(weights.softmax(-1).to(values.dtype), values[:, start:end])
             out[first : first + step, mine] = attended.view_as(block)
     return out
