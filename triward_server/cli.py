@@ -64,7 +64,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog=examples.shown(["triward-server serve --repository skywork"]))
+@app.callback(epilog=examples.example_lines(["triward-server serve --repository skywork"]))
 def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")

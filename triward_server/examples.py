@@ -38,18 +38,21 @@ def epilog(command: str, script: str | None = None) -> str:
         script: a file that is this command; None: it is given by its name.
     """
     program = f"python {script}" if script else f"{PROGRAM} {command}"
-    return shown([f"{program} {arguments}" for arguments in ARGUMENTS[command]])
+    return example_lines([f"{program} {arguments}" for arguments in ARGUMENTS[command]])
 
 
-def shown(commands: list[str]) -> str:
+def example_lines(commands: list[str]) -> str:
     r"""Return lines that typer leaves as they are, behind \b; long ones continue behind \."""
     head = "Example:" if len(commands) == 1 else "Examples:"
     return "\n".join(["\b", head, *map(_continued, commands)])
 
 
 def _continued(command: str) -> str:
-    line = f"  {command}"
-    if len(line) <= _COLUMNS:
-        return line
-    program, dashes, arguments = line.partition(" --")
-    return f"{program} \\\n     {dashes}{arguments}"
+    first, *options = f"  {command}".split(" --")
+    lines = [first]
+    for option in options:
+        if len(lines[-1]) + len(option) + len(" -- \\") <= _COLUMNS:
+            lines[-1] += f" --{option}"
+        else:
+            lines.append(f"      --{option}")
+    return " \\\n".join(lines)

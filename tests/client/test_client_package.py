@@ -130,7 +130,7 @@ def tools_wheel(tmp_path_factory):
 
 def test_wheels_are_small_and_whole(client_wheel, tools_wheel):
     assert client_wheel.stat().st_size < 130_000
-    assert tools_wheel.stat().st_size < 150_000
+    assert tools_wheel.stat().st_size < 180_000
     names = names_in(client_wheel)
     assert {"triward/integrations/rows.py", "triward/py.typed"} < names
     assert not any("triward_tools" in name for name in names)

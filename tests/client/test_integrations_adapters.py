@@ -61,7 +61,8 @@ def stub(monkeypatch):
             path = ".".join(parts[:depth])
             if path not in sys.modules:
                 monkeypatch.setitem(sys.modules, path, ModuleType(path))
-        vars(sys.modules[name]).update(contents)
+        for attribute, value in contents.items():
+            monkeypatch.setattr(sys.modules[name], attribute, value, raising=False)
         if adapter:
             monkeypatch.delitem(sys.modules, f"triward.integrations.{adapter}", raising=False)
         return sys.modules[name]
