@@ -13,6 +13,7 @@ import uvicorn
 
 from triward_tools.listening import serve_until_signal
 from triward_tools.playground.asking import Servers
+from triward_tools.playground.origin import SameOrigin
 
 MOST_BYTES = 256 * 2**20  # of an uploaded file
 _LOCAL = ("127.0.0.1", "localhost")
@@ -99,6 +100,7 @@ def mounted(servers: Servers, host: str) -> tuple[Any, Any]:
     )
     if host in _LOCAL:  # a site whose name is made to lead here is not let in (DNS rebinding)
         web.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOCAL])
+    web.add_middleware(SameOrigin)  # Gradio itself lets every site in, but for pages on localhost
     inner: Any = web.routes[-1]
     return web, inner.app.stop_event.set
 
