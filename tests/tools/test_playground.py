@@ -27,7 +27,7 @@ from triward import InvalidRequest, RewardClient, ServerUnavailable, Tls, Triwar
 pytest.importorskip("gradio")
 
 from triward_tools import cli_playground
-from triward_tools.playground.asking import Reply, Servers
+from triward_tools.playground.asking import CountingClient, Reply, Servers
 from triward_tools.playground.bars import Bar, bars, preferred, refused
 from triward_tools.playground.form import MOST, Draft, Form, draft
 from triward_tools.playground.score import in_order, odds, ranking, summary
@@ -160,6 +160,17 @@ class TestServers:
                 several.ask([{"role": "user", "content": "Why?"}], ["a"], url=other.url, model="m")
             several.close()
             assert (server.calls, other.calls) == (0, 3)
+
+    def test_clients_do_not_grow_in_number_with_the_models_named(self, servers, monkeypatch):
+        closed, close = [], CountingClient.close
+        monkeypatch.setattr(
+            CountingClient, "close", lambda self: (closed.append(self.model), close(self))
+        )
+        for model in ("", "a", "b", "a", ""):
+            servers.ask([{"role": "user", "content": "Why?"}], ["a"], model=model)
+        assert closed == ["a", "b", "a"]
+        servers.close()
+        assert closed[3:] == [servers.model]
 
     def test_headers_are_sent(self, server):
         seen = []
