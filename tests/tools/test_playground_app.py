@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.asking import wait_until
 from triward import RewardClient
 
 pytest.importorskip("gradio")
 
 from starlette.testclient import TestClient
 
-from triward_tools.playground.app import mounted
-from triward_tools.playground.asking import Servers
+from triward_tools.playground import app, form
+from triward_tools.playground.app import make_page, mounted
+from triward_tools.playground.asking import Reply, Servers
+from triward_tools.playground.form import Draft
 from triward_tools.playground.origin import is_own
+from triward_tools.playground.score import recalled
+from triward_tools.playground.snippets import Exchange
 
 DEAD = "127.0.0.1:9"
 
@@ -72,3 +79,28 @@ class TestOtherSites:
         assert is_own("https://Rewards.example:8443", "rewards.example:8443")
         assert not is_own("https://rewards.example:8443", "rewards.example")
         assert not is_own("null", "")
+
+
+class TestUploadedFiles:
+    def test_they_are_kept_for_hours(self):
+        assert make_page(Servers(RewardClient(DEAD))).delete_cache == (600, 6 * 3600)
+
+    def test_they_are_deleted_while_the_page_runs(self, visit, monkeypatch):
+        monkeypatch.setattr(app, "SWEEP", 0.05)
+        monkeypatch.setattr(form, "HOURS", 0.05 / 3600)
+        with visit("0.0.0.0", "http://rewards.example") as visitor:
+            (path,) = upload(visitor).json()
+            wait_until(lambda: not Path(path).exists(), "the file is kept", timeout=20)
+
+    def test_a_past_run_whose_file_is_gone(self, tmp_path):
+        path = tmp_path / "a.png"
+        path.write_bytes(b"picture")
+        asked = Exchange(Draft("Why?", ("a", "b"), path), Reply((1.0, 2.0), (3, 4), 5.0), DEAD, "m")
+        servers = Servers(RewardClient(DEAD))
+        shown = recalled(servers, asked)
+        assert "2 responses in 5.0 ms" in shown[0] and str(path) in shown
+        path.unlink()
+        gone = recalled(servers, asked)
+        assert "a.png: was deleted 6 hours after its upload; upload it again" in gone[0]
+        assert len(gone) == len(shown) and str(path) not in gone
+        assert "Why?" in gone  # the other fields are filled

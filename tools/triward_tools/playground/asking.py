@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -118,7 +118,7 @@ class Servers:
         if url not in self.urls:
             raise InvalidRequest(f"server: must be one of {', '.join(self.urls)}, got {url!r}")
         if model != self.model:
-            with self._make(url, model) as client:
+            with closing(self._make(url, model)) as client:
                 yield client
             return
         with self._lock:

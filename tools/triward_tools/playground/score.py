@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import exp
 from typing import Any
 
 import gradio as gr
-from triward.errors import TriwardError
+from triward.errors import InvalidRequest, TriwardError
 
 from triward_tools.playground.asking import Reply, Servers
 from triward_tools.playground.bars import Bar, bars, preferred, refused, said
@@ -52,7 +53,7 @@ def add(servers: Servers) -> None:
 
     def recall(earlier: list[Exchange], event: gr.SelectData) -> list[Any]:
         asked = earlier[int(event.row_value[0]) - 1]  # also where the visitor has sorted them
-        return [*_results(servers, asked), asked.url, *Form.fill(asked.draft)]
+        return recalled(servers, asked)
 
     go.click(
         score, [server, runs, *form.inputs], [*shown, runs, table],
@@ -94,6 +95,16 @@ def _results(servers: Servers, asked: Exchange) -> list[Any]:
     ]
     drawn = in_order(asked.draft, asked.reply) + ranking(asked.draft, asked.reply)
     return [said(summary(asked.draft, asked.reply)), drawn, gr.update(visible=True), *texts]
+
+
+def recalled(servers: Servers, asked: Exchange) -> list[Any]:
+    """Return a past run's results, its server and its fields; without its file, if that is gone."""
+    draft = asked.draft
+    try:
+        results = _results(servers, asked)
+    except InvalidRequest as error:
+        results, draft = _nothing(error), replace(draft, media=None)
+    return [*results, asked.url, *Form.fill(draft)]
 
 
 def in_order(draft: Draft, reply: Reply) -> str:

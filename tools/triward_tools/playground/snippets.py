@@ -74,7 +74,7 @@ def as_curl(asked: Exchange, http: str) -> str:
     if draft.media is None:
         lines = [f"printf '%s' {shlex.quote(body)} |", f"  curl -sS --data-binary @- {where}"]
         return "\n".join(lines) + "\n"
-    size = draft.media.stat().st_size
+    size = draft.size
     length = "".join(f"\\{byte:03o}" for byte in size.to_bytes(4, "little"))
     return (
         f"# Run it where {draft.media.name} lies; the file has {size} bytes.\n"
@@ -120,7 +120,7 @@ def _body(draft: Draft) -> str:
         _tensor(protocol.MEDIA, []),
     ]
     if draft.media:
-        size = 4 + draft.media.stat().st_size  # BYTES: each element has its length in front
+        size = 4 + draft.size  # BYTES: each element has its length in front
         del inputs[2]["data"]
         inputs[2] |= {"shape": [1, 1], "parameters": {"binary_data_size": size}}
     return json.dumps(
