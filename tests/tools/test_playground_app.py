@@ -81,6 +81,15 @@ class TestOtherSites:
         assert not is_own("null", "")
 
 
+def test_visitors_do_not_wait_for_each_others_servers():
+    limits = {
+        event.fn.__name__: event.concurrency_limit
+        for event in make_page(Servers(RewardClient(DEAD))).fns.values()
+        if event.fn
+    }
+    assert (limits["score"], limits["ask"]) == (8, 8)
+
+
 class TestUploadedFiles:
     def test_they_are_kept_for_hours(self):
         assert make_page(Servers(RewardClient(DEAD))).delete_cache == (600, 6 * 3600)
