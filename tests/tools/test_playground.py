@@ -30,7 +30,7 @@ from triward_tools import cli_playground
 from triward_tools.playground.asking import CountingClient, Reply, Servers
 from triward_tools.playground.bars import Bar, bars, preferred, refused
 from triward_tools.playground.form import MOST, Draft, Form, draft
-from triward_tools.playground.score import in_order, odds, ranking, summary
+from triward_tools.playground.score import in_order, odds, ranking, recalled, summary
 from triward_tools.playground.snippets import Exchange, as_curl, as_json, as_python
 
 TEXTS = ("It's 86.", 'He said "no" \\ `x` $(y) é', "86\n\nis the most\n")
@@ -193,7 +193,8 @@ class TestResults:
 
     def test_odds_are_said(self):
         assert odds(1.0, 3) == "+1.0000 over 3: preferred with 73.1 %, odds 2.72 to 1"
-        assert odds(1000.0, 3).endswith("odds 1.0e+304 to 1")
+        assert odds(700.0, 3).endswith("odds 1.0e+304 to 1")
+        assert odds(1000.0, 3).endswith("odds > 1.0e+304 to 1")
 
     def test_equal_scores_keep_their_order(self):
         html = ranking(asked().draft, REPLY)
@@ -203,7 +204,10 @@ class TestResults:
     def test_the_order_given_has_tokens(self):
         html = in_order(asked().draft, REPLY)
         assert re.findall("<b>(.*?)</b>", html) == ["1", "2", "3"]
-        assert re.findall("<small>(.*?)</small>", html)[1] == "33 tokens, 11 of its own"
+        assert (
+            re.findall("<small>(.*?)</small>", html)[1]
+            == "33 tokens, 11 more than an empty response"
+        )
 
     def test_bars_begin_at_zero_on_one_scale(self):
         html = bars("t", [Bar("1", "a", 3.0), Bar("2", "b", -1.0), Bar("3", "c", 0.0)])
@@ -224,8 +228,9 @@ class TestResults:
     def test_the_prompts_tokens_are_said(self):
         draft_ = Draft("Why?", TEXTS, Path("a.png"))
         assert summary(draft_, REPLY) == (
-            "3 responses in 12.5 ms. The prompt with its image takes 22 tokens, end of turn "
-            "included, which are computed once for all of them; one by one they would be 94 tokens."
+            "3 responses in 12.5 ms. The prompt with its image and an empty response take 22 "
+            "tokens: the prompt's, which are computed once for all of them, and those that end the "
+            "turn, which each response has for itself. One by one they would be 94 tokens."
         )
 
 
@@ -256,6 +261,23 @@ class TestSnippets:
         assert "headers={'authorization': '...'}" in program
         assert "tls=Tls(ca='ca.pem'" in program
         compile(program, "program", "exec")
+
+    def test_the_program_keeps_the_order_of_equal_scores(self, server, capsys):
+        texts = ("bb", "cc", "aa", "ddd")
+        exec(as_python(Exchange(Draft("Why?", texts), REPLY, server.url, "m")), {})
+        assert capsys.readouterr().out.split()[1::2] == ["ddd", "bb", "cc", "aa"]
+
+    def test_the_curl_names_headers_and_encryption(self, image):
+        tls = Tls("/my ca.pem", "me.pem", "me.key")
+        options = "-H 'x-key: ...' --cacert '/my ca.pem' --cert me.pem --key me.key"
+        for media in (None, image):
+            command = as_curl(asked(media=media), "https://h:8000", tls, ["x-key"])
+            assert f"{options} https://h:8000/v2/models/reward/infer" in command
+        with RewardClient("h:8001", tls=tls, headers={"x-key": "secret"}) as client:
+            assert Servers(client).http_of("h:8001") == "https://h:8000"
+            assert Servers(client, {"h:8001": "http://h:1"}).http_of("h:8001") == "http://h:1"
+            texts = "".join(map(str, recalled(Servers(client), asked(url="h:8001"))))
+        assert options in texts and "secret" not in texts
 
     @pytest.mark.parametrize("shell", ["sh", "bash"])
     @pytest.mark.parametrize("with_media", [False, True])

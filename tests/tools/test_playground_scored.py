@@ -273,6 +273,21 @@ class TestNumbers:
         ]
         assert figures.inside == pytest.approx(np.corrcoef(*less)[0, 1])
 
+    @pytest.mark.parametrize(
+        ("texts", "scores"),
+        [((["a", "b"], ["c"]), ([0.1, 0.2], [0.3])), ((["a", "bb"], ["c"]), ([0.1, 0.1], [0.1]))],
+    )
+    def test_a_correlation_of_what_does_not_vary(self, tmp_path, texts, scores):
+        rows = [{"responses": r, "scores": s} for r, s in zip(texts, scores, strict=True)]
+        found = read(tmp_path / "a.jsonl", rows)
+        lengths = length_figures(found)
+        assert (lengths.overall, lengths.inside, lengths.several) == (None, None, True)
+        page = " ".join(file_page(found, Gallery()).split())
+        assert (
+            "length: not defined over all responses, not defined within rows. It is not defined "
+            "where all scores or all lengths are equal." in page
+        )
+
     def test_worst_are_the_lowest_margins_of_all_in_the_files_order(self, tmp_path):
         rng = random.Random(1)
         margins = [round(rng.gauss(1, 1), 1) for _ in range(300)]

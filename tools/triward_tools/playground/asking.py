@@ -79,7 +79,8 @@ class Servers:
 
     def http_of(self, url: str) -> str:
         """Return the address of a server's HTTP: the one that was given, or Triton's own port."""
-        return self.http.get(url) or f"http://{url.rpartition(':')[0]}:8000"
+        scheme = "https" if self.client._address.tls else "http"
+        return self.http.get(url) or f"{scheme}://{url.rpartition(':')[0]}:8000"
 
     def ask(
         self,

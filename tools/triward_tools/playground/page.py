@@ -150,6 +150,11 @@ def signed(form: str, value: float) -> str:
     return (form % value).replace("-", "\N{MINUS SIGN}")
 
 
+def share(value: float | None) -> str:
+    """Return a correlation in words."""
+    return "not defined" if value is None else signed("%.2f", value)
+
+
 def _render(template: str, values: Mapping[str, Any]) -> str:
     import jinja2
 
@@ -160,5 +165,5 @@ def _render(template: str, values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(visible=visible, counted=counted, signed=signed)
+    environment.filters.update(visible=visible, counted=counted, signed=signed, share=share)
     return str(environment.get_template(template).render(values))

@@ -90,7 +90,7 @@ def _results(servers: Servers, asked: Exchange) -> list[Any]:
     tls, headers = servers.client._address.tls, servers.header_names
     texts = [
         as_json(asked),
-        as_curl(asked, servers.http_of(asked.url)),
+        as_curl(asked, servers.http_of(asked.url), tls, headers),
         as_python(asked, tls, headers),
     ]
     drawn = in_order(asked.draft, asked.reply) + ranking(asked.draft, asked.reply)
@@ -113,7 +113,7 @@ def in_order(draft: Draft, reply: Reply) -> str:
     for index, (text, score) in enumerate(zip(draft.responses, reply.scores, strict=True)):
         note = f"{reply.tokens[index]} tokens"
         if reply.prompt_tokens is not None:
-            note += f", {reply.tokens[index] - reply.prompt_tokens} of its own"
+            note += f", {reply.tokens[index] - reply.prompt_tokens} more than an empty response"
         rows.append(Bar(str(index + 1), text, score, note, index == best))
     return bars("In the order given", rows)
 
@@ -136,6 +136,8 @@ def odds(margin: float, over: int) -> str:
     """Return a margin in words: its size, the chance to be preferred, and the odds."""
     chance = f"{100 * preferred(margin):.1f} %" if margin < 7 else "> 99.9 %"
     ratio = f"{exp(margin):.2f}" if margin < 10 else f"{exp(min(margin, 700)):.1e}"
+    if margin > 700:  # near the end of a float's range
+        ratio = f"> {ratio}"
     return f"+{margin:.4f} over {over}: preferred with {chance}, odds {ratio} to 1"
 
 
@@ -148,8 +150,9 @@ def summary(draft: Draft, reply: Reply) -> str:
         return text + f"{total} tokens; how many are the prompt's is not known{reason}."
     what = f"The prompt with its {draft.kind}" if draft.media else "The prompt"
     return text + (
-        f"{what} takes {reply.prompt_tokens} tokens, end of turn included, which are computed once "
-        f"for all of them; one by one they would be {total} tokens."
+        f"{what} and an empty response take {reply.prompt_tokens} tokens: the prompt's, which are "
+        "computed once for all of them, and those that end the turn, which each response has for "
+        f"itself. One by one they would be {total} tokens."
     )
 
 
