@@ -10,11 +10,11 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests import chromium
-from tests.chromium import STICKING_OUT, complaints, sideways
+from tests.chromium import complaints, sideways
 from tests.commands import BIN, Command
 from tests.conftest import Served
 from tests.conversations import image, picture, user
-from tests.served.test_playground import CHART, CONTRAST
+from tests.served.test_playground import CHART, CONTRAST, STICKING_OUT, assert_sees
 from triward import RewardClient, ServerUnavailable
 from triward.many import ranked
 from triward_server.export.random_checkpoint import make_checkpoint
@@ -179,4 +179,5 @@ def test_it_fits_and_can_be_read(
     )
     page.screenshot(path=shot, full_page=True)
     assert shot.stat().st_size < 150_000
+    assert_sees(page, "#compared li")
     page.close()

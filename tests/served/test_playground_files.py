@@ -13,12 +13,12 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 import triward.cli
 from tests import chromium
-from tests.chromium import STICKING_OUT, complaints, sideways
+from tests.chromium import complaints, sideways
 from tests.commands import BIN, Command
 from tests.conversations import image, picture, user
 from tests.evaluations import ANSWERS, QUESTIONS, bars
 from tests.rowfiles import read_rows, write_rows
-from tests.served.test_playground import CONTRAST
+from tests.served.test_playground import CONTRAST, STICKING_OUT, assert_sees
 from triward_server.serving.launch import TritonServer
 
 pytest.importorskip("gradio")
@@ -177,6 +177,7 @@ def test_it_fits_and_can_be_read(
     )
     page.screenshot(path=shot)
     assert shot.stat().st_size < 150_000
+    assert_sees(page, "#scored article")
     page.close()
 
 

@@ -15,6 +15,7 @@ import urllib.request
 from contextlib import redirect_stdout
 from math import isclose
 from pathlib import Path
+from urllib.parse import quote, urljoin
 
 import pytest
 
@@ -29,7 +30,7 @@ pytest.importorskip("gradio")
 from triward_tools import cli_playground
 from triward_tools.playground.asking import CountingClient, Reply, Servers
 from triward_tools.playground.bars import Bar, bars, preferred, refused
-from triward_tools.playground.form import MOST, Draft, Form, draft
+from triward_tools.playground.form import MOST, Draft, Form, _preview, draft
 from triward_tools.playground.score import in_order, odds, ranking, recalled, summary
 from triward_tools.playground.snippets import Exchange, as_curl, as_json, as_python
 
@@ -98,6 +99,13 @@ class TestFields:
         media, prompt, count, *rows = Form.fill(before)
         assert Form.read(media, prompt, count, *(row["value"] for row in rows)) == before
         assert [row["visible"] for row in rows] == [True] * 3 + [False] * (MOST - 3)
+
+    @pytest.mark.parametrize("name", ["a b.png", "a.mp4"])
+    def test_a_preview_is_below_the_pages_own_address(self, name):
+        source = re.search('src="(.*?)"', _preview(f"/t/{name}")["value"])[1]
+        assert (
+            urljoin("http://h/below/", source) == f"http://h/below/gradio_api/file=/t/{quote(name)}"
+        )
 
 
 class TestServers:

@@ -6,6 +6,7 @@ import json
 import re
 import urllib.request
 from html import unescape
+from uuid import uuid4
 
 import pytest
 
@@ -43,19 +44,22 @@ class TestForgedEvents:
         path = write_rows(tmp_path / "secret.jsonl", [{"score": 1}])
         config = json.loads(urllib.request.urlopen(f"{page}/config", timeout=30).read())
         kinds = {each["id"]: each["type"] for each in config["components"]}
+        values = {"textbox": "a", "dropdown": DEAD}
         found = 0
         for event in config["dependencies"]:
             fields = [kinds[field] for field in event["inputs"]]
-            if fields not in (["file"], ["file", "textbox"]):
+            if "file" not in fields:
                 continue
             found += 1
-            answer = self.post(page, event["id"], [forged(path), ""][: len(fields)])
-            assert answer["success"] is False, answer
-        assert found >= 3  # the preview of two tabs, and the file with scores
+            for file, taken in ((forged(path), False), (None, True)):
+                data = [file if kind == "file" else values.get(kind) for kind in fields]
+                answer = self.post(page, event["id"], data)
+                assert answer["success"] is taken, (fields, answer)
+        assert found >= 5  # the preview of two tabs, the file with scores, Score and Compare
 
     def post(self, page, number, data):
         """The end of an event."""
-        session = f"session{number}"
+        session = uuid4().hex
         body = json.dumps({"data": data, "fn_index": number, "session_hash": session}).encode()
         headers = {"Content-Type": "application/json"}
         asked = urllib.request.Request(f"{page}/gradio_api/queue/join", body, headers)

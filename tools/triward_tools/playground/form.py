@@ -149,7 +149,7 @@ def _preview(path: str | None) -> Any:
     if not path:
         return gr.update(value="", visible=False)
     media = Draft("", (), Path(path))
-    source = f"/gradio_api/file={quote(path)}"
+    source = f"gradio_api/file={quote(path)}"  # below the page, also where a proxy moves it
     name = escape(media.media.name if media.media else "")
     if media.kind == "video":
         shown = f'<video src="{source}" controls muted aria-label="{name}"></video>'
