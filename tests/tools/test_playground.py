@@ -225,6 +225,11 @@ class TestResults:
         assert drawn[2] == ("bar", "25.000", "0.000")
         assert re.findall('class="zero" x="(.*?)"', html) == ["25.000"] * 3
 
+    @pytest.mark.parametrize(("score", "said"), [(-1.0, True), (0.0, False), (1.0, False)])
+    def test_where_the_longest_bar_is_the_worst_it_is_said(self, score, said):
+        html = bars("t", [Bar("1", "a", score), Bar("2", "b", -3.0)])
+        assert ("All scores are negative: the longest bar is the lowest." in html) is said
+
     def test_all_scores_zero(self):
         html = bars("t", [Bar("1", "a", 0.0), Bar("2", "b", 0.0)])
         assert re.findall('class="bar" x="(.*?)" width="(.*?)"', html) == [("0.000", "0.000")] * 2

@@ -11,6 +11,7 @@ from math import exp
 STYLE = """
 .tw-bars { border: 0; margin: 0; padding: 0; }
 .tw-bars h3 { font-size: 1rem; font-weight: 600; margin: 0 0 .6rem; }
+.tw-bars p { margin: 0 0 .6rem; color: var(--body-text-color-subdued); }
 .tw-bars ol { list-style: none; margin: 0; padding: 0; }
 .tw-bars li { display: grid; grid-template-columns: 1.9rem minmax(0, 1fr) auto; gap: .1rem .6rem;
   align-items: baseline; margin: 0; padding: .5rem 0;
@@ -64,7 +65,9 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
     low = min([0.0, *(row.score for row in rows)])
     high = max([0.0, *(row.score for row in rows)])
     items = "".join(_item(row, low, (high - low) or 1.0) for row in rows)
-    return f'<section class="tw-bars"><h3>{escape(title)}</h3><ol>{items}</ol></section>'
+    below = all(row.score < 0 for row in rows)
+    note = "<p>All scores are negative: the longest bar is the lowest.</p>" if below else ""
+    return f'<section class="tw-bars"><h3>{escape(title)}</h3>{note}<ol>{items}</ol></section>'
 
 
 def _item(row: Bar, low: float, span: float) -> str:

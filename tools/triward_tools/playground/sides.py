@@ -64,6 +64,10 @@ def sides_page(responses: Sequence[str], sides: Sequence[Side]) -> str:
     if len(answered) == 2:
         a, b = (reply.scores for _, reply in answered)
         parts += ["<h3>Agreement</h3>", _agreement(agreement(a, b))]
+        parts.append(
+            '<p class="muted">Both were asked at once: where one server or machine has both sides, '
+            "each takes longer than alone.</p>"
+        )
     if answered:
         parts += ["<h3>Scores in the order given</h3>", _rows(responses, answered)]
     return f'<section class="tw-sides">{"".join(parts)}</section>'
