@@ -31,7 +31,15 @@ from triward_tools import cli_playground
 from triward_tools.playground.asking import CountingClient, Reply, Servers
 from triward_tools.playground.bars import Bar, bars, preferred, refused
 from triward_tools.playground.form import MOST, Draft, Form, _preview, draft
-from triward_tools.playground.score import in_order, odds, ranking, recalled, summary
+from triward_tools.playground.score import (
+    RUNS,
+    in_order,
+    odds,
+    ranking,
+    recalled,
+    summary,
+    with_run,
+)
 from triward_tools.playground.snippets import Exchange, as_curl, as_json, as_python
 
 TEXTS = ("It's 86.", 'He said "no" \\ `x` $(y) é', "86\n\nis the most\n")
@@ -246,6 +254,14 @@ class TestResults:
             "turn, which each response has for itself. One by one they would be 94 tokens."
         )
 
+    def test_the_last_runs_are_kept_with_their_numbers(self):
+        runs = []
+        for number in range(1, RUNS + 4):
+            runs = with_run(runs, asked(url=str(number)))
+        assert [(number, run.url) for number, run in runs] == [
+            (number, str(number)) for number in range(4, RUNS + 4)
+        ]
+
 
 class TestSnippets:
     def test_the_json_is_a_line_to_score(self, image, server, tmp_path, capsys, monkeypatch):
@@ -288,7 +304,7 @@ class TestSnippets:
             assert f"{options} https://h:8000/v2/models/reward/infer" in command
         with RewardClient("h:8001", tls=tls, headers={"x-key": "secret"}) as client:
             assert Servers(client).http_of("h:8001") == "https://h:8000"
-            assert Servers(client, {"h:8001": "http://h:1"}).http_of("h:8001") == "http://h:1"
+            assert Servers(client, ["http://h:1"]).http_of("h:8001") == "http://h:1"
             texts = "".join(map(str, recalled(Servers(client), asked(url="h:8001"))))
         assert options in texts and "secret" not in texts
 

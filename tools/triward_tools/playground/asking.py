@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,12 +52,12 @@ class Servers:
 
     Attributes:
         client: whose address, limits, encryption and headers are used.
-        http: address of Triton's HTTP by that of gRPC, for the `curl` that the page shows.
+        http: address of Triton's HTTP of each server, for the `curl` that the page shows; or none.
         images: the folder below which an uploaded file may name images; None for nowhere.
     """
 
     client: RewardClient
-    http: Mapping[str, str] = field(default_factory=dict)
+    http: Sequence[str] = ()
     images: Path | None = None
     _clients: dict[str, CountingClient] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
@@ -80,7 +80,8 @@ class Servers:
     def http_of(self, url: str) -> str:
         """Return the address of a server's HTTP: the one that was given, or Triton's own port."""
         scheme = "https" if self.client._address.tls else "http"
-        return self.http.get(url) or f"{scheme}://{url.rpartition(':')[0]}:8000"
+        given = dict(zip(self.urls, self.http, strict=False))
+        return given.get(url) or f"{scheme}://{url.rpartition(':')[0]}:8000"
 
     def ask(
         self,

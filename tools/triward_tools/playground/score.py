@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from math import exp
 from typing import Any
@@ -17,7 +16,10 @@ from triward_tools.playground.snippets import Exchange, as_curl, as_json, as_pyt
 
 _HEADERS = ["Run", "Prompt", "File", "Responses", "Best", "Its score", "ms"]
 _WIDTHS: list[str | int] = [60, 280, 130, 110, 300, 110, 90]  # pixels
+RUNS = 50  # that a session keeps
 _EMPTY = "Scores appear here. Ctrl+Enter in any field scores."
+
+Runs = list[tuple[int, Exchange]]  # with their numbers, from 1
 
 
 def add(servers: Servers) -> None:
@@ -36,24 +38,25 @@ def add(servers: Servers) -> None:
             with gr.Column(visible=False) as copies:
                 texts = _copies()
     table = gr.Dataframe(
-        headers=_HEADERS, interactive=False, label="Runs of this session; click one to see it",
-        elem_classes="tw-runs", buttons=[], max_chars=60, column_widths=_WIDTHS, visible=False,
+        label=f"Runs of this session, the last {RUNS}; click one to see it", elem_classes="tw-runs",
+        headers=_HEADERS, interactive=False, buttons=[], max_chars=60, column_widths=_WIDTHS,
+        visible=False,
     )  # fmt: skip
     shown = [message, charts, copies, *texts]
 
-    def score(url: str, earlier: list[Exchange], *values: Any) -> list[Any]:
+    def score(url: str, earlier: Runs, *values: Any) -> list[Any]:
         try:
             draft = Form.read(*values)
             reply = servers.ask(draft.messages(), draft.responses, url=url, count_prompt=True)
         except TriwardError as error:
             return [*_nothing(error), earlier, gr.update()]
         asked = Exchange(draft, reply, url, servers.model)
-        kept = [*earlier, asked]
+        kept = with_run(earlier, asked)
         return [*_results(servers, asked), kept, gr.update(value=_table(kept), visible=True)]
 
-    def recall(earlier: list[Exchange], event: gr.SelectData) -> list[Any]:
-        asked = earlier[int(event.row_value[0]) - 1]  # also where the visitor has sorted them
-        return recalled(servers, asked)
+    def recall(earlier: Runs, event: gr.SelectData) -> list[Any]:
+        # By its number, also where the visitor has sorted them.
+        return recalled(servers, dict(earlier)[int(event.row_value[0])])
 
     go.click(
         score, [server, runs, *form.inputs], [*shown, runs, table],
@@ -156,10 +159,16 @@ def summary(draft: Draft, reply: Reply) -> str:
     )
 
 
-def _table(runs: Sequence[Exchange]) -> list[list[str]]:
+def with_run(earlier: Runs, asked: Exchange) -> Runs:
+    """Return the runs with another, without the first where they are too many."""
+    number = earlier[-1][0] + 1 if earlier else 1
+    return [*earlier, (number, asked)][-RUNS:]
+
+
+def _table(runs: Runs) -> list[list[str]]:
     """Return rows, the last run first."""
     rows = []
-    for number, asked in reversed([*enumerate(runs, start=1)]):
+    for number, asked in reversed(runs):
         draft, reply = asked.draft, asked.reply
         best = reply.ranking[0]
         rows.append(
