@@ -244,7 +244,7 @@ def check_python(program: str, scores: list[float], folder: Path) -> None:
 
 def test_text_alone_is_scored(visit: Open, exact: Served, tmp_path: Path) -> None:
     shown = visit()
-    live = shown.page.locator(".tw-message[aria-live=polite]").element_handle()
+    live = shown.page.locator(".block.tw-message[aria-live=polite]").element_handle()
     shown.fill(*ANSWERS[:2])
     shown.score()
     assert live is not None and "2 responses in" in live.inner_text(), "it is the same element"

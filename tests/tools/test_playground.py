@@ -220,10 +220,7 @@ class TestResults:
     def test_the_order_given_has_tokens(self):
         html = in_order(asked().draft, REPLY)
         assert re.findall("<b>(.*?)</b>", html) == ["1", "2", "3"]
-        assert (
-            re.findall("<small>(.*?)</small>", html)[1]
-            == "33 tokens, 11 more than an empty response"
-        )
+        assert re.findall("<small>(.*?)</small>", html)[1] == "33 tokens, 11 of its text"
 
     def test_bars_begin_at_zero_on_one_scale(self):
         html = bars("t", [Bar("1", "a", 3.0), Bar("2", "b", -1.0), Bar("3", "c", 0.0)])
@@ -249,9 +246,8 @@ class TestResults:
     def test_the_prompts_tokens_are_said(self):
         draft_ = Draft("Why?", TEXTS, Path("a.png"))
         assert summary(draft_, REPLY) == (
-            "3 responses in 12.5 ms. The prompt with its image and an empty response take 22 "
-            "tokens: the prompt's, which are computed once for all of them, and those that end the "
-            "turn, which each response has for itself. One by one they would be 94 tokens."
+            "3 responses in 12.5 ms. The prompt with its image, computed once for all, and the end "
+            "of a turn, which each response has, are 22 tokens; one by one they would be 94 tokens."
         )
 
     def test_the_last_runs_are_kept_with_their_numbers(self):

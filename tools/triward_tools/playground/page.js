@@ -1,6 +1,6 @@
 () => {
   // There before its texts, so that a screen reader says each of them.
-  for (const message of document.querySelectorAll('.tw-message')) {
+  for (const message of document.querySelectorAll('.block.tw-message')) {
     message.setAttribute('aria-live', 'polite');
   }
   // Ctrl+Enter (Cmd+Enter) in a tab presses its main button.

@@ -116,7 +116,7 @@ def in_order(draft: Draft, reply: Reply) -> str:
     for index, (text, score) in enumerate(zip(draft.responses, reply.scores, strict=True)):
         note = f"{reply.tokens[index]} tokens"
         if reply.prompt_tokens is not None:
-            note += f", {reply.tokens[index] - reply.prompt_tokens} more than an empty response"
+            note += f", {reply.tokens[index] - reply.prompt_tokens} of its text"
         rows.append(Bar(str(index + 1), text, score, note, index == best))
     return bars("In the order given", rows)
 
@@ -153,9 +153,8 @@ def summary(draft: Draft, reply: Reply) -> str:
         return text + f"{total} tokens; how many are the prompt's is not known{reason}."
     what = f"The prompt with its {draft.kind}" if draft.media else "The prompt"
     return text + (
-        f"{what} and an empty response take {reply.prompt_tokens} tokens: the prompt's, which are "
-        "computed once for all of them, and those that end the turn, which each response has for "
-        f"itself. One by one they would be {total} tokens."
+        f"{what}, computed once for all, and the end of a turn, which each response has, are "
+        f"{reply.prompt_tokens} tokens; one by one they would be {total} tokens."
     )
 
 
