@@ -35,11 +35,12 @@ ANSWERS = (
     'It\'s Crimson, "at 73".',
 )
 WIDTHS = {"desk": 1280, "phone": 390}
-# Elements that stick out of the window; the table and the texts to copy scroll within themselves.
+# Elements that stick out of the window; tables and the texts to copy scroll within themselves.
 # Gradio's blocks clip what is in them, so that `chromium.STICKING_OUT` would find nothing.
 STICKING_OUT = """() => [...document.querySelectorAll('.gradio-container *')].filter((element) => {
     const box = element.getBoundingClientRect();
-    return element.checkVisibility() && box.width > 0 && !element.closest('.tw-runs, .cm-editor')
+    return element.checkVisibility() && box.width > 0
+        && !element.closest('.tw-runs, .cm-editor, .tw-scroll')
         && (box.right > innerWidth + 0.5 || box.left < -0.5);
 }).map((element) => element.tagName + '.' + element.getAttribute('class'))"""
 # Contrast of each element that holds text of its own, against the first background that covers.
@@ -243,8 +244,10 @@ def check_python(program: str, scores: list[float], folder: Path) -> None:
 
 def test_text_alone_is_scored(visit: Open, exact: Served, tmp_path: Path) -> None:
     shown = visit()
+    live = shown.page.locator(".block.tw-message[aria-live=polite]").element_handle()
     shown.fill(*ANSWERS[:2])
     shown.score()
+    assert live is not None and "2 responses in" in live.inner_text(), "it is the same element"
     scores = exact.client.score_responses(messages(None), ANSWERS[:2])
     copied = json.loads(shown.copied("JSON"))
     assert copied["scores"] == scores
@@ -390,9 +393,14 @@ def test_it_fits_and_can_be_read(
         shown.button("Add a response").evaluate("button => button.scrollIntoView()")
     shown.page.screenshot(path=picture, full_page=device == "desk")
     assert picture.stat().st_size < 150_000
-    shown.page.add_style_tag(content=".tw-charts li { min-width: 1400px }")  # a control
-    assert shown.page.evaluate(STICKING_OUT) != []
+    assert_sees(shown.page, ".tw-charts li")
     shown.check()
+
+
+def assert_sees(page: Page, selector: str) -> None:
+    """The control of STICKING_OUT: it finds what is made too wide."""
+    page.add_style_tag(content=f"{selector} {{ min-width: 1400px }}")
+    assert page.evaluate(STICKING_OUT) != []
 
 
 @pytest.mark.slow

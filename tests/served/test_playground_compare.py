@@ -10,11 +10,11 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests import chromium
-from tests.chromium import STICKING_OUT, complaints, sideways
+from tests.chromium import complaints, sideways
 from tests.commands import BIN, Command
 from tests.conftest import Served
 from tests.conversations import image, picture, user
-from tests.served.test_playground import CHART, CONTRAST
+from tests.served.test_playground import CHART, CONTRAST, STICKING_OUT, assert_sees
 from triward import RewardClient, ServerUnavailable
 from triward.many import ranked
 from triward_server.export.random_checkpoint import make_checkpoint
@@ -64,9 +64,9 @@ def filled(page: Page, address: str, media: Path | None = None) -> Locator:
         panel.locator("input[type=file]").set_input_files(media)
         expect(panel.locator(".tw-preview img")).to_be_visible()
     panel.get_by_label("Prompt").fill(PROMPT)
-    for _ in RESPONSES[2:]:
-        panel.get_by_role("button", name="Add a response").click()
     for number, text in enumerate(RESPONSES, start=1):
+        if number > 2:
+            panel.get_by_role("button", name="Add a response").click()
         panel.get_by_label(f"Response {number}", exact=True).fill(text)
     return panel
 
@@ -74,6 +74,7 @@ def filled(page: Page, address: str, media: Path | None = None) -> Locator:
 def choose(page: Page, panel: Locator, side: str, url: str, model: str = "reward") -> None:
     panel.get_by_label(f"{side}: server").click()
     page.get_by_role("option", name=url).click()
+    expect(page.get_by_role("option")).to_have_count(0)  # else the other side's list has it, too
     panel.get_by_label(f"{side}: model").fill(model)
 
 
@@ -179,4 +180,5 @@ def test_it_fits_and_can_be_read(
     )
     page.screenshot(path=shot, full_page=True)
     assert shot.stat().st_size < 150_000
+    assert_sees(page, "#compared li")
     page.close()

@@ -13,12 +13,12 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 import triward.cli
 from tests import chromium
-from tests.chromium import STICKING_OUT, complaints, sideways
+from tests.chromium import complaints, sideways
 from tests.commands import BIN, Command
 from tests.conversations import image, picture, user
 from tests.evaluations import ANSWERS, QUESTIONS, bars
 from tests.rowfiles import read_rows, write_rows
-from tests.served.test_playground import CONTRAST
+from tests.served.test_playground import CONTRAST, STICKING_OUT, assert_sees
 from triward_server.serving.launch import TritonServer
 
 pytest.importorskip("gradio")
@@ -105,8 +105,8 @@ def test_scores_of_the_command_are_drawn(page: Page, address: str, written: Path
     assert "within rows" in panel.locator("[data-chart=lengths]").inner_text()
     assert panel.locator("[data-chart=lengths] use").count() >= 18
     # The row without a score is there, with its error.
-    assert panel.locator("tbody tr").inner_text().startswith("line 7")
-    assert "needs 'messages', a list" in panel.locator("tbody tr").inner_text()
+    unscored = panel.locator("#scored tbody tr").inner_text()
+    assert unscored.startswith("line 7") and "needs 'messages', a list" in unscored
     assert_fits(page)
     assert complaints(page) == []
 
@@ -177,6 +177,7 @@ def test_it_fits_and_can_be_read(
     )
     page.screenshot(path=shot)
     assert shot.stat().st_size < 150_000
+    assert_sees(page, "#scored article")
     page.close()
 
 

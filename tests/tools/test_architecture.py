@@ -19,7 +19,7 @@ LAYERS = {
     "formats asking ledger arithmetic statistics facts comparison charts pictures report run",
     "gateway": "settings texts vllm sglang trainers addresses media asking counters app run",
     "playground": "asking bars form snippets score scoredrows scored figures gallery page files "
-    "agreement sides compare app",
+    "agreement sides compare origin app",
     "on a cluster": "ray ray_server",
     "commands": "cli_selection cli_evaluation cli_gateway cli_playground",
 }

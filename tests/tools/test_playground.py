@@ -15,6 +15,7 @@ import urllib.request
 from contextlib import redirect_stdout
 from math import isclose
 from pathlib import Path
+from urllib.parse import quote, urljoin
 
 import pytest
 
@@ -27,10 +28,18 @@ from triward import InvalidRequest, RewardClient, ServerUnavailable, Tls, Triwar
 pytest.importorskip("gradio")
 
 from triward_tools import cli_playground
-from triward_tools.playground.asking import Reply, Servers
+from triward_tools.playground.asking import CountingClient, Reply, Servers
 from triward_tools.playground.bars import Bar, bars, preferred, refused
-from triward_tools.playground.form import MOST, Draft, Form, draft
-from triward_tools.playground.score import in_order, odds, ranking, summary
+from triward_tools.playground.form import MOST, Draft, Form, _preview, draft
+from triward_tools.playground.score import (
+    RUNS,
+    in_order,
+    odds,
+    ranking,
+    recalled,
+    summary,
+    with_run,
+)
 from triward_tools.playground.snippets import Exchange, as_curl, as_json, as_python
 
 TEXTS = ("It's 86.", 'He said "no" \\ `x` $(y) é', "86\n\nis the most\n")
@@ -99,6 +108,13 @@ class TestFields:
         assert Form.read(media, prompt, count, *(row["value"] for row in rows)) == before
         assert [row["visible"] for row in rows] == [True] * 3 + [False] * (MOST - 3)
 
+    @pytest.mark.parametrize("name", ["a b.png", "a.mp4"])
+    def test_a_preview_is_below_the_pages_own_address(self, name):
+        source = re.search('src="(.*?)"', _preview(f"/t/{name}")["value"])[1]
+        assert (
+            urljoin("http://h/below/", source) == f"http://h/below/gradio_api/file=/t/{quote(name)}"
+        )
+
 
 class TestServers:
     def test_scores_are_the_clients_with_tokens_and_time(self, servers, client):
@@ -161,6 +177,17 @@ class TestServers:
             several.close()
             assert (server.calls, other.calls) == (0, 3)
 
+    def test_clients_do_not_grow_in_number_with_the_models_named(self, servers, monkeypatch):
+        closed, close = [], CountingClient.close
+        monkeypatch.setattr(
+            CountingClient, "close", lambda self: (closed.append(self.model), close(self))
+        )
+        for model in ("", "a", "b", "a", ""):
+            servers.ask([{"role": "user", "content": "Why?"}], ["a"], model=model)
+        assert closed == ["a", "b", "a"]
+        servers.close()
+        assert closed[3:] == [servers.model]
+
     def test_headers_are_sent(self, server):
         seen = []
         server.fault = lambda call: seen.append(call.headers.get("authorization"))
@@ -182,7 +209,8 @@ class TestResults:
 
     def test_odds_are_said(self):
         assert odds(1.0, 3) == "+1.0000 over 3: preferred with 73.1 %, odds 2.72 to 1"
-        assert odds(1000.0, 3).endswith("odds 1.0e+304 to 1")
+        assert odds(700.0, 3).endswith("odds 1.0e+304 to 1")
+        assert odds(1000.0, 3).endswith("odds > 1.0e+304 to 1")
 
     def test_equal_scores_keep_their_order(self):
         html = ranking(asked().draft, REPLY)
@@ -192,7 +220,7 @@ class TestResults:
     def test_the_order_given_has_tokens(self):
         html = in_order(asked().draft, REPLY)
         assert re.findall("<b>(.*?)</b>", html) == ["1", "2", "3"]
-        assert re.findall("<small>(.*?)</small>", html)[1] == "33 tokens, 11 of its own"
+        assert re.findall("<small>(.*?)</small>", html)[1] == "33 tokens, 11 of its text"
 
     def test_bars_begin_at_zero_on_one_scale(self):
         html = bars("t", [Bar("1", "a", 3.0), Bar("2", "b", -1.0), Bar("3", "c", 0.0)])
@@ -201,6 +229,11 @@ class TestResults:
         assert drawn[1] == ("bar below", "0.000", "25.000")
         assert drawn[2] == ("bar", "25.000", "0.000")
         assert re.findall('class="zero" x="(.*?)"', html) == ["25.000"] * 3
+
+    @pytest.mark.parametrize(("score", "said"), [(-1.0, True), (0.0, False), (1.0, False)])
+    def test_where_the_longest_bar_is_the_worst_it_is_said(self, score, said):
+        html = bars("t", [Bar("1", "a", score), Bar("2", "b", -3.0)])
+        assert ("All scores are negative: the longest bar is the lowest." in html) is said
 
     def test_all_scores_zero(self):
         html = bars("t", [Bar("1", "a", 0.0), Bar("2", "b", 0.0)])
@@ -213,9 +246,17 @@ class TestResults:
     def test_the_prompts_tokens_are_said(self):
         draft_ = Draft("Why?", TEXTS, Path("a.png"))
         assert summary(draft_, REPLY) == (
-            "3 responses in 12.5 ms. The prompt with its image takes 22 tokens, end of turn "
-            "included, which are computed once for all of them; one by one they would be 94 tokens."
+            "3 responses in 12.5 ms. The prompt with its image, computed once for all, and the end "
+            "of a turn, which each response has, are 22 tokens; one by one they would be 94 tokens."
         )
+
+    def test_the_last_runs_are_kept_with_their_numbers(self):
+        runs = []
+        for number in range(1, RUNS + 4):
+            runs = with_run(runs, asked(url=str(number)))
+        assert [(number, run.url) for number, run in runs] == [
+            (number, str(number)) for number in range(4, RUNS + 4)
+        ]
 
 
 class TestSnippets:
@@ -245,6 +286,23 @@ class TestSnippets:
         assert "headers={'authorization': '...'}" in program
         assert "tls=Tls(ca='ca.pem'" in program
         compile(program, "program", "exec")
+
+    def test_the_program_keeps_the_order_of_equal_scores(self, server, capsys):
+        texts = ("bb", "cc", "aa", "ddd")
+        exec(as_python(Exchange(Draft("Why?", texts), REPLY, server.url, "m")), {})
+        assert capsys.readouterr().out.split()[1::2] == ["ddd", "bb", "cc", "aa"]
+
+    def test_the_curl_names_headers_and_encryption(self, image):
+        tls = Tls("/my ca.pem", "me.pem", "me.key")
+        options = "-H 'x-key: ...' --cacert '/my ca.pem' --cert me.pem --key me.key"
+        for media in (None, image):
+            command = as_curl(asked(media=media), "https://h:8000", tls, ["x-key"])
+            assert f"{options} https://h:8000/v2/models/reward/infer" in command
+        with RewardClient("h:8001", tls=tls, headers={"x-key": "secret"}) as client:
+            assert Servers(client).http_of("h:8001") == "https://h:8000"
+            assert Servers(client, ["http://h:1"]).http_of("h:8001") == "http://h:1"
+            texts = "".join(map(str, recalled(Servers(client), asked(url="h:8001"))))
+        assert options in texts and "secret" not in texts
 
     @pytest.mark.parametrize("shell", ["sh", "bash"])
     @pytest.mark.parametrize("with_media", [False, True])

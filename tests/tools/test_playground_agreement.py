@@ -89,7 +89,7 @@ class TestPage:
             self.side("B", self.reply(0.25, 0.5, 3.0)),
         ]
         page = sides_page(["x", "<b>y</b>", "z"], sides)
-        assert page.count("<li>") == 3 and page.count('class="bar"') == 6
+        assert page.count("<li>") == 3 and page.count('<rect class="bar') == 6
         assert "&lt;b&gt;y&lt;/b&gt;" in page
         assert "A, reward at a:8001" in page and "best first: 1 &gt; 3 &gt; 2" in page.replace(
             " > ", " &gt; "
@@ -98,7 +98,7 @@ class TestPage:
         assert "place 1 in A, 3 in B" in page and "place 3 in A, 2 in B" in page
         assert "They have different best responses." in page
         # One scale: from -2 to 3.
-        bars = re.findall(r'class="bar" x="([\d.]+)" width="([\d.]+)"', page)
+        bars = re.findall(r'class="bar(?: below)?" x="([\d.]+)" width="([\d.]+)"', page)
         assert [tuple(map(float, bar)) for bar in bars] == [
             (40, 20), (40, 5), (0, 40), (40, 10), (40, 10), (40, 60)]  # fmt: skip
 

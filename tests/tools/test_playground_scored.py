@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -150,6 +151,29 @@ class TestBadRows:
         assert found.problems[0].place == "line 2"
         assert sentence in found.problems[0].reason
 
+    @pytest.mark.parametrize("name", ["tokens", "tokens_chosen"])
+    def test_a_count_that_no_server_makes(self, tmp_path, name):
+        row = {"score": 1, "tokens": 10**30}
+        if name != "tokens":
+            row = {"score_chosen": 1, "score_rejected": 0, name: 10**30, "tokens_rejected": 1}
+        found = read(tmp_path / "a.jsonl", [row, {"score": 2, "tokens": 2**31 - 1}])
+        assert (found.unread, found.tokens.tolist()) == (1, [2**31 - 1])
+        said = "tokens: must be at most 2147483647, got 1000000000000000000000000000000"
+        assert [problem.reason for problem in found.problems] == [said]
+
+    @pytest.mark.parametrize("name", ["prompt", "chosen", "role", "id"])
+    def test_what_is_nested_deeply_is_a_sentence(self, tmp_path, name):
+        depth = sys.getrecursionlimit() - 100
+        deep = "[" * depth + "]" * depth
+        held = {"score_chosen": 1.0, "score_rejected": 0.5, "chosen": "a", "rejected": "b"}
+        if name == "role":
+            held["prompt"] = [{"content": "q", "role": 0}]
+            line = json.dumps(held).replace('"role": 0', f'"role": {deep}')
+        else:
+            line = json.dumps({**held, name: 0}).replace(f'"{name}": 0', f'"{name}": {deep}')
+        page = file_page(read(tmp_path / "a.jsonl", [line]), Gallery())
+        assert name == "id" or "is nested too deeply" in page
+
     def test_all_are_counted_and_the_first_are_listed(self, tmp_path):
         found = read(tmp_path / "a.jsonl", ["{"] * 250 + ['{"score": 1}'])
         assert (found.rows, found.unread, len(found.problems)) == (251, 250, scored.LISTED)
@@ -248,6 +272,21 @@ class TestNumbers:
             for each in (groups, [r["scores"] for r in rows])
         ]
         assert figures.inside == pytest.approx(np.corrcoef(*less)[0, 1])
+
+    @pytest.mark.parametrize(
+        ("texts", "scores"),
+        [((["a", "b"], ["c"]), ([0.1, 0.2], [0.3])), ((["a", "bb"], ["c"]), ([0.1, 0.1], [0.1]))],
+    )
+    def test_a_correlation_of_what_does_not_vary(self, tmp_path, texts, scores):
+        rows = [{"responses": r, "scores": s} for r, s in zip(texts, scores, strict=True)]
+        found = read(tmp_path / "a.jsonl", rows)
+        lengths = length_figures(found)
+        assert (lengths.overall, lengths.inside, lengths.several) == (None, None, True)
+        page = " ".join(file_page(found, Gallery()).split())
+        assert (
+            "length: not defined over all responses, not defined within rows. It is not defined "
+            "where all scores or all lengths are equal." in page
+        )
 
     def test_worst_are_the_lowest_margins_of_all_in_the_files_order(self, tmp_path):
         rng = random.Random(1)

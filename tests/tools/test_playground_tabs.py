@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import urllib.request
 from html import unescape
+from uuid import uuid4
 
 import pytest
 
@@ -41,21 +43,29 @@ class TestForgedEvents:
 
     def test_a_path_that_was_not_uploaded_is_refused(self, page, tmp_path):
         path = write_rows(tmp_path / "secret.jsonl", [{"score": 1}])
+        inside = socket.create_server(("127.0.0.1", 0))  # of this machine, which has no public one
+        inside.setblocking(False)
+        url = f"http://127.0.0.1:{inside.getsockname()[1]}/secret.jsonl"
         config = json.loads(urllib.request.urlopen(f"{page}/config", timeout=30).read())
         kinds = {each["id"]: each["type"] for each in config["components"]}
+        values = {"textbox": "a", "dropdown": DEAD}
         found = 0
         for event in config["dependencies"]:
             fields = [kinds[field] for field in event["inputs"]]
-            if fields not in (["file"], ["file", "textbox"]):
+            if "file" not in fields:
                 continue
             found += 1
-            answer = self.post(page, event["id"], [forged(path), ""][: len(fields)])
-            assert answer["success"] is False, answer
-        assert found >= 3  # the preview of two tabs, and the file with scores
+            for file, taken in ((forged(path), False), (forged(url), False), (None, True)):
+                data = [file if kind == "file" else values.get(kind) for kind in fields]
+                answer = self.post(page, event["id"], data)
+                assert answer["success"] is taken, (fields, answer)
+        assert found >= 5  # the preview of two tabs, the file with scores, Score and Compare
+        with inside, pytest.raises(BlockingIOError):
+            inside.accept()
 
     def post(self, page, number, data):
         """The end of an event."""
-        session = f"session{number}"
+        session = uuid4().hex
         body = json.dumps({"data": data, "fn_index": number, "session_hash": session}).encode()
         headers = {"Content-Type": "application/json"}
         asked = urllib.request.Request(f"{page}/gradio_api/queue/join", body, headers)
@@ -111,6 +121,7 @@ class TestCompare:
         assert self.scores(page, "A") == self.scores(page, "B") == [4, 1, 7]
         assert "Both rank the responses alike." in page
         assert "both order 3 alike and 0 the other way round" in page
+        assert "Both were asked at once" in page
 
     @pytest.mark.parametrize("gone", "AB")
     def test_a_side_that_fails_is_the_clients_sentence(self, servers, gone):
@@ -121,6 +132,7 @@ class TestCompare:
         assert f'role="alert">{gone}, reward at {DEAD}: {caught.value}</p>' in unescape(page)
         left = "B" if gone == "A" else "A"
         assert self.scores(page, left) == [4, 1, 7] and self.scores(page, gone) == []
+        assert "Both were asked at once" not in page
 
     def test_another_server_cannot_be_asked(self, servers):
         page = compared(servers, Draft("q", TEXTS), [("elsewhere:1", ""), ("", "")])

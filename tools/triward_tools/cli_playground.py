@@ -57,8 +57,6 @@ def _run(client: RewardClient, options: argparse.Namespace) -> int:
     from triward_tools.playground.app import serve_page
     from triward_tools.playground.asking import Servers
 
-    servers = Servers(client, images=options.images)
-    addresses = [url.rstrip("/") for url in options.http_url]
-    servers.http = dict(zip(servers.urls, addresses, strict=False))
-    serve_page(servers, options.host, options.port)
+    http = [url.rstrip("/") for url in options.http_url]
+    serve_page(Servers(client, http, options.images), options.host, options.port)
     return 0

@@ -13,9 +13,11 @@ import uvicorn
 
 from triward_tools.listening import serve_until_signal
 from triward_tools.playground.asking import Servers
+from triward_tools.playground.origin import SameOrigin
 
 MOST_BYTES = 256 * 2**20  # of an uploaded file
 _LOCAL = ("127.0.0.1", "localhost")
+SWEEP = 600  # seconds between searches for files that were uploaded `form.HOURS` ago
 _GRACE = 5  # seconds for answers that were begun when a signal comes
 
 
@@ -23,10 +25,13 @@ def make_page(servers: Servers) -> Any:
     """Return the page as `gradio.Blocks`."""
     import gradio as gr
 
-    from triward_tools.playground import compare, files, score
+    from triward_tools.playground import compare, files, form, score
 
     # Without analytics Gradio asks nobody whether there is a newer one, either.
-    with gr.Blocks(title="Triward playground", analytics_enabled=False) as blocks:
+    kept = (SWEEP, 3600 * form.HOURS)
+    with gr.Blocks(
+        title="Triward playground", analytics_enabled=False, delete_cache=kept
+    ) as blocks:
         asked = f"{escape(servers.model)} at {escape(', '.join(servers.urls))}"
         head = f'<header class="tw-head"><h1>Triward playground</h1><p>{asked}</p></header>'
         gr.HTML(head, elem_classes="tw-flat")
@@ -99,6 +104,7 @@ def mounted(servers: Servers, host: str) -> tuple[Any, Any]:
     )
     if host in _LOCAL:  # a site whose name is made to lead here is not let in (DNS rebinding)
         web.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOCAL])
+    web.add_middleware(SameOrigin)  # Gradio itself lets every site in, but for pages on localhost
     inner: Any = web.routes[-1]
     return web, inner.app.stop_event.set
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -51,14 +52,14 @@ class Servers:
 
     Attributes:
         client: whose address, limits, encryption and headers are used.
-        http: address of Triton's HTTP by that of gRPC, for the `curl` that the page shows.
+        http: address of Triton's HTTP of each server, for the `curl` that the page shows; or none.
         images: the folder below which an uploaded file may name images; None for nowhere.
     """
 
     client: RewardClient
-    http: Mapping[str, str] = field(default_factory=dict)
+    http: Sequence[str] = ()
     images: Path | None = None
-    _clients: dict[tuple[str, str], CountingClient] = field(default_factory=dict, repr=False)
+    _clients: dict[str, CountingClient] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -78,7 +79,9 @@ class Servers:
 
     def http_of(self, url: str) -> str:
         """Return the address of a server's HTTP: the one that was given, or Triton's own port."""
-        return self.http.get(url) or f"http://{url.rpartition(':')[0]}:8000"
+        scheme = "https" if self.client._address.tls else "http"
+        given = dict(zip(self.urls, self.http, strict=False))
+        return given.get(url) or f"{scheme}://{url.rpartition(':')[0]}:8000"
 
     def ask(
         self,
@@ -101,20 +104,8 @@ class Servers:
         Raises:
             TriwardError: as `RewardClient.score_responses` does, with the same sentences.
         """
-        client = self._get(url or self.urls[0], model or self.model)
-        try:
-            reply = client.ask(messages, responses)
-        except TriwardError:
-            raise
-        except OSError as error:  # a file of the encryption
-            reason = error.strerror or str(error)
-            raise InvalidRequest(f"{error.filename or 'input'}: {reason}") from error
-        if not count_prompt:
-            return reply
-        try:
-            return replace(reply, prompt_tokens=client.ask(messages, [""]).tokens[0])
-        except TriwardError as error:  # a model may refuse an empty response; the scores stand
-            return replace(reply, prompt_error=str(error))
+        with self._client(url or self.urls[0], model or self.model) as client:
+            return _answer(client, messages, responses, count_prompt)
 
     def close(self) -> None:
         """Close the connections."""
@@ -123,15 +114,43 @@ class Servers:
                 client.close()
             self._clients.clear()
 
-    def _get(self, url: str, model: str) -> CountingClient:
+    @contextmanager
+    def _client(self, url: str, model: str) -> Iterator[CountingClient]:
+        """Yield a client that is kept, or for a model that a visitor has named one that is not."""
         if url not in self.urls:
             raise InvalidRequest(f"server: must be one of {', '.join(self.urls)}, got {url!r}")
+        if model != self.model:
+            with closing(self._make(url, model)) as client:
+                yield client
+            return
         with self._lock:
-            if (url, model) not in self._clients:
-                settings = {**RewardClient._settings(self.client), "model": model}
-                settings |= {"routing": "round_robin"}  # each client has one server
-                self._clients[url, model] = CountingClient(url, **settings)
-            return self._clients[url, model]
+            if url not in self._clients:
+                self._clients[url] = self._make(url, model)
+            client = self._clients[url]
+        yield client
+
+    def _make(self, url: str, model: str) -> CountingClient:
+        settings = {**RewardClient._settings(self.client), "model": model}
+        return CountingClient(url, **{**settings, "routing": "round_robin"})  # of one server
+
+
+def _answer(
+    client: CountingClient, messages: Messages, responses: Sequence[str], count_prompt: bool
+) -> Reply:
+    """Return a client's answer, with the prompt's tokens if they are to be counted."""
+    try:
+        reply = client.ask(messages, responses)
+    except TriwardError:
+        raise
+    except OSError as error:  # a file of the encryption
+        reason = error.strerror or str(error)
+        raise InvalidRequest(f"{error.filename or 'input'}: {reason}") from error
+    if not count_prompt:
+        return reply
+    try:
+        return replace(reply, prompt_tokens=client.ask(messages, [""]).tokens[0])
+    except TriwardError as error:  # a model may refuse an empty response; the scores stand
+        return replace(reply, prompt_error=str(error))
 
 
 class CountingClient(RewardClient):

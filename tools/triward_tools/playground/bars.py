@@ -11,6 +11,7 @@ from math import exp
 STYLE = """
 .tw-bars { border: 0; margin: 0; padding: 0; }
 .tw-bars h3 { font-size: 1rem; font-weight: 600; margin: 0 0 .6rem; }
+.tw-bars p { margin: 0 0 .6rem; color: var(--body-text-color-subdued); }
 .tw-bars ol { list-style: none; margin: 0; padding: 0; }
 .tw-bars li { display: grid; grid-template-columns: 1.9rem minmax(0, 1fr) auto; gap: .1rem .6rem;
   align-items: baseline; margin: 0; padding: .5rem 0;
@@ -22,10 +23,10 @@ STYLE = """
 .tw-bars li > strong { font-variant-numeric: tabular-nums; font-weight: 600; text-align: right; }
 .tw-bars li > svg { grid-column: 2 / 4; width: 100%; height: .55rem; display: block; }
 .tw-bars li > small { grid-column: 2 / 4; color: var(--body-text-color-subdued); }
-.tw-bars rect.track { fill: var(--border-color-primary); opacity: .45; }
+.tw-bars rect.track, .tw-side rect.track { fill: var(--border-color-primary); opacity: .45; }
+.tw-bars rect.zero, .tw-side rect.zero { fill: var(--body-text-color); }
 .tw-bars rect.bar { fill: #0f9488; }
 .tw-bars rect.below { fill: #e0893b; }
-.tw-bars rect.zero { fill: var(--body-text-color); }
 .dark .tw-bars rect.bar { fill: #2aa79a; }
 .dark .tw-bars rect.below { fill: #d9863d; }
 .tw-bars li.first > b { color: var(--color-accent); }
@@ -61,31 +62,42 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
     All bars of a chart have one scale, from the lowest score or 0 to the highest or 0. Negative
     scores reach to the left of zero, in another colour.
     """
-    low = min([0.0, *(row.score for row in rows)])
-    high = max([0.0, *(row.score for row in rows)])
-    items = "".join(_item(row, low, (high - low) or 1.0) for row in rows)
-    return f'<section class="tw-bars"><h3>{escape(title)}</h3><ol>{items}</ol></section>'
+    low, span = scale([row.score for row in rows])
+    items = "".join(_item(row, low, span) for row in rows)
+    below = all(row.score < 0 for row in rows)
+    note = "<p>All scores are negative: the longest bar is the lowest.</p>" if below else ""
+    return f'<section class="tw-bars"><h3>{escape(title)}</h3>{note}<ol>{items}</ol></section>'
 
 
-def _item(row: Bar, low: float, span: float) -> str:
-    zero, end = (100 * (x - low) / span for x in (0.0, row.score))
+def scale(scores: Sequence[float]) -> tuple[float, float]:
+    """Return the lowest score or 0, and how far the highest or 0 is from it; at least above 0."""
+    low, high = min([0.0, *scores]), max([0.0, *scores])
+    return low, (high - low) or 1.0
+
+
+def drawn(score: float, low: float, span: float) -> str:
+    """Return a bar from zero to the score on a scale, as SVG that its surroundings colour."""
+    zero, end = (100 * (x - low) / span for x in (0.0, score))
     left, width = min(zero, end), abs(end - zero)
-    kind = "bar below" if row.score < 0 else "bar"
-    drawn = (
+    kind = "bar below" if score < 0 else "bar"
+    return (
         '<svg viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
         '<rect class="track" width="100" height="6"/>'
         f'<rect class="{kind}" x="{left:.3f}" width="{width:.3f}" height="6"/>'
         f'<rect class="zero" x="{min(zero, 99.6):.3f}" width="0.4" height="6"/></svg>'
     )
+
+
+def _item(row: Bar, low: float, span: float) -> str:
     note = f"<small>{escape(row.note)}</small>" if row.note else ""
     return (
         f"<li{' class=first' if row.first else ''}><b>{escape(row.name)}</b>"
-        f'<span dir="auto">{escape(row.text)}</span><strong>{shown(row.score)}</strong>'
-        f"{drawn}{note}</li>"
+        f'<span dir="auto">{escape(row.text)}</span><strong>{score_text(row.score)}</strong>'
+        f"{drawn(row.score, low, span)}{note}</li>"
     )
 
 
-def shown(score: float) -> str:
+def score_text(score: float) -> str:
     """Return a score as the page writes it, with a true minus sign."""
     return f"{score:.4f}".replace("-", "\N{MINUS SIGN}")
 
@@ -106,5 +118,5 @@ def refused(sentence: object) -> str:
 
 
 def said(sentence: str) -> str:
-    """Return a sentence in HTML."""
-    return f'<p class="tw-said" role="status">{escape(sentence)}</p>'
+    """Return a sentence in HTML, for a place that page.js makes a live region."""
+    return f'<p class="tw-said">{escape(sentence)}</p>'

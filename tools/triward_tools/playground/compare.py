@@ -38,7 +38,7 @@ def add(servers: Servers) -> None:
         url_a, model_a, url_b, model_b = values[-len(fields) :]
         return compared(servers, draft, [(url_a, model_a), (url_b, model_b)])
 
-    run.click(ask, [*form.inputs, *fields], result, api_visibility="private")
+    run.click(ask, [*form.inputs, *fields], result, api_visibility="private", concurrency_limit=8)
 
 
 def _side_fields(name: str, servers: Servers) -> list[Any]:

@@ -23,15 +23,17 @@ class LengthFigures:
 
     Attributes:
         unit: of the lengths, "characters" or "tokens".
-        overall: Pearson's correlation over all responses.
-        inside: the same of both less the means of their rows; None without a row of several.
+        overall: Pearson's correlation over all responses; None where one of both does not vary.
+        inside: the same of both less the means of their rows.
+        several: whether a row has several responses.
         chart: SVG.
         drawn: how many responses are drawn.
     """
 
     unit: str
-    overall: float
+    overall: float | None
     inside: float | None
+    several: bool
     chart: str
     drawn: int
 
@@ -64,15 +66,24 @@ def length_figures(found: ScoredFile) -> LengthFigures | None:
     if not len(lengths):
         return None
     whole = np.array([len(found.scores)])
-    several = bool((found.counts > 1).any())
     places = sampled_places(len(lengths), DRAWN)
     return LengthFigures(
         unit=unit,
-        overall=correlation_of(*within(found.scores, lengths, whole)),
-        inside=correlation_of(*within(found.scores, lengths, found.counts)) if several else None,
+        overall=_correlation(found.scores, lengths, whole),
+        inside=_correlation(found.scores, lengths, found.counts),
+        several=bool((found.counts > 1).any()),
         chart=_length_chart(found.scores, lengths, places, unit),
         drawn=len(places),
     )
+
+
+def _correlation(scores: Floats, lengths: Counts, counts: Counts) -> float | None:
+    """Return that within groups of these sizes; None if scores or lengths vary in none."""
+    starts = np.cumsum(counts) - counts
+    for values in (scores, lengths):
+        if (np.minimum.reduceat(values, starts) == np.maximum.reduceat(values, starts)).all():
+            return None
+    return correlation_of(*within(scores, lengths, counts))
 
 
 def sampled_places(size: int, most: int) -> Counts:

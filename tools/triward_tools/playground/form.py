@@ -16,6 +16,7 @@ from triward.errors import InvalidRequest
 from triward_tools.playground.bars import refused
 
 LEAST, MOST = 2, 16
+HOURS = 6  # for which an uploaded file is kept
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,21 @@ class Draft:
         """Type of the media's part: a video if its name says so, else an image."""
         kind, _ = guess_type(self.media.name) if self.media else (None, None)
         return "video" if kind and kind.startswith("video/") else "image"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the media.
+
+        Raises:
+            InvalidRequest: the file is no longer there.
+        """
+        assert self.media
+        try:
+            return self.media.stat().st_size
+        except FileNotFoundError as error:
+            raise InvalidRequest(
+                f"{self.media.name}: was deleted {HOURS} hours after its upload; upload it again"
+            ) from error
 
     def messages(self, *, by_name: bool = False) -> list[dict[str, Any]]:
         """Return the prompt for `RewardClient`; with the file's bare name where it is shown."""
@@ -133,7 +149,7 @@ def _preview(path: str | None) -> Any:
     if not path:
         return gr.update(value="", visible=False)
     media = Draft("", (), Path(path))
-    source = f"/gradio_api/file={quote(path)}"
+    source = f"gradio_api/file={quote(path)}"  # below the page, also where a proxy moves it
     name = escape(media.media.name if media.media else "")
     if media.kind == "video":
         shown = f'<video src="{source}" controls muted aria-label="{name}"></video>'

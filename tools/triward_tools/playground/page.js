@@ -1,4 +1,8 @@
 () => {
+  // There before its texts, so that a screen reader says each of them.
+  for (const message of document.querySelectorAll('.block.tw-message')) {
+    message.setAttribute('aria-live', 'polite');
+  }
   // Ctrl+Enter (Cmd+Enter) in a tab presses its main button.
   document.addEventListener('keydown', (event) => {
     if (event.key !== 'Enter' || !(event.ctrlKey || event.metaKey)) return;

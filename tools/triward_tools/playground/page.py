@@ -103,15 +103,19 @@ def sentences(found: ScoredFile) -> list[str]:
 def card(pair: ScoredPair, gallery: Gallery) -> PairCard:
     """Return a pair with its prompt, pictures and responses."""
     verdict = "wrong" if pair.margin < 0 else "right" if pair.margin > 0 else "tie"
-    chosen, rejected = (text_of(pair.values.get(name)) for name in ("chosen", "rejected"))
-    words, prompt = "", list[Message]()
+    words, shown = "", list[Turn]()
+    chosen = rejected = None
     try:
+        chosen, rejected = (text_of(pair.values.get(name)) for name in ("chosen", "rejected"))
         prompt = _prompt(pair.values)
+        shown = turns(prompt, gallery.show)
         if not prompt:
             words = "The row does not hold the prompt" + _named(pair.values)
     except InvalidRequest as error:
         words = f"The prompt cannot be shown: {error}"
-    return PairCard(pair, verdict, turns(prompt, gallery.show), chosen, rejected, words)
+    except RecursionError:
+        words = "The prompt cannot be shown: it is nested too deeply"
+    return PairCard(pair, verdict, shown, chosen, rejected, words)
 
 
 def _prompt(values: Mapping[str, Any]) -> list[Message]:
@@ -146,6 +150,11 @@ def signed(form: str, value: float) -> str:
     return (form % value).replace("-", "\N{MINUS SIGN}")
 
 
+def share(value: float | None) -> str:
+    """Return a correlation in words."""
+    return "not defined" if value is None else signed("%.2f", value)
+
+
 def _render(template: str, values: Mapping[str, Any]) -> str:
     import jinja2
 
@@ -156,5 +165,5 @@ def _render(template: str, values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(visible=visible, counted=counted, signed=signed)
+    environment.filters.update(visible=visible, counted=counted, signed=signed, share=share)
     return str(environment.get_template(template).render(values))

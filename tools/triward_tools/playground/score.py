@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from math import exp
 from typing import Any
 
 import gradio as gr
-from triward.errors import TriwardError
+from triward.errors import InvalidRequest, TriwardError
 
 from triward_tools.playground.asking import Reply, Servers
 from triward_tools.playground.bars import Bar, bars, preferred, refused, said
@@ -16,7 +16,10 @@ from triward_tools.playground.snippets import Exchange, as_curl, as_json, as_pyt
 
 _HEADERS = ["Run", "Prompt", "File", "Responses", "Best", "Its score", "ms"]
 _WIDTHS: list[str | int] = [60, 280, 130, 110, 300, 110, 90]  # pixels
+RUNS = 50  # that a session keeps
 _EMPTY = "Scores appear here. Ctrl+Enter in any field scores."
+
+Runs = list[tuple[int, Exchange]]  # with their numbers, from 1
 
 
 def add(servers: Servers) -> None:
@@ -35,24 +38,25 @@ def add(servers: Servers) -> None:
             with gr.Column(visible=False) as copies:
                 texts = _copies()
     table = gr.Dataframe(
-        headers=_HEADERS, interactive=False, label="Runs of this session; click one to see it",
-        elem_classes="tw-runs", buttons=[], max_chars=60, column_widths=_WIDTHS, visible=False,
+        label=f"Runs of this session, the last {RUNS}; click one to see it", elem_classes="tw-runs",
+        headers=_HEADERS, interactive=False, buttons=[], max_chars=60, column_widths=_WIDTHS,
+        visible=False,
     )  # fmt: skip
     shown = [message, charts, copies, *texts]
 
-    def score(url: str, earlier: list[Exchange], *values: Any) -> list[Any]:
+    def score(url: str, earlier: Runs, *values: Any) -> list[Any]:
         try:
             draft = Form.read(*values)
             reply = servers.ask(draft.messages(), draft.responses, url=url, count_prompt=True)
         except TriwardError as error:
             return [*_nothing(error), earlier, gr.update()]
         asked = Exchange(draft, reply, url, servers.model)
-        kept = [*earlier, asked]
+        kept = with_run(earlier, asked)
         return [*_results(servers, asked), kept, gr.update(value=_table(kept), visible=True)]
 
-    def recall(earlier: list[Exchange], event: gr.SelectData) -> list[Any]:
-        asked = earlier[int(event.row_value[0]) - 1]  # also where the visitor has sorted them
-        return [*_results(servers, asked), asked.url, *Form.fill(asked.draft)]
+    def recall(earlier: Runs, event: gr.SelectData) -> list[Any]:
+        # By its number, also where the visitor has sorted them.
+        return recalled(servers, dict(earlier)[int(event.row_value[0])])
 
     go.click(
         score, [server, runs, *form.inputs], [*shown, runs, table],
@@ -89,11 +93,21 @@ def _results(servers: Servers, asked: Exchange) -> list[Any]:
     tls, headers = servers.client._address.tls, servers.header_names
     texts = [
         as_json(asked),
-        as_curl(asked, servers.http_of(asked.url)),
+        as_curl(asked, servers.http_of(asked.url), tls, headers),
         as_python(asked, tls, headers),
     ]
     drawn = in_order(asked.draft, asked.reply) + ranking(asked.draft, asked.reply)
     return [said(summary(asked.draft, asked.reply)), drawn, gr.update(visible=True), *texts]
+
+
+def recalled(servers: Servers, asked: Exchange) -> list[Any]:
+    """Return a past run's results, its server and its fields; without its file, if that is gone."""
+    draft = asked.draft
+    try:
+        results = _results(servers, asked)
+    except InvalidRequest as error:
+        results, draft = _nothing(error), replace(draft, media=None)
+    return [*results, asked.url, *Form.fill(draft)]
 
 
 def in_order(draft: Draft, reply: Reply) -> str:
@@ -102,7 +116,7 @@ def in_order(draft: Draft, reply: Reply) -> str:
     for index, (text, score) in enumerate(zip(draft.responses, reply.scores, strict=True)):
         note = f"{reply.tokens[index]} tokens"
         if reply.prompt_tokens is not None:
-            note += f", {reply.tokens[index] - reply.prompt_tokens} of its own"
+            note += f", {reply.tokens[index] - reply.prompt_tokens} of its text"
         rows.append(Bar(str(index + 1), text, score, note, index == best))
     return bars("In the order given", rows)
 
@@ -125,6 +139,8 @@ def odds(margin: float, over: int) -> str:
     """Return a margin in words: its size, the chance to be preferred, and the odds."""
     chance = f"{100 * preferred(margin):.1f} %" if margin < 7 else "> 99.9 %"
     ratio = f"{exp(margin):.2f}" if margin < 10 else f"{exp(min(margin, 700)):.1e}"
+    if margin > 700:  # near the end of a float's range
+        ratio = f"> {ratio}"
     return f"+{margin:.4f} over {over}: preferred with {chance}, odds {ratio} to 1"
 
 
@@ -137,15 +153,21 @@ def summary(draft: Draft, reply: Reply) -> str:
         return text + f"{total} tokens; how many are the prompt's is not known{reason}."
     what = f"The prompt with its {draft.kind}" if draft.media else "The prompt"
     return text + (
-        f"{what} takes {reply.prompt_tokens} tokens, end of turn included, which are computed once "
-        f"for all of them; one by one they would be {total} tokens."
+        f"{what}, computed once for all, and the end of a turn, which each response has, are "
+        f"{reply.prompt_tokens} tokens; one by one they would be {total} tokens."
     )
 
 
-def _table(runs: Sequence[Exchange]) -> list[list[str]]:
+def with_run(earlier: Runs, asked: Exchange) -> Runs:
+    """Return the runs with another, without the first where they are too many."""
+    number = earlier[-1][0] + 1 if earlier else 1
+    return [*earlier, (number, asked)][-RUNS:]
+
+
+def _table(runs: Runs) -> list[list[str]]:
     """Return rows, the last run first."""
     rows = []
-    for number, asked in reversed([*enumerate(runs, start=1)]):
+    for number, asked in reversed(runs):
         draft, reply = asked.draft, asked.reply
         best = reply.ranking[0]
         rows.append(

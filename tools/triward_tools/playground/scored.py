@@ -150,6 +150,13 @@ def _check_unpacked(path: Path) -> None:
         )
 
 
+def _read(values: Values, column: str) -> ScoredRow:
+    try:
+        return read_scored(values, column)
+    except RecursionError as error:  # some 500 levels, which JSON may have
+        raise InvalidRequest("is nested too deeply") from error
+
+
 @dataclass
 class _Lengths:
     """Lengths of one kind, until a row lacks them."""
@@ -187,7 +194,7 @@ class _Seen:
         try:
             if row.error:
                 raise InvalidRequest(row.error)
-            found = read_scored(row.values, column)
+            found = _read(row.values, column)
         except InvalidRequest as error:
             if len(self.problems) < LISTED:
                 self.problems.append(Problem(self.rows, row.place, str(error)))

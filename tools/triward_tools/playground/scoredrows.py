@@ -18,6 +18,7 @@ from triward_tools.selection.verdicts import given
 Values = Mapping[str, Any]
 
 _SUFFIX = "_error"
+_MOST_TOKENS = 2**31 - 1
 _PAIR = ("chosen", "rejected")
 _PAIR_SCORES = ("score_chosen", "score_rejected")
 
@@ -177,9 +178,15 @@ def _numbers(value: object, column: str, count: int | None) -> list[float]:
 
 
 def _tokens(value: object, count: int) -> tuple[int, ...] | None:
-    """Return counts of tokens, one for each score; None where the value is something else."""
+    """Return counts of tokens, one for each score; None where the value is something else.
+
+    Raises:
+        InvalidRequest: a count is higher than a server's INT32 holds.
+    """
     found = list(value) if isinstance(value, (list, tuple)) else [value]
     counts = [each for each in found if _is_count(each)]
+    if max(counts, default=0) > _MOST_TOKENS:
+        raise InvalidRequest(f"tokens: must be at most {_MOST_TOKENS}, got {max(counts)!s:.40}")
     return tuple(counts) if len(counts) == len(found) == count else None
 
 

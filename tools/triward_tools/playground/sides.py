@@ -11,7 +11,7 @@ from triward.errors import TriwardError
 from triward_tools.evaluation.text import visible
 from triward_tools.playground.agreement import Agreement, agreement, places_of
 from triward_tools.playground.asking import Reply
-from triward_tools.playground.bars import refused, shown
+from triward_tools.playground.bars import drawn, refused, scale, score_text
 
 STYLE = """
 .tw-sides { color: var(--body-text-color); }
@@ -27,12 +27,10 @@ STYLE = """
   align-items: center; font-variant-numeric: tabular-nums; }
 .tw-side strong, .tw-side small { text-align: right; }
 .tw-side svg { width: 100%; height: .6rem; display: block; }
-.tw-side .track { fill: var(--border-color-primary); opacity: .45; }
 .tw-side[data-side=A] .bar { fill: #0d7a70; }
 .tw-side[data-side=B] .bar { fill: #b4541f; }
 .dark .tw-side[data-side=A] .bar { fill: #5ecfc2; }
 .dark .tw-side[data-side=B] .bar { fill: #f0936f; }
-
 """
 
 
@@ -64,6 +62,10 @@ def sides_page(responses: Sequence[str], sides: Sequence[Side]) -> str:
     if len(answered) == 2:
         a, b = (reply.scores for _, reply in answered)
         parts += ["<h3>Agreement</h3>", _agreement(agreement(a, b))]
+        parts.append(
+            '<p class="muted">Both were asked at once: where one server or machine has both sides, '
+            "each takes longer than alone.</p>"
+        )
     if answered:
         parts += ["<h3>Scores in the order given</h3>", _rows(responses, answered)]
     return f'<section class="tw-sides">{"".join(parts)}</section>'
@@ -105,13 +107,12 @@ def _share(value: float | None) -> str:
 
 
 def _rows(responses: Sequence[str], answered: Sequence[tuple[Side, Reply]]) -> str:
-    every = [score for _, reply in answered for score in reply.scores]
-    low, high = min(0.0, *every), max(0.0, *every)
+    low, span = scale([score for _, reply in answered for score in reply.scores])
     places = [places_of(reply.scores) for _, reply in answered]
     items = []
     for index, text in enumerate(responses):
-        drawn = [
-            _side(side.name, reply.scores[index], places[n][index], low, (high - low) or 1.0)
+        both = [
+            _side(side.name, reply.scores[index], places[n][index], low, span)
             for n, (side, reply) in enumerate(answered)
         ]
         note = ""
@@ -120,24 +121,19 @@ def _rows(responses: Sequence[str], answered: Sequence[tuple[Side, Reply]]) -> s
             note = _difference(after - before, places[0][index], places[1][index])
         items.append(
             f'<li><p dir="auto"><b>{index + 1}</b> {escape(visible(text))}</p>'
-            f"{''.join(drawn)}{note}</li>"
+            f"{''.join(both)}{note}</li>"
         )
     return f"<ol>{''.join(items)}</ol>"
 
 
 def _side(name: str, score: float, place: int, low: float, span: float) -> str:
-    zero, end = (100 * (x - low) / span for x in (0.0, score))
-    left, width = min(zero, end), max(abs(end - zero), 0.3)
     return (
-        f'<div class="tw-side" data-side="{name}"><b>{name}</b>'
-        '<svg viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
-        '<rect class="track" width="100" height="6"/>'
-        f'<rect class="bar" x="{left:.3f}" width="{width:.3f}" height="6"/></svg>'
-        f"<strong>{shown(score)}</strong><small>place {place}</small></div>"
+        f'<div class="tw-side" data-side="{name}"><b>{name}</b>{drawn(score, low, span)}'
+        f"<strong>{score_text(score)}</strong><small>place {place}</small></div>"
     )
 
 
 def _difference(difference: float, before: int, after: int) -> str:
     sign = "+" if difference > 0 else ""
     moved = "same place" if before == after else f"place {before} in A, {after} in B"
-    return f'<p class="muted">B minus A {sign}{shown(difference)}; {moved}</p>'
+    return f'<p class="muted">B minus A {sign}{score_text(difference)}; {moved}</p>'

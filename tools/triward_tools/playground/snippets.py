@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pprint import pformat
@@ -58,7 +59,9 @@ def as_json(asked: Exchange) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def as_curl(asked: Exchange, http: str) -> str:
+def as_curl(
+    asked: Exchange, http: str, tls: Tls | None = None, header_names: Sequence[str] = ()
+) -> str:
     """Return a command for a shell with the request's own tensors.
 
     A file travels as it is, in the binary form that Triton's HTTP has for tensors; its name stands
@@ -67,14 +70,16 @@ def as_curl(asked: Exchange, http: str) -> str:
     Args:
         asked: the run.
         http: address of Triton's HTTP, as http://localhost:8000.
+        tls: whose files `curl` uses.
+        header_names: whose values may be secret, and are left out.
     """
     draft = asked.draft
     body = _body(draft)
-    where = shlex.quote(f"{http}/v2/models/{asked.model}/infer")
+    where = _options(tls, header_names) + shlex.quote(f"{http}/v2/models/{asked.model}/infer")
     if draft.media is None:
         lines = [f"printf '%s' {shlex.quote(body)} |", f"  curl -sS --data-binary @- {where}"]
         return "\n".join(lines) + "\n"
-    size = draft.media.stat().st_size
+    size = draft.size
     length = "".join(f"\\{byte:03o}" for byte in size.to_bytes(4, "little"))
     return (
         f"# Run it where {draft.media.name} lies; the file has {size} bytes.\n"
@@ -86,9 +91,7 @@ def as_curl(asked: Exchange, http: str) -> str:
     )
 
 
-def as_python(
-    asked: Exchange, tls: Tls | None = None, header_names: list[str] | None = None
-) -> str:
+def as_python(asked: Exchange, tls: Tls | None = None, header_names: Sequence[str] = ()) -> str:
     """Return a program that gets the same scores; the values of headers may be secret."""
     settings = "" if asked.model == protocol.MODEL else f", model={asked.model!r}"
     if tls:
@@ -105,9 +108,18 @@ def as_python(
         f"responses = {responses}\n\n"
         f"with RewardClient({asked.url!r}{settings}) as client:\n"
         f"    scores = client.score_responses(messages, responses)\n"
-        f"for score, response in sorted(zip(scores, responses), reverse=True):\n"
+        f"for score, response in sorted(zip(scores, responses), key=lambda pair: -pair[0]):\n"
         f"    print(score, response)\n"
     )
+
+
+def _options(tls: Tls | None, header_names: Sequence[str]) -> str:
+    """Return options of `curl`, each with a space behind it."""
+    options = [("-H", f"{name}: ...") for name in header_names]
+    if tls:
+        named = (("--cacert", tls.ca), ("--cert", tls.certificate), ("--key", tls.key))
+        options += [(option, str(path)) for option, path in named if path]
+    return "".join(f"{option} {shlex.quote(value)} " for option, value in options)
 
 
 def _body(draft: Draft) -> str:
@@ -120,7 +132,7 @@ def _body(draft: Draft) -> str:
         _tensor(protocol.MEDIA, []),
     ]
     if draft.media:
-        size = 4 + draft.media.stat().st_size  # BYTES: each element has its length in front
+        size = 4 + draft.size  # BYTES: each element has its length in front
         del inputs[2]["data"]
         inputs[2] |= {"shape": [1, 1], "parameters": {"binary_data_size": size}}
     return json.dumps(
