@@ -66,7 +66,8 @@ def filled(page: Page, address: str, media: Path | None = None) -> Locator:
     panel.get_by_label("Prompt").fill(PROMPT)
     for number, text in enumerate(RESPONSES, start=1):
         if number > 2:
-            panel.get_by_role("button", name="Add a response").click()
+            # Not clicked: its place moves while rows come.
+            panel.get_by_role("button", name="Add a response").press("Enter")
         panel.get_by_label(f"Response {number}", exact=True).fill(text)
     return panel
 
