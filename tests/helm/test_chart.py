@@ -100,7 +100,7 @@ class TestMatrix:
         assert flags_in(args[:split]) <= flags_of("serve")
         assert flags_in(args[split:]) <= triton_flags()
         for container in pod(matrix[case]).get("initContainers", []):
-            assert 'exec triward-server export "$@"' in container["command"][-1]
+            assert '|| triward-server export "$@" ||' in container["command"][-1]
             flags = {flag.replace("--no-", "--") for flag in flags_in(container["args"])}
             assert flags <= flags_of("export")
 
@@ -154,7 +154,9 @@ class TestFeatures:
         [export] = pod(matrix["hf-claim"])["initContainers"]
         assert export["args"][:2] == ["judge", "--name=judge"]
         # The name is where the script looks, and what `helm test` asks.
-        assert export["command"][-1].startswith('test -f "/models/$0/config.pbtxt" ||')
+        assert export["command"][-1].startswith(
+            'whole="/models/$0/config.pbtxt"\ntest -f "$whole" ||'
+        )
         assert matrix["hf-claim"].objects["Test"]["spec"]["containers"][0]["args"][2:] == ["judge"]
 
     def test_a_baked_image_mounts_no_repository(self, matrix: dict[str, Rendered]) -> None:
@@ -225,17 +227,23 @@ class TestFeatures:
     def test_the_export_runs_once(self, matrix: dict[str, Rendered], tmp_path: Path) -> None:
         """The init container's command in a shell, with a stand-in for the exporter."""
         [export] = pod(matrix["hf-claim"])["initContainers"]
-        models, log = tmp_path / "models", tmp_path / "log"
+        models, log, waited = tmp_path / "models", tmp_path / "log", tmp_path / "waited"
         stand_in = tmp_path / "triward-server"
-        stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {log}\n')
+        stand_in.write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$@" >> {log}\nif test -d {waited}\n'
+            f"then mv {waited} {models}; fi\nexit 1\n"
+        )
         stand_in.chmod(0o755)
         script, name, *flags = [*export["command"][2:], *export["args"]]
         command = ["/bin/sh", "-ec", script.replace("/models", str(models)), name, *flags]
-        for _ in range(2):
-            subprocess.run(command, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
-            (models / "judge").mkdir(parents=True, exist_ok=True)
-            (models / "judge" / "config.pbtxt").touch()
-        assert log.read_text().split() == ["export", *flags], "the second found the model"
+        there = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        assert subprocess.run(command, env=there).returncode == 1, "refused, and there is no model"
+        # Another pod writes it meanwhile: the export waits for that, then refuses.
+        (waited / "judge").mkdir(parents=True)
+        (waited / "judge" / "config.pbtxt").touch()
+        subprocess.run(command, check=True, env=there)
+        subprocess.run(command, check=True, env=there)
+        assert log.read_text().split() == ["export", *flags] * 2, "the third found the model"
         assert flags == [
             "--name=judge",
             "--checkpoint=Skywork/Skywork-Reward-V2-Qwen3-8B",
