@@ -6,8 +6,10 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 from tests.helm.accepting import accept
 from tests.helm.conftest import CASES, CHART, HARDENED, Rendered, pod, run, server
@@ -161,7 +163,8 @@ class TestFeatures:
 
     def test_a_baked_image_mounts_no_repository(self, matrix: dict[str, Rendered]) -> None:
         assert "repository" not in [v["name"] for v in pod(matrix["baked"])["volumes"]]
-        assert server(matrix["baked"])["image"] == "triward-skywork:0.2.0"
+        digest = yaml.safe_load(CASES["baked"])["image"]["digest"]
+        assert server(matrix["baked"])["image"] == f"triward-skywork@{digest}"
         assert pod(matrix["pvc"])["imagePullSecrets"] == [{"name": "registry"}]
 
     def test_tls(self, matrix: dict[str, Rendered]) -> None:
@@ -196,6 +199,8 @@ class TestFeatures:
         ours, theirs = (c["labelSelector"] for c in spec["topologySpreadConstraints"])
         assert ours["matchLabels"]["app.kubernetes.io/instance"] == "triward"
         assert theirs["matchLabels"] == {"app": "any"}
+        assert matrix["scheduling"].objects["Test"]["spec"]["nodeSelector"] == {"gpu": "h100"}
+        assert matrix["gpus"].objects["Test"]["spec"]["runtimeClassName"] == "nvidia"
         assert matrix["scheduling"].objects["Service"]["metadata"]["name"] == "judge"
         assert "dns:///judge.rewards.svc:8001" in matrix["scheduling"].notes
 
@@ -206,6 +211,29 @@ class TestFeatures:
             assert rendered.objects["Service"]["metadata"]["name"] == expected
             for manifest in rendered.objects.values():
                 accept(manifest)
+
+    def test_the_services_name_is_one(self, helm: Helm) -> None:
+        """A release may be called what a Service may not."""
+        for name in ("7b", "123", "a.b"):
+            [refused] = helm("{}", name=name)
+            assert f'the release\'s name "{name}": the Service is called by it' in refused.error
+            [rendered] = helm("{fullnameOverride: judge}", name=name)
+            for manifest in rendered.objects.values():
+                accept(manifest)
+
+    def test_the_hub_is_reached_through_a_proxy(self, matrix: dict[str, Rendered]) -> None:
+        [export] = pod(matrix["hf-claim"])["initContainers"]
+        [proxy] = [each["value"] for each in export["env"] if each["name"] == "HTTPS_PROXY"]
+        for case, port in (("hf-claim", urlsplit(proxy).port), ("hf", 443)):
+            [_, hub] = matrix[case].objects["NetworkPolicy"]["spec"]["egress"]
+            assert hub["ports"] == [{"protocol": "TCP", "port": port}]
+
+    def test_the_volumes_group_is_a_value(self, helm: Helm) -> None:
+        hf = "model: {source: hf, hf: {uri: hf://a/b}}"
+        user = f"{hf}\npodSecurityContext: {{runAsGroup: 2000}}"
+        given = f"{hf}\npodSecurityContext: {{runAsGroup: 2000, fsGroup: 3000}}"
+        groups = [pod(each)["securityContext"]["fsGroup"] for each in helm(hf, user, given)]
+        assert groups == [1000, 2000, 3000]
 
     def test_names_that_look_like_numbers(self, helm: Helm) -> None:
         [rendered] = helm(
@@ -269,6 +297,8 @@ class TestFeatures:
         ("shmSize: 4GB", "at '/shmSize': '4GB' does not match pattern"),
         ("model: {source: s3}", "at '/model/source': value must be one of 'pvc', 'hf', 'baked'"),
         ("model: {hf: {uri: 'https://hub/a/b'}}", "at '/model/hf/uri': 'https://hub/a/b' does not"),
+        ("image: {digest: 'sha256:12'}", "at '/image/digest': 'sha256:12' does not match pattern"),
+        ("networkPolicy: {hubPorts: [0]}", "at '/networkPolicy/hubPorts/0': minimum: got 0"),
         ("admin: {secret: Not_A_Name}", "at '/admin/secret': 'Not_A_Name' does not match pattern"),
         ("server: {extraArgs: [serve]}", "at '/server/extraArgs/0': 'serve' does not match"),
         ("networkPolicy: {clients: []}", "at '/networkPolicy/clients': minItems: got 0, want 1"),
