@@ -163,6 +163,8 @@ class TestFeatures:
 
     def test_a_baked_image_mounts_no_repository(self, matrix: dict[str, Rendered]) -> None:
         assert "repository" not in [v["name"] for v in pod(matrix["baked"])["volumes"]]
+        version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+        assert server(matrix["defaults"])["image"] == f"triward:{version}"
         digest = yaml.safe_load(CASES["baked"])["image"]["digest"]
         assert server(matrix["baked"])["image"] == f"triward-skywork@{digest}"
         assert pod(matrix["pvc"])["imagePullSecrets"] == [{"name": "registry"}]
