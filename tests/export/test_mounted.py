@@ -17,7 +17,7 @@ from tests.conftest import ROOT, Exit
 from tests.container import USER, contained, missing
 from tests.fakehub import COMMIT, fake_hub
 from triward_server.errors import ConfigError
-from triward_server.export.draft import room, written_whole
+from triward_server.export.draft import alone, room, written_whole
 from triward_server.schema import REWARD
 
 Export = Callable[..., Exit]
@@ -76,12 +76,12 @@ def test_into_a_mount_and_from_the_hub(box: Box) -> None:
     offline = box.export(HUB_NAME)
     assert offline.returncode == 1
     assert f"{HUB_NAME}: neither a folder nor available on the hub" in offline.stderr
-    assert box.written() == ["lost+found"]
+    assert box.written() == [".models.lock", "lost+found"]
 
     with fake_hub(HUB_NAME, box.checkpoint) as address:
         result = box.export(HUB_NAME, HF_HUB_OFFLINE="0", HF_ENDPOINT=address)
     assert result.returncode == 0, result.stderr
-    assert box.written() == ["lost+found", *MODELS]
+    assert box.written() == [".models.lock", "lost+found", *MODELS]
     manifest = json.loads((box.folder / "models/reward/1/manifest.json").read_text())
     assert (manifest["source"], manifest["revision"]) == (HUB_NAME, COMMIT)
     assert (box.folder / "cache" / "hub").is_dir()
@@ -89,7 +89,7 @@ def test_into_a_mount_and_from_the_hub(box: Box) -> None:
     # From a folder, and what is there already.
     again = box.export(box.checkpoint)
     assert again.returncode == 1 and "exists and has version 1 of reward" in again.stderr
-    assert box.written() == ["lost+found", *MODELS]
+    assert box.written() == [".models.lock", "lost+found", *MODELS]
 
 
 @namespaces
@@ -130,8 +130,8 @@ def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_nothing_is_left_beside_a_mount(checkpoint: Path, export: Export, mounted: Path) -> None:
     """New, refused, replaced, with a second version and a second model."""
-    left = mounted / ".models.killed"  # what an export leaves that was killed
-    left.mkdir()
+    left = mounted / ".models.export" / "draft"  # what an export leaves that was killed
+    left.mkdir(parents=True)
     arguments = ("--checkpoint", checkpoint, "--output", mounted, "--device=cpu", "--no-verify")
     assert export(*arguments).code == 0
     (mounted / "reward" / "mark").touch()
@@ -143,15 +143,19 @@ def test_nothing_is_left_beside_a_mount(checkpoint: Path, export: Export, mounte
     assert sorted(path.name for path in (mounted / "reward").glob("[0-9]*")) == ["1", "2"]
     assert export(*arguments, "--name=judge").code == 0
     public = [path.name for path in mounted.iterdir() if "_" not in path.name]
-    assert sorted(public) == [".models.killed", "judge", "reward"]
+    assert sorted(public) == [".models.lock", "judge", "reward"]
     assert [*mounted.parent.iterdir()] == [mounted]
 
 
 def test_a_draft_in_a_mount_vanishes_with_its_error(mounted: Path) -> None:
-    with pytest.raises(RuntimeError), written_whole(mounted, REWARD, "1") as draft:
-        assert draft.parent == mounted
+    with (
+        pytest.raises(RuntimeError),
+        alone(mounted) as work,
+        written_whole(mounted, REWARD, "1", work) as draft,
+    ):
+        assert draft.parent.parent == mounted
         raise RuntimeError
-    assert [*mounted.iterdir()] == []
+    assert [path.name for path in mounted.iterdir()] == [".models.lock"]
 
 
 def test_no_room_is_an_error_with_what_to_do(

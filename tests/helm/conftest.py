@@ -64,10 +64,19 @@ def run(*command: object, given: str = "") -> str:
     return done.stdout
 
 
+class Strict(yaml.SafeLoader):
+    """Refuses what a cluster may take either way: a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Yaml:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len({*keys}), f"twice the same key in {keys}, {node.start_mark}"
+        return super().construct_mapping(node, deep)
+
+
 def read(outcome: Yaml) -> Rendered:
     objects: dict[str, Yaml] = {}
     for file, text in ({} if "error" in outcome else outcome["files"]).items():
-        found = [] if file.endswith("NOTES.txt") else yaml.safe_load_all(text)
+        found = [] if file.endswith("NOTES.txt") else yaml.load_all(text, Strict)
         for manifest in filter(None, found):
             kind = "Test" if "/tests/" in file else manifest["kind"]
             assert kind not in objects, f"two of {kind}"

@@ -6,8 +6,10 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 from tests.helm.accepting import accept
 from tests.helm.conftest import CASES, CHART, HARDENED, Rendered, pod, run, server
@@ -100,7 +102,7 @@ class TestMatrix:
         assert flags_in(args[:split]) <= flags_of("serve")
         assert flags_in(args[split:]) <= triton_flags()
         for container in pod(matrix[case]).get("initContainers", []):
-            assert 'exec triward-server export "$@"' in container["command"][-1]
+            assert '|| triward-server export "$@" ||' in container["command"][-1]
             flags = {flag.replace("--no-", "--") for flag in flags_in(container["args"])}
             assert flags <= flags_of("export")
 
@@ -154,12 +156,17 @@ class TestFeatures:
         [export] = pod(matrix["hf-claim"])["initContainers"]
         assert export["args"][:2] == ["judge", "--name=judge"]
         # The name is where the script looks, and what `helm test` asks.
-        assert export["command"][-1].startswith('test -f "/models/$0/config.pbtxt" ||')
+        assert export["command"][-1].startswith(
+            'whole="/models/$0/config.pbtxt"\ntest -f "$whole" ||'
+        )
         assert matrix["hf-claim"].objects["Test"]["spec"]["containers"][0]["args"][2:] == ["judge"]
 
     def test_a_baked_image_mounts_no_repository(self, matrix: dict[str, Rendered]) -> None:
         assert "repository" not in [v["name"] for v in pod(matrix["baked"])["volumes"]]
-        assert server(matrix["baked"])["image"] == "triward-skywork:0.2.0"
+        version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+        assert server(matrix["defaults"])["image"] == f"triward:{version}"
+        digest = yaml.safe_load(CASES["baked"])["image"]["digest"]
+        assert server(matrix["baked"])["image"] == f"triward-skywork@{digest}"
         assert pod(matrix["pvc"])["imagePullSecrets"] == [{"name": "registry"}]
 
     def test_tls(self, matrix: dict[str, Rendered]) -> None:
@@ -194,6 +201,8 @@ class TestFeatures:
         ours, theirs = (c["labelSelector"] for c in spec["topologySpreadConstraints"])
         assert ours["matchLabels"]["app.kubernetes.io/instance"] == "triward"
         assert theirs["matchLabels"] == {"app": "any"}
+        assert matrix["scheduling"].objects["Test"]["spec"]["nodeSelector"] == {"gpu": "h100"}
+        assert matrix["gpus"].objects["Test"]["spec"]["runtimeClassName"] == "nvidia"
         assert matrix["scheduling"].objects["Service"]["metadata"]["name"] == "judge"
         assert "dns:///judge.rewards.svc:8001" in matrix["scheduling"].notes
 
@@ -204,6 +213,29 @@ class TestFeatures:
             assert rendered.objects["Service"]["metadata"]["name"] == expected
             for manifest in rendered.objects.values():
                 accept(manifest)
+
+    def test_the_services_name_is_one(self, helm: Helm) -> None:
+        """A release may be called what a Service may not."""
+        for name in ("7b", "123", "a.b"):
+            [refused] = helm("{}", name=name)
+            assert f'the release\'s name "{name}": the Service is called by it' in refused.error
+            [rendered] = helm("{fullnameOverride: judge}", name=name)
+            for manifest in rendered.objects.values():
+                accept(manifest)
+
+    def test_the_hub_is_reached_through_a_proxy(self, matrix: dict[str, Rendered]) -> None:
+        [export] = pod(matrix["hf-claim"])["initContainers"]
+        [proxy] = [each["value"] for each in export["env"] if each["name"] == "HTTPS_PROXY"]
+        for case, port in (("hf-claim", urlsplit(proxy).port), ("hf", 443)):
+            [_, hub] = matrix[case].objects["NetworkPolicy"]["spec"]["egress"]
+            assert hub["ports"] == [{"protocol": "TCP", "port": port}]
+
+    def test_the_volumes_group_is_a_value(self, helm: Helm) -> None:
+        hf = "model: {source: hf, hf: {uri: hf://a/b}}"
+        user = f"{hf}\npodSecurityContext: {{runAsGroup: 2000}}"
+        given = f"{hf}\npodSecurityContext: {{runAsGroup: 2000, fsGroup: 3000}}"
+        groups = [pod(each)["securityContext"]["fsGroup"] for each in helm(hf, user, given)]
+        assert groups == [1000, 2000, 3000]
 
     def test_names_that_look_like_numbers(self, helm: Helm) -> None:
         [rendered] = helm(
@@ -225,17 +257,23 @@ class TestFeatures:
     def test_the_export_runs_once(self, matrix: dict[str, Rendered], tmp_path: Path) -> None:
         """The init container's command in a shell, with a stand-in for the exporter."""
         [export] = pod(matrix["hf-claim"])["initContainers"]
-        models, log = tmp_path / "models", tmp_path / "log"
+        models, log, waited = tmp_path / "models", tmp_path / "log", tmp_path / "waited"
         stand_in = tmp_path / "triward-server"
-        stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {log}\n')
+        stand_in.write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$@" >> {log}\nif test -d {waited}\n'
+            f"then mv {waited} {models}; fi\nexit 1\n"
+        )
         stand_in.chmod(0o755)
         script, name, *flags = [*export["command"][2:], *export["args"]]
         command = ["/bin/sh", "-ec", script.replace("/models", str(models)), name, *flags]
-        for _ in range(2):
-            subprocess.run(command, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
-            (models / "judge").mkdir(parents=True, exist_ok=True)
-            (models / "judge" / "config.pbtxt").touch()
-        assert log.read_text().split() == ["export", *flags], "the second found the model"
+        there = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        assert subprocess.run(command, env=there).returncode == 1, "refused, and there is no model"
+        # Another pod writes it meanwhile: the export waits for that, then refuses.
+        (waited / "judge").mkdir(parents=True)
+        (waited / "judge" / "config.pbtxt").touch()
+        subprocess.run(command, check=True, env=there)
+        subprocess.run(command, check=True, env=there)
+        assert log.read_text().split() == ["export", *flags] * 2, "the third found the model"
         assert flags == [
             "--name=judge",
             "--checkpoint=Skywork/Skywork-Reward-V2-Qwen3-8B",
@@ -261,6 +299,8 @@ class TestFeatures:
         ("shmSize: 4GB", "at '/shmSize': '4GB' does not match pattern"),
         ("model: {source: s3}", "at '/model/source': value must be one of 'pvc', 'hf', 'baked'"),
         ("model: {hf: {uri: 'https://hub/a/b'}}", "at '/model/hf/uri': 'https://hub/a/b' does not"),
+        ("image: {digest: 'sha256:12'}", "at '/image/digest': 'sha256:12' does not match pattern"),
+        ("networkPolicy: {hubPorts: [0]}", "at '/networkPolicy/hubPorts/0': minimum: got 0"),
         ("admin: {secret: Not_A_Name}", "at '/admin/secret': 'Not_A_Name' does not match pattern"),
         ("server: {extraArgs: [serve]}", "at '/server/extraArgs/0': 'serve' does not match"),
         ("networkPolicy: {clients: []}", "at '/networkPolicy/clients': minItems: got 0, want 1"),

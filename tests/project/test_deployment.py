@@ -246,7 +246,7 @@ class TestDockerfile:
         served = served_by_default()
         assert served[served.index("--repository") + 1] == "/models"
         assert (folder / "models" / "reward" / "config.pbtxt").is_file()
-        assert not [*(folder / "models").glob(".*")]
+        assert [path.name for path in (folder / "models").glob(".*")] == [".models.lock"]
 
     @staticmethod
     def _resolved(cache: Any, run: Any, step: str, folder: Path) -> dict[str, str]:

@@ -49,7 +49,9 @@ done
 exit "$worst"
 """
 SCONTROL = """#!/bin/sh
-[ "$1 $2 $3" = "show hostnames nodes[1-3]" ] && printf 'node1\\nnode2\\nnode3\\n'
+[ "$1 $2 $3" = "show hostnames nodes[1-3]" ] && exec printf 'node1\\nnode2\\nnode3\\n'
+echo "scontrol knows no $3" >&2
+exit 1
 """
 TRAINER = """
 import os, signal, sys, time
@@ -93,8 +95,11 @@ def job(
             PATH=f"{stubs}:{BIN}:{os.environ['PATH']}",
             STUB_LOG=str(tmp_path / "steps"), STUB_PORTS=" ".join(map(str, ports)),
             SLURM_SUBMIT_DIR=str(tmp_path / "submitted"), SLURM_JOB_ID="17",
-            SLURM_JOB_NODELIST="nodes[1-3]",
-            **{"TRIWARD_REPOSITORY": str(echo_repository), **environment},
+            SLURM_CPUS_ON_NODE="48",
+            **{
+                "TRIWARD_REPOSITORY": str(echo_repository), "SLURM_JOB_NODELIST": "nodes[1-3]",
+                **environment,
+            },
         )  # fmt: skip
 
     return run
@@ -109,8 +114,9 @@ def test_its_options_come_first_and_are_slurms() -> None:
     head = SCRIPT.read_text().split("set -euo pipefail")[0].splitlines()
     assert all(line.startswith("#") for line in head)
     options = [line.removeprefix("#SBATCH ") for line in head if line.startswith("#SBATCH")]
-    assert {"--nodes=2", "--gpus-per-node=1", "--signal=B:TERM@120"} <= {*options}
-    assert all(re.fullmatch(r"--[a-z-]+=\S+", option) for option in options)
+    whole = {"--exclusive", "--mem=0"}
+    assert {"--nodes=2", "--gpus-per-node=1", "--signal=B:TERM@120", *whole} <= {*options}
+    assert all(re.fullmatch(r"--[a-z-]+(=\S+)?", option) for option in options)
 
 
 def test_two_servers_and_a_trainer(job: Callable[..., Command], tmp_path: Path) -> None:
@@ -128,6 +134,8 @@ def test_two_servers_and_a_trainer(job: Callable[..., Command], tmp_path: Path) 
         *serving.split()
     }
     assert {"--nodes=1", "--exclude=node1,node2"} <= {*training.split()}
+    assert {"--cpus-per-task=8", "--mem=32G"} <= {*serving.split()}
+    assert {"--cpus-per-task=48", "--mem=0"} <= {*training.split()}, "all of its node"
     assert all(has_ended(member) for member in family)
     assert {path.name for path in (tmp_path / "submitted").iterdir()} == {"addresses", "scored"}
 
@@ -162,3 +170,43 @@ def test_a_server_that_does_not_start_ends_the_job(job: Callable[..., Command]) 
     assert running.wait() == 1
     assert "is not a repository" in running.output
     assert "a reward server did not start" in running.output
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"TRIWARD_SERVERS": "4"}, "TRIWARD_SERVERS=4: the job has 3 nodes; one server a node"),
+        ({"TRIWARD_SERVERS": "3"}, "TRIWARD_SERVERS=3: the job has 3 nodes, which leaves none"),
+        ({"TRIWARD_SERVERS": "0"}, "TRIWARD_SERVERS=0: not a number of servers"),
+        ({"SLURM_JOB_NODELIST": "unknown"}, "scontrol knows no unknown"),
+    ],
+)
+def test_what_cannot_be_started_is_refused(
+    job: Callable[..., Command], tmp_path: Path, environment: dict[str, str], sentence: str
+) -> None:
+    running = job(**environment)
+    assert running.wait() in (1, 2), running.output
+    assert sentence in running.output
+    assert not (tmp_path / "steps").exists() and [*(tmp_path / "submitted").iterdir()] == []
+
+
+def test_the_end_of_its_time_before_the_trainer(
+    job: Callable[..., Command], tmp_path: Path
+) -> None:
+    """SIGTERM comes when the servers are ready and the trainer is not there yet."""
+    early = tmp_path / "stubs" / "paste"
+    early.write_text('#!/bin/sh\nkill -TERM "$PPID"\n')
+    early.chmod(0o755)
+    running = job("--stay")
+    assert running.wait() == 128 + signal.SIGTERM, running.output
+    assert (tmp_path / "steps").read_text().count("--exact") == 1, "that of the servers"
+
+
+def test_the_trainer_gets_no_variable_of_the_scripts_own(
+    job: Callable[..., Command], tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text("import os\nprint('new', sorted(os.environ))")
+    running = job()
+    assert running.wait() == 0, running.output
+    [line] = re.findall(r"^new .*", running.output, re.MULTILINE)
+    assert "'folder'" not in line and "'TRIWARD_FOLDER'" in line

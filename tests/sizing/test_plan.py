@@ -101,6 +101,12 @@ class TestBudgets:
         assert budget.value * 1e12 / slow.flops == pytest.approx(2.0, rel=0.05)
         assert "--hang-timeout" in budget.why
 
+    def test_one_conversation_is_never_cut(self, large: Subject) -> None:
+        shape = RequestShape(90_000, 250, 1)
+        long = planned(large, shape=shape, rate=0.01, timeout=600.0, p99=600.0)
+        assert long.budgets.max_batch_bytes.value == math.ceil(long.work.single)
+        assert "one conversation" in long.budgets.max_batch_bytes.why
+
     def test_flags_are_the_exports(self, plan: CapacityPlan) -> None:
         known = {parameter.name for parameter in export_parameters()}
         assert set(vars(plan.budgets)) <= known
@@ -236,6 +242,13 @@ class TestCommand:
         assert "2026-11-22-cpu-small.json" in text
         assert "ASSUMPTION" not in text
 
+    @pytest.mark.parametrize("gpus", ["CPU", "4xcpu", "8 x Cpu"])
+    def test_a_cpu_however_it_is_written(self, run: Callable[..., Any], gpus: str) -> None:
+        few = ("--requests-per-second=0.5", "--prompt-tokens=300", "--model=small")
+        result = run(f"--gpus={gpus}", *few)
+        assert result.exit_code == 0, result.stderr
+        assert "--dtype float32" in result.stdout
+
     def test_json(self, run: Callable[..., Any], plan: CapacityPlan) -> None:
         result = run("--gpus=8xH100", *ASKED, "--json")
         found = json.loads(result.stdout)
@@ -248,10 +261,27 @@ class TestCommand:
     def test_values_are_the_charts(self, run: Callable[..., Any]) -> None:
         chart = ROOT / "docker" / "helm" / "triward" / "values.yaml"
         values = yaml.safe_load(chart.read_text())
-        printed = run("--gpus=8xH100", *ASKED).stdout.split("values.yaml\n")[1]
-        pasted = yaml.safe_load(printed)
+        printed = run("--gpus=8xH100", *ASKED).stdout
+        pasted = yaml.safe_load(printed.split("values.yaml\n")[1])
         assert set(pasted) <= set(values)
         assert {"requests", "limits"} == set(pasted["resources"]) <= set(values["resources"])
+        assert pasted["resources"]["requests"]["cpu"] == int(values["resources"]["requests"]["cpu"])
+        [flags] = pasted["model"]["hf"].values()
+        assert flags[0] in values["model"]["hf"]["exportArgs"]
+        export = next(line for line in printed.splitlines() if "triward-server export" in line)
+        assert [word for flag in flags[1:] for word in flag.split("=")] == export.split()[6:]
+
+    def test_a_rate_beyond_all_bounds(self, run: Callable[..., Any]) -> None:
+        result = run("--gpus=H100", *ASKED, "--requests-per-second=1.7e308")
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert "--requests-per-second 1.7e+308: must be at least 1e-06 and at most" in result.stderr
+
+    def test_decoding_takes_cores(self, run: Callable[..., Any]) -> None:
+        images = ("--gpus=H100", "--model=small", "--requests-per-second=400", "--json")
+        found = json.loads(run(*ASKED, *images).stdout)
+        instances = found["flags"]["preprocess_instances"]["value"]
+        assert instances > 4
+        assert found["manifests"]["helm"]["resources"]["requests"]["cpu"] == instances + 2
 
     def test_missing_gpus_are_an_exit_of_1(self, run: Callable[..., Any]) -> None:
         result = run("--gpus=2xH100", *ASKED)

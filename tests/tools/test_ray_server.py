@@ -74,6 +74,18 @@ def test_one_that_is_stopped_is_no_error(running):
     assert gone(processes)
 
 
+def test_output_that_is_no_text(tmp_path, monkeypatch, capsys):
+    serve = tmp_path / "triward-server"
+    serve.write_text("#!/bin/sh\nprintf 'broken \\377\\n'\nexit 3\n")
+    serve.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: str(serve))
+    server = ServerActor(str(tmp_path))
+    with pytest.raises(ServerUnavailable, match="ended with 3: broken \N{REPLACEMENT CHARACTER}"):
+        server.address()
+    assert server._process.returncode == 3, "it was waited for"
+    assert "broken" in capsys.readouterr().err
+
+
 def test_one_that_never_scored_is_not_started_again(tmp_path, capsys):
     server = ServerActor(str(tmp_path), restarts=3)
     with pytest.raises(ServerUnavailable, match=r"ended with 1: .*is not a repository"):
@@ -133,6 +145,12 @@ ray.get(third.address.remote())
 serve = server_of(third)
 ray.kill(third)
 assert psutil.wait_procs([serve], timeout=60)[1] == []
+
+fourth = start_server(repository, placement_group([{"CPU": 1, "memory": 2**20}]))
+ray.get(fourth.address.remote())
+watching = [fourth.watch.remote() for _ in range(40)]
+ray.get(fourth.stop.remote(), timeout=90)
+assert ray.get(watching) == [None] * 40
 print("done", flush=True)
 """
 

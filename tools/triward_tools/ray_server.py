@@ -32,7 +32,8 @@ _COMMAND, _PACKAGE = "triward-server", "triward-server[embedded]"
 _READY = re.compile(r"ready +grpc +(\S+:(\d+))\s")
 _ANY = "0"
 _TRITON_EXIT = 60.0  # seconds; the server itself gives its Triton 40
-_CALLS = 16  # at once: `watch` and `address` wait in theirs
+_CALLS = 16  # of each group at once: `watch` and `address` wait in theirs
+_STOPPING = "stopping"  # a group of its own, so that however many wait, none keeps `stop` waiting
 # A process that gets SIGTERM when the thread that started it ends. It asks for that itself, by
 # PR_SET_PDEATHSIG of prctl(2): a `preexec_fn` would run gRPC's own handlers of a fork, which can
 # abort in a child.
@@ -91,6 +92,7 @@ class ServerActor:
             if not self._stopping:
                 self._check()
 
+    @ray.method(concurrency_group=_STOPPING)  # type: ignore[untyped-decorator]
     def stop(self) -> None:
         """End the server; requests in flight finish, as long as `--drain-timeout` allows."""
         with self._changed:
@@ -124,8 +126,9 @@ class ServerActor:
             if self._stopping:
                 return "the reward server was stopped"
             self._process = subprocess.Popen(
-                self._words(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+                self._words(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                errors="replace",
+            )  # fmt: skip
         assert self._process.stdout
         last = ""
         for line in self._process.stdout:
@@ -181,9 +184,10 @@ def start_server(
         restarts: how often the server may end and is started again.
     """
     resources = dict(group.bundle_specs[bundle])
-    actor = ray.remote(ServerActor).options(
+    actor = ray.remote(concurrency_groups={_STOPPING: 1})(ServerActor).options(
         num_cpus=resources.pop("CPU", 0),
         num_gpus=resources.pop("GPU", 0),
+        memory=resources.pop("memory", 0),
         resources=resources,
         max_concurrency=_CALLS,
         scheduling_strategy=PlacementGroupSchedulingStrategy(

@@ -3,6 +3,7 @@
 Checks every tensor first, so that nothing random is ever served, and compares a few scores with
 transformers' own. Scores one small request, which `triward-server health --deep` asks again. Writes
 to a temporary folder beside the output and renames it, so that there is never half a repository.
+Exports into one output wait for each other.
 The result holds everything but Python packages and can be moved or mounted elsewhere.
 
 `--version 2` on a repository that has version 1 puts the new one beside it; the served version
@@ -47,7 +48,7 @@ from ..serving.repository import pin, served_models, versions
 from . import calibration, verify
 from .calibration import OrderKept
 from .configuration import configure, configure_vision
-from .draft import copy_source, folders, is_empty, link_or_copy, room, written_whole
+from .draft import alone, copy_source, folders, is_empty, link_or_copy, written_whole
 from .onnx import export_vision
 from .options import Options, Template, Weights
 from .prepared import may_be_polar, prepared
@@ -73,16 +74,17 @@ def build(options: Options) -> None:
     wanted = options.export
     names, version = model_names(wanted.name), str(wanted.version)
     _say_where(options)
-    _check_output(wanted.output, names, version, wanted.force)
-    place = room(wanted.output)  # before gigabytes are downloaded
-    source, commit = _resolve(wanted.checkpoint, wanted.revision)
-    _say_template(source, wanted.template)
-    with prepared(source, wanted.lora, place if wanted.lora else None, wanted.template) as folder:
-        _build(folder, commit, names, version, options)
+    with alone(wanted.output) as work:  # before gigabytes are downloaded
+        _check_output(wanted.output, names, version, wanted.force)
+        source, commit = _resolve(wanted.checkpoint, wanted.revision)
+        _say_template(source, wanted.template)
+        place = work if wanted.lora else None
+        with prepared(source, wanted.lora, place, wanted.template) as folder:
+            _build(folder, commit, names, version, options, work)
 
 
 def _build(
-    folder: Path, commit: str | None, names: ModelNames, version: str, options: Options
+    folder: Path, commit: str | None, names: ModelNames, version: str, options: Options, work: Path
 ) -> None:
     wanted = options.export
     checkpoint.check_tensors(folder)
@@ -93,7 +95,7 @@ def _build(
         _verify(folder, options)
     calibrated = _calibrate(folder, preprocessor, options)
     canary = _canary(folder, preprocessor, options, calibrated)
-    with written_whole(wanted.output, names, None if wanted.force else version) as draft:
+    with written_whole(wanted.output, names, None if wanted.force else version, work) as draft:
         copy_source(draft, names, version, options)
         configure(draft, names, options)
         graph = _write_vision(folder, draft, names, version, options)

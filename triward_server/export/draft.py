@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import typer
 
@@ -21,6 +23,7 @@ from .options import OnnxBackend, Options, Weights
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 SOURCE_VERSION = "1"  # of the adapters in `source`
+_OLD, _NEW = "old", "new"  # folders on their way out of the output and into it
 _LOST_AND_FOUND = "lost+found"  # ext4's, in the root of each file system
 
 
@@ -101,26 +104,81 @@ def _new_folder(output: Path, place: Path) -> Path:
 
 
 @contextmanager
-def written_whole(output: Path, names: ModelNames, version: str | None) -> Iterator[Path]:
+def alone(output: Path) -> Iterator[Path]:
+    """Yield a folder to write in; wait while another export into this output has it.
+
+    A killed export's folder is still there. What it was moving into the output is moved to the end,
+    or back where its own model was not complete.
+
+    Raises:
+        ConfigError: nothing can be written or locked there.
+    """
+    place = room(output)
+    work = place / f".{output.name}.export"
+    # In a mount the file stays: another node would see late that it was removed.
+    with _locked(place / f".{output.name}.lock", output, keep=place == output):
+        _complete(work, output)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _locked(file: Path, output: Path, *, keep: bool) -> Iterator[None]:
+    while True:
+        with file.open("w") as lock:
+            _wait_for(lock, output)
+            if os.fstat(lock.fileno()).st_nlink:  # who had it has not removed it
+                try:
+                    yield
+                finally:
+                    if not keep:
+                        file.unlink()
+                return
+
+
+def _wait_for(lock: IO[str], output: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        typer.echo(f"{output}: another export writes there; waiting for its end", err=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: {lock.name} cannot be locked ({error.strerror}), so that two "
+            "exports could write there at once; choose another file system"
+        ) from None
+
+
+@contextmanager
+def written_whole(
+    output: Path, names: ModelNames, version: str | None, work: Path
+) -> Iterator[Path]:
     """Yield a temporary folder that becomes `output` if the block succeeds and vanishes if not.
 
     If `output` is there already, the model in it becomes part of that: beside the others, or with
     None for a version in the place of the one that has its name. A model that is there gets the
     version.
+
+    Args:
+        output: the repository.
+        names: of the model.
+        version: of the model.
+        work: of `alone`.
     """
-    place = room(output)
-    draft = _new_folder(output, place)
+    draft = work / "draft"
+    draft.mkdir()
     draft.chmod(0o755)
-    try:
-        yield draft
-        if not output.exists():
-            draft.rename(output)
-        elif version and not is_empty(output) and names in served_models(output):
-            _add_version(draft, output, names, version)
-        else:
-            _put_model(draft, output, names, place)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    yield draft
+    if not output.exists():
+        draft.rename(output)
+    elif version and not is_empty(output) and names in served_models(output):
+        _add_version(draft, output, names, version)
+    else:
+        _put_model(draft, output, names, work)
 
 
 def _add_version(draft: Path, output: Path, names: ModelNames, version: str) -> None:
@@ -141,19 +199,36 @@ def _add_version(draft: Path, output: Path, names: ModelNames, version: str) -> 
         undo.pop_all()
 
 
-def _put_model(draft: Path, output: Path, names: ModelNames, place: Path) -> None:
+def _put_model(draft: Path, output: Path, names: ModelNames, work: Path) -> None:
     """Move a model's folders into a repository, in the place of those that have their names."""
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{output.name}.old.", dir=place) as aside,
-        ExitStack() as undo,
-    ):
+    old, new = work / _OLD, work / _NEW
+    old.mkdir()
+    with ExitStack() as undo:
         for model in reversed(folders(names, output)):
-            _move(output / model, Path(aside, model), undo)
-        if not (output / schema.DRAINING).exists():
-            _move(draft / schema.DRAINING, output / schema.DRAINING, undo)
-        for model in folders(names, draft):
-            _move(draft / model, output / model, undo)
+            _move(output / model, old / model, undo)
+        _move(draft, new, undo)  # if this export is killed, `_complete` goes on from here
+        _put_folders(new, output, undo)
         undo.pop_all()
+    shutil.rmtree(old)  # before `new`, without which it would be put back
+
+
+def _put_folders(new: Path, output: Path, undo: ExitStack) -> None:
+    """Move a model's folders; the public one, with whose name the others begin, last."""
+    if (output / schema.DRAINING).exists():
+        shutil.rmtree(new / schema.DRAINING, ignore_errors=True)
+    every = sorted(new.iterdir(), key=lambda at: (at.name == schema.DRAINING, at.name))
+    for folder in reversed(every):
+        _move(folder, output / folder.name, undo)
+
+
+def _complete(work: Path, output: Path) -> None:
+    """End what a killed export began to move, forwards if its own folders were on their way."""
+    for folder in (work / _NEW, work / _OLD):
+        if folder.is_dir():
+            with ExitStack() as undo:
+                _put_folders(folder, output, undo)
+                undo.pop_all()
+            return
 
 
 def _move(source: Path, target: Path, undo: ExitStack) -> None:

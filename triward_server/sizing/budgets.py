@@ -70,7 +70,7 @@ def budgets_for(
     timeout = _queue_timeout(demand, work, int(batch.value))
     return Budgets(
         max_batch_tokens=_batch_tokens(subject, work, memory.batch),
-        max_batch_bytes=_batch_bytes(subject, memory),
+        max_batch_bytes=_batch_bytes(subject, work, memory),
         max_batch_tflop=_batch_tflop(subject, speed),
         forward_batch_size=batch,
         preprocess_batch_size=batch,
@@ -134,11 +134,13 @@ def _batch_tokens(subject: Subject, work: RequestWork, size: int) -> Setting:
     return Setting(found.value, f"{found.why}; the largest pass here has {work.tokens:,}")
 
 
-def _batch_bytes(subject: Subject, memory: DeviceMemory) -> Setting:
+def _batch_bytes(subject: Subject, work: RequestWork, memory: DeviceMemory) -> Setting:
     if memory.batch == subject.forward.max_batch_bytes:
         return Setting(memory.batch, _default(subject))
     if memory.total is None:
         return Setting(memory.batch, "what the largest pass takes")
+    if memory.batch == math.ceil(work.single):
+        return Setting(memory.batch, "what one conversation takes, which is never cut")
     return Setting(memory.batch, "what weights and caches leave of the GPU")
 
 

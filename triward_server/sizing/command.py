@@ -90,6 +90,7 @@ def plan_replicas(
     Exits with 1 where --gpus names fewer GPUs than are needed.
     """
     from .demand import Demand
+    from .gpus import parse_gpus
     from .models import subject_of  # torch, which the other commands do not need
     from .request import RequestShape
 
@@ -101,7 +102,7 @@ def plan_replicas(
             requests_per_second, shape, variation, timeout, timeout if p99 is None else p99,
             utilisation, gpus_per_replica,
         )  # fmt: skip
-        if gpus == "cpu" and not repository:
+        if gpus and parse_gpus(gpus)[1] is None and not repository:  # a CPU
             dtype = dtype or "float32"
         subject = subject_of(model, checkpoint, repository, dtype)
         plan = _plan(subject, demand, _Device(gpus, measured, efficiency))

@@ -47,7 +47,7 @@ class Demand:
     def check(self) -> None:
         """Raise `ConfigError` for a value that makes no sense, by its flag."""
         shape = self.shape
-        at_least("--requests-per-second", self.rate, 1e-6)
+        at_least("--requests-per-second", self.rate, 1e-6, 1e6)
         at_least("--prompt-tokens", shape.prompt_tokens, 0)
         at_least("--response-tokens", shape.response_tokens, 1)
         at_least("--responses", shape.responses, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
@@ -149,34 +150,44 @@ def assumptions(plan: CapacityPlan) -> list[str]:
 
 def manifests(plan: CapacityPlan) -> dict[str, dict[str, Any]]:
     """Return values for `docker/compose.yaml` and for the Helm chart, by their names there."""
-    shm, gib = plan.host.shm // MIB, plan.host.limit
-    gpus = plan.demand.devices if plan.speed.kind == "gpu" else 0
+    shm, gib, devices = plan.host.shm // MIB, plan.host.limit, plan.demand.devices
+    gpus = devices if plan.speed.kind == "gpu" else 0
+    # One for each process: decoders, forward models, tritonserver.
+    cores = int(plan.budgets.preprocess_instances.value) + devices + 1
+    memory = {"memory": f"{gib}Gi"}
+    flags = ["--no-compile", *(f"{name}={value}" for name, value in _export_flags(plan).items())]
     return {
         "compose": {"shm_size": f"{shm}mb", "mem_limit": f"{gib}gb", "memswap_limit": f"{gib}gb"},
         "helm": {
             "replicas": plan.replicas,
             "gpus": gpus,
             "shmSize": f"{shm}Mi",
-            "resources": {name: {"memory": f"{gib}Gi"} for name in ("requests", "limits")},
+            "resources": {"requests": {"cpu": cores, **memory}, "limits": memory},
+            "model": {"hf": {"exportArgs": flags}},
         },
     }
 
 
 def commands(plan: CapacityPlan) -> dict[str, str]:
     """Return the commands that export and serve what was planned."""
-    subject, devices = plan.subject, plan.demand.devices
-    if plan.speed.kind == "cpu":
-        place = "--device cpu" if devices == 1 else f"--devices {','.join(['cpu'] * devices)}"
-    else:
-        place = "--devices all" if devices > 1 else "--device cuda"
-    flags = [
-        f"{_flag(field.name)} {getattr(plan.budgets, field.name).value:.12g}"
-        for field in fields(plan.budgets)
-    ]
-    source = subject.checkpoint or "CHECKPOINT"
-    export = f"triward-server export --checkpoint {source} --output models --dtype {subject.dtype}"
+    flags = [f"{name} {value}" for name, value in _export_flags(plan).items()]
+    export = f"triward-server export --checkpoint {plan.subject.checkpoint or 'CHECKPOINT'}"
     serve = f"triward-server serve --repository models --max-memory {plan.host.max_memory}"
-    return {"export": " ".join([export, place, *flags]), "serve": serve}
+    return {"export": " ".join([export, "--output models", *flags]), "serve": serve}
+
+
+def _export_flags(plan: CapacityPlan) -> dict[str, str]:
+    """Return the flags of the export that was planned, but for where from and where to."""
+    devices = plan.demand.devices
+    if plan.speed.kind == "cpu":
+        place = {"--device": "cpu"} if devices == 1 else {"--devices": ",".join(["cpu"] * devices)}
+    else:
+        place = {"--devices": "all"} if devices > 1 else {"--device": "cuda"}
+    budgets = {
+        _flag(field.name): f"{getattr(plan.budgets, field.name).value:.12g}"
+        for field in fields(plan.budgets)
+    }
+    return {"--dtype": plan.subject.dtype, **place, **budgets}
 
 
 def to_paste(plan: CapacityPlan) -> Iterator[str]:
@@ -225,6 +236,8 @@ def for_machines(plan: CapacityPlan) -> dict[str, Any]:
 
 def _inline(value: Any) -> str:
     """Return YAML on one line."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(json.dumps, value))}]"
     if not isinstance(value, dict):
         return str(value)
     return "{" + ", ".join(f"{key}: {_inline(each)}" for key, each in value.items()) + "}"

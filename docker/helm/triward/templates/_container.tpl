@@ -87,7 +87,8 @@ volumeMounts:
   - {name: tmp, mountPath: /tmp}
 {{- end }}
 
-{{/* Fetches a checkpoint and exports it, unless the volume holds the model: it is moved there last. */}}
+{{/* Fetches a checkpoint and exports it, unless the volume holds the model: its public folder comes last.
+Exports into one volume wait for each other; one that waited finds the model, and refuses. */}}
 {{- define "triward.export" -}}
 {{- $hf := .Values.model.hf -}}
 name: export
@@ -96,7 +97,9 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 command:
   - /bin/sh
   - -ec
-  - test -f "/models/$0/config.pbtxt" || exec triward-server export "$@"
+  - |-
+    whole="/models/$0/config.pbtxt"
+    test -f "$whole" || triward-server export "$@" || test -f "$whole"
 args:
   - {{ $hf.name | quote }}
   - --name={{ $hf.name }}

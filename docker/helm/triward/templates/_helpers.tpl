@@ -10,7 +10,7 @@
 
 {{- define "triward.selector" -}}
 app.kubernetes.io/name: triward
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "triward.labels" -}}
@@ -21,7 +21,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 
 {{- define "triward.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- with .Values.image -}}
+{{- .repository -}}
+{{- if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ end -}}
+{{- end -}}
 {{- end }}
 
 {{- define "triward.serviceAccount" -}}
@@ -53,6 +56,9 @@ capabilities: {drop: [ALL]}
 
 {{/* What values.schema.json cannot say: how values fit together. */}}
 {{- define "triward.check" -}}
+{{- if not (regexMatch "^[a-z][-a-z0-9]*$" (include "triward.fullname" .)) -}}
+{{- fail (printf "the release's name %q: the Service is called by it, so it must be a letter and then a-z, 0-9 or -; choose another, or set fullnameOverride" .Release.Name) -}}
+{{- end -}}
 {{- if and (eq .Values.model.source "hf") (not .Values.model.hf.uri) -}}
 {{- fail "model.hf.uri: model.source is hf, so name the model as hf://ORGANIZATION/NAME" -}}
 {{- end -}}
