@@ -24,6 +24,14 @@ def seed(text: str) -> int:
     return whole_number(text, 0)
 
 
+def port(text: str) -> int:
+    """Return a port's number; 0 stands for a free one."""
+    number = whole_number(text, 0)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"must be at most 65535, got {number}")
+    return number
+
+
 def check_free(path: Path) -> None:
     """See that nothing would be lost if a file were written.
 

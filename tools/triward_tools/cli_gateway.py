@@ -6,7 +6,7 @@ import argparse
 from importlib.util import find_spec
 from typing import Any
 
-from triward.arguments import examples, whole_number
+from triward.arguments import examples, port, whole_number
 from triward.client import RewardClient
 
 
@@ -22,9 +22,7 @@ def add_gateway(commands: Any, server: argparse.ArgumentParser) -> None:
     )
     command.set_defaults(run=_run, error=command.error)
     command.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
-    command.add_argument(
-        "--port", type=_port, default=8010, help="0 takes a free one (%(default)s)"
-    )
+    command.add_argument("--port", type=port, default=8010, help="0 takes a free one (%(default)s)")
     command.add_argument(
         "--served-name",
         action="append",
@@ -54,13 +52,6 @@ def add_gateway(commands: Any, server: argparse.ArgumentParser) -> None:
         default=128,
         help="at once; more are answered 503 (%(default)s)",
     )
-
-
-def _port(text: str) -> int:
-    port = whole_number(text, 0)
-    if port > 65535:
-        raise argparse.ArgumentTypeError(f"must be at most 65535, got {port}")
-    return port
 
 
 def _run(client: RewardClient, options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from triward.arguments import examples, whole_number
+from triward.arguments import examples, port
 from triward.client import RewardClient
 
 
@@ -23,7 +23,7 @@ def add_playground(commands: Any, server: argparse.ArgumentParser) -> None:
     )
     command.set_defaults(run=_run, error=command.error)
     command.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
-    command.add_argument("--port", type=_port, default=0, help="0 takes a free one (%(default)s)")
+    command.add_argument("--port", type=port, default=0, help="0 takes a free one (%(default)s)")
     command.add_argument(
         "--http-url",
         action="append",
@@ -37,13 +37,6 @@ def add_playground(commands: Any, server: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="below it lie images that an uploaded file of rows may name; without it none is read",
     )
-
-
-def _port(text: str) -> int:
-    port = whole_number(text, 0)
-    if port > 65535:
-        raise argparse.ArgumentTypeError(f"must be at most 65535, got {port}")
-    return port
 
 
 def _run(client: RewardClient, options: argparse.Namespace) -> int:
