@@ -1,8 +1,8 @@
 """Builds the three distributions into dist/ and checks them: `make release`. Nothing is uploaded.
 
 What is built is the last commit, from an export of it, with the packages of this environment and
-without the network. The same commit and the same setuptools give the same bytes. The READMEs that
-become descriptions get absolute links in that export.
+without the network; where there is no git, the files that are here. The same files and the same
+setuptools give the same bytes. The READMEs that become descriptions get absolute links.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import venv
 import zipfile
 from collections.abc import Iterator
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -38,6 +39,8 @@ DISTRIBUTIONS = {
 PACKAGES = ("triward", "triward_tools", "triward_server")
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)\)")
 _ENTRY = re.compile(r"^## (\S+) – \d{4}-\d\d-\d\d$", re.MULTILINE)
+# What a folder holds that git would leave out of an export, or that no distribution needs.
+_LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site")
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
     output = parser.parse_args().output
     if output != ROOT / "dist" and output.exists() and any(output.iterdir()):
         sys.exit(f"release: --output: {output} is not empty")
-    if left_out := git("status", "--porcelain"):
+    if has_git() and (left_out := git("status", "--porcelain").decode().strip()):
         print(f"release: not committed, so not in it:\n{left_out}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder, "dist")
@@ -61,11 +64,10 @@ def main() -> None:
 
 def release(output: Path) -> str:
     """Build into a new folder, check what is there, and return the version."""
-    epoch = int(git("log", "-1", "--format=%ct"))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         export(source)
-        version = the_version(source)
+        version, epoch = the_version(source), the_day(source)
         for directory, _ in DISTRIBUTIONS.values():
             readme = source / directory / "README.md"
             text = absolute_links(readme.read_text(encoding="utf-8"), directory, version, source)
@@ -80,8 +82,11 @@ def release(output: Path) -> str:
 
 
 def export(folder: Path) -> None:
-    """Write the last commit's files into a new folder."""
-    archive = run("git", "archive", "--format=tar", "HEAD", cwd=ROOT)
+    """Write the last commit's files, or without git those that are here, into a new folder."""
+    if not has_git():
+        shutil.copytree(ROOT, folder, ignore=_LEFT_OUT)
+        return
+    archive = git("archive", "--format=tar", "HEAD")
     with tarfile.open(fileobj=BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
 
@@ -98,11 +103,17 @@ def the_version(root: Path) -> str:
     if len(set(found.values())) != 1:
         sys.exit(f"release: versions differ: {', '.join(f'{p} {v}' for p, v in found.items())}")
     [version] = set(found.values())
-    entries = _ENTRY.findall((root / "CHANGELOG.md").read_text(encoding="utf-8"))
-    if version not in entries[:1]:
-        newest = entries[0] if entries else "none"
-        sys.exit(f"release: CHANGELOG.md: its newest entry is {newest}, not {version} – DATE")
+    newest = _ENTRY.search((root / "CHANGELOG.md").read_text(encoding="utf-8"))
+    if newest is None or newest[1] != version:
+        found_there = newest[1] if newest else "none"
+        sys.exit(f"release: CHANGELOG.md: its newest entry is {found_there}, not {version} – DATE")
     return version
+
+
+def the_day(root: Path) -> int:
+    """Return the day of the changelog's newest entry, in seconds since 1970: all files get it."""
+    day = first(r"^## \S+ – (\d{4}-\d\d-\d\d)$", root / "CHANGELOG.md")
+    return int(datetime.fromisoformat(f"{day}T00:00+00:00").timestamp())
 
 
 def first(pattern: str, path: Path) -> str:
@@ -227,9 +238,14 @@ def check_installed(output: Path, version: str, folder: Path) -> None:
     run(folder / "bin" / "triward", "eval", "--help")  # by an entry point of the tools
 
 
-def git(*arguments: str) -> str:
-    """Return what git says about this checkout."""
-    return run("git", *arguments, cwd=ROOT).decode().strip()
+def has_git() -> bool:
+    """Return True in a checkout; an archive of its files is none."""
+    return (ROOT / ".git").exists() and shutil.which("git") is not None
+
+
+def git(*arguments: str) -> bytes:
+    """Return what git says about this checkout, which may be another user's, as in a container."""
+    return run("git", "-c", f"safe.directory={ROOT}", *arguments, cwd=ROOT)
 
 
 def run(*command: object, cwd: Path | None = None, **environment: str) -> bytes:

@@ -173,22 +173,49 @@ class TestDistributions:
         assert sorted(again) == sorted(built)
 
 
-def test_the_command_fails_with_a_sentence(tmp_path: Path) -> None:
-    """Here where a version differs."""
-    clone = tmp_path / "clone"
-    commands = (
-        ["git", "clone", "--quiet", "--no-hardlinks", "--depth=1", f"file://{ROOT}", clone],
-        ["sed", "-i", f's/"{re.escape(__version__)}"/"9.9.9"/', "tools/pyproject.toml"],
-        ["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qam", "Differ"],
-    )
-    for command, place in zip(commands, (tmp_path, clone, clone), strict=True):
-        subprocess.run(command, cwd=place, check=True, capture_output=True, timeout=120)
-    shutil.copy(SCRIPT, clone / ".ci" / "release.py")
-    done = subprocess.run(
-        [sys.executable, ".ci/release.py"], cwd=clone, capture_output=True, text=True, timeout=120,
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """The files of the last commit with the command, as an archive has them: without git."""
+    folder = tmp_path / "archive"
+    release.export(folder)
+    (folder / ".ci").mkdir(exist_ok=True)
+    shutil.copy(SCRIPT, folder / ".ci" / "release.py")
+    return folder
+
+
+def run_in(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ".ci/release.py"], cwd=folder, capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": ""},
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_archive_of_the_files_gives_the_same_bytes(
+    built: dict[str, bytes], archive: Path
+) -> None:
+    done = run_in(archive)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in (archive / "dist").iterdir()} == built
+
+
+def test_the_command_fails_with_a_sentence(archive: Path) -> None:
+    """Here where a version differs; what the last release built stays."""
+    file = archive / "tools" / "pyproject.toml"
+    file.write_text(file.read_text().replace(f'"{__version__}"', '"9.9.9"'))
+    last = archive / "dist" / "last.whl"
+    last.parent.mkdir()
+    last.touch()
+    done = run_in(archive)
     assert done.returncode == 1
     assert "release: versions differ: " in done.stderr
     assert "tools/pyproject.toml 9.9.9" in done.stderr
-    assert not (clone / "dist").exists()
+    assert list(last.parent.iterdir()) == [last]
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    command = [sys.executable, SCRIPT, "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "is not empty" in done.stderr) == (1, True)
+    assert (tmp_path / "mine").exists()
