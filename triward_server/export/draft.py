@@ -214,8 +214,8 @@ def _put_model(draft: Path, output: Path, names: ModelNames, work: Path) -> None
 
 def _put_folders(new: Path, output: Path, undo: ExitStack) -> None:
     """Move a model's folders; the public one, with whose name the others begin, last."""
-    if (output / schema.DRAINING).exists():
-        shutil.rmtree(new / schema.DRAINING, ignore_errors=True)
+    if (output / schema.DRAINING).exists() and (new / schema.DRAINING).exists():
+        shutil.rmtree(new / schema.DRAINING)
     every = sorted(new.iterdir(), key=lambda at: (at.name == schema.DRAINING, at.name))
     for folder in reversed(every):
         _move(folder, output / folder.name, undo)

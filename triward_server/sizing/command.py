@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,7 @@ from ..config import Dtype
 from ..errors import ConfigError, TriwardError
 
 if TYPE_CHECKING:
-    from .demand import Demand
+    from .gpus import DataSheet
     from .models import Subject
     from .planner import CapacityPlan
     from .speed import Speed
@@ -54,15 +53,6 @@ PerReplica = Annotated[int, _option("That share one queue.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
-@dataclass(frozen=True)
-class _Device:
-    """What was said of devices and of how fast they are."""
-
-    gpus: str | None
-    measured: Path | None
-    efficiency: float | None
-
-
 def plan_replicas(
     requests_per_second: Rate,
     prompt_tokens: PromptTokens,
@@ -92,6 +82,7 @@ def plan_replicas(
     from .demand import Demand
     from .gpus import parse_gpus
     from .models import subject_of  # torch, which the other commands do not need
+    from .planner import make_plan
     from .request import RequestShape
 
     with _refusals():
@@ -102,36 +93,35 @@ def plan_replicas(
             requests_per_second, shape, variation, timeout, timeout if p99 is None else p99,
             utilisation, gpus_per_replica,
         )  # fmt: skip
-        if gpus and parse_gpus(gpus)[1] is None and not repository:  # a CPU
+        count, gpu = parse_gpus(gpus) if gpus else (None, None)
+        on_cpu = gpus is not None and gpu is None
+        if on_cpu and not repository:
             dtype = dtype or "float32"
         subject = subject_of(model, checkpoint, repository, dtype)
-        plan = _plan(subject, demand, _Device(gpus, measured, efficiency))
+        speed = _speed(subject, gpu, on_cpu, measured, efficiency)
+        plan = make_plan(subject, speed, demand, count)
     _print(plan, as_json)
 
 
-def _plan(subject: Subject, demand: Demand, device: _Device) -> CapacityPlan:
-    from .gpus import parse_gpus
-    from .planner import make_plan
-
-    count, _ = parse_gpus(device.gpus) if device.gpus else (None, None)
-    return make_plan(subject, _speed(subject, device), demand, count)
-
-
-def _speed(subject: Subject, device: _Device) -> Speed:
-    from .gpus import EFFICIENCY, parse_gpus
+def _speed(
+    subject: Subject,
+    gpu: DataSheet | None,
+    on_cpu: bool,
+    measured: Path | None,
+    efficiency: float | None,
+) -> Speed:
+    from .gpus import EFFICIENCY
     from .measured import carried_rates, read_rates
     from .speed import assumed, from_rates
 
-    gpus, measured, efficiency = device.gpus, device.measured, device.efficiency
-    if gpus is None and measured is None:
+    if gpu is None and not on_cpu and measured is None:
         raise ConfigError("--gpus: name a GPU or cpu, or give --measured")
-    gpu = parse_gpus(gpus)[1] if gpus else None
     if efficiency is not None and (measured or gpu is None):
         raise ConfigError(f"--efficiency {efficiency:g}: it is for a GPU without --measured")
     if gpu and measured is None:
         return assumed(gpu, subject.dtype, EFFICIENCY if efficiency is None else efficiency)
     rates = read_rates(measured, subject.cost) if measured else carried_rates(CPU_RESULTS)
-    return from_rates(rates, subject.dtype, gpu, on_cpu=gpus is not None and gpu is None)
+    return from_rates(rates, subject.dtype, gpu, on_cpu=on_cpu)
 
 
 def _print(plan: CapacityPlan, as_json: bool) -> None:

@@ -21,8 +21,8 @@ TRITON_IDLE, TRITON_LEAST = 1.5 * GIB, 4 * GIB
 # Resident after an hour of mixed load: benchmarks/results/2026-11-22-soak-5.json.
 PREPROCESS_PROCESS, FORWARD_PROCESS = 830 * MIB, 892 * MIB
 CUDA_PROCESS = 4 * GIB  # of a forward process, on the host: assumed
-# What a decoding process may take beside a byte of the file and 24 a pixel (docs/operations.md).
-DECODER = 256 * MIB
+# What a decoding process may take beside the files of a request (docs/operations.md).
+DECODER, PIXEL_BYTES = 256 * MIB, 24
 TMP = 1 * GIB  # /tmp of the manifests
 QUEUE_BYTES = 4 * GIB  # for requests that wait before each of the two models: chosen
 BATCH_BYTES = 512 * MIB  # of one batch's media, in /dev/shm: chosen
@@ -161,7 +161,7 @@ def host_memory(device: DeviceMemory, devices: int, work: RequestWork, flags: Fl
         work: of a request.
         flags: of the export.
     """
-    decoder = DECODER + 24 * work.image + work.held
+    decoder = DECODER + PIXEL_BYTES * work.image + work.held
     on_cpu = device.total is None
     forward = FORWARD_PROCESS + device.used if on_cpu else CUDA_PROCESS
     return HostMemory(

@@ -24,7 +24,6 @@ class DataSheet:
         name: as `--gpus` takes it.
         tflops: dense bfloat16 in its tensor cores, 10^12 FLOP/s.
         memory: bytes; the sheet's GB, 10^9 each.
-        gb_per_s: bandwidth of its memory.
         float8: whether it multiplies float8 (compute capability 8.9 or more).
         source: title of the data sheet.
     """
@@ -32,7 +31,6 @@ class DataSheet:
     name: str
     tflops: float
     memory: int
-    gb_per_s: float
     float8: bool
     source: str
 
@@ -40,12 +38,12 @@ class DataSheet:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        DataSheet("H200", 989.0, 141 * 10**9, 4800.0, True, "NVIDIA H200 data sheet, SXM"),
-        DataSheet("H100", 989.0, 80 * 10**9, 3350.0, True, "NVIDIA H100 data sheet, SXM"),
-        DataSheet("H100-PCIe", 756.0, 80 * 10**9, 2000.0, True, "NVIDIA H100 data sheet, PCIe"),
-        DataSheet("A100", 312.0, 80 * 10**9, 2039.0, False, "NVIDIA A100 data sheet, 80 GB SXM"),
-        DataSheet("A100-40GB", 312.0, 40 * 10**9, 1555.0, False, "NVIDIA A100 data sheet, 40 GB"),
-        DataSheet("L40S", 362.0, 48 * 10**9, 864.0, True, "NVIDIA L40S data sheet"),
+        DataSheet("H200", 989.0, 141 * 10**9, True, "NVIDIA H200 data sheet, SXM"),
+        DataSheet("H100", 989.0, 80 * 10**9, True, "NVIDIA H100 data sheet, SXM"),
+        DataSheet("H100-PCIe", 756.0, 80 * 10**9, True, "NVIDIA H100 data sheet, PCIe"),
+        DataSheet("A100", 312.0, 80 * 10**9, False, "NVIDIA A100 data sheet, 80 GB SXM"),
+        DataSheet("A100-40GB", 312.0, 40 * 10**9, False, "NVIDIA A100 data sheet, 40 GB"),
+        DataSheet("L40S", 362.0, 48 * 10**9, True, "NVIDIA L40S data sheet"),
     )
 }
 

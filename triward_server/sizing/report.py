@@ -14,7 +14,17 @@ from rich.table import Table
 
 from .budgets import Setting
 from .demand import ENCODED_BYTES
-from .footprint import GIB, MIB
+from .footprint import (
+    CUDA_PROCESS,
+    DECODER,
+    FORWARD_PROCESS,
+    GIB,
+    MIB,
+    PIXEL_BYTES,
+    PREPROCESS_PROCESS,
+    TMP,
+    TRITON_IDLE,
+)
 from .planner import P99, CapacityPlan
 
 
@@ -114,23 +124,26 @@ def _memory(plan: CapacityPlan) -> Iterator[Figure]:
         f"its default or --prefix-cache-bytes; {prompts:,} such prompts",
     )  # fmt: skip
     if device.total:
-        yield Figure(
-            "GPU: all", f"{_size(device.used)} of {_size(device.total)}", "1.9 GiB kept free"
-        )
+        all_of_it = f"{_size(device.used)} of {_size(device.total)}"
+        yield Figure("GPU: all", all_of_it, f"{_size(device.reserve)} kept free")
     yield Figure(
         "/dev/shm", _size(host.shm),
         "(preprocessing + forward instances + 1) x a batch of requests, half as much again",
     )  # fmt: skip
-    yield Figure("tritonserver", _size(host.tritonserver), "1.5 GiB idle + two full queues")
+    idle = f"{_size(TRITON_IDLE)} idle + two full queues"
+    yield Figure("tritonserver", _size(host.tritonserver), idle)
     yield Figure(
         "preprocessing", _size(host.preprocessing),
-        "instances x (0.8 GiB + 256 MiB + 24 bytes a pixel of an image + a request)",
+        f"instances x ({PREPROCESS_PROCESS / GIB:.1f} GiB + {_size(DECODER)} + {PIXEL_BYTES} bytes "
+        "a pixel of an image + a request)",
     )  # fmt: skip
-    forward = "4 GiB a device, assumed" if device.total else "0.9 GiB + what a process holds"
+    on_cpu = f"{FORWARD_PROCESS / GIB:.1f} GiB + what a process holds"
+    forward = f"{CUDA_PROCESS // GIB} GiB a device, assumed" if device.total else on_cpu
     yield Figure("forward, on the host", _size(host.forward), forward)
     yield Figure(
         "a replica", f"{host.limit} GiB",
-        f"all of these with 1 GiB of /tmp, or twice serve's --max-memory {host.max_memory}",
+        f"all of these with {TMP // GIB} GiB of /tmp, or twice serve's --max-memory "
+        f"{host.max_memory}",
     )  # fmt: skip
 
 
