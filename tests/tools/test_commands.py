@@ -50,6 +50,18 @@ def test_a_word_that_is_mistyped(capsys):
     assert err.endswith("; did you mean --input?\n")
 
 
+@pytest.mark.parametrize("command", ["gateway", "playground"])
+@pytest.mark.parametrize(
+    ("port", "said"),
+    [("65536", "must be at most 65535, got 65536"), ("-1", "must be a whole number from 0 on")],
+)
+def test_a_port_that_is_none(command, port, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        triward.cli.main([command, "--url", "localhost:1", f"--port={port}"])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_scored_lines_can_be_filtered(tmp_path):
     """What comes back is the input, with scores: a tool that takes that takes this."""
     given, scored, kept = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "kept.jsonl"))
