@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import tritonclient.grpc as triton
 
 from tests.commands import Command
@@ -62,3 +64,24 @@ def wait_until(
     while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.01)
+
+
+def children_named(pid: int, name: str, part: str = "") -> list[psutil.Process]:
+    """A process's descendants, any of which may end while they are looked at.
+
+    Args:
+        pid: of the process.
+        name: what their names begin with.
+        part: what their arguments contain.
+    """
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith(name) and part in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def model_processes(server: int, part: str = "") -> list[psutil.Process]:
+    """Processes of the models of a `tritonserver`, and what they forked."""
+    return children_named(server, "triton_python_b", part)

@@ -21,13 +21,12 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
-import psutil
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from tests import groups
-from tests.asking import wait_until
+from tests.asking import children_named, model_processes, wait_until
 from tests.commands import BIN, Command, has_ended
 from tests.conversations import Messages, conversations
 from tests.fonts import FREE_FONT
@@ -105,8 +104,7 @@ def nothing_left_behind(
     policy = os.sched_getscheduler(0)
     yield
     assert os.sched_getscheduler(0) == policy
-    children = psutil.Process().children(recursive=True)
-    assert [c for c in children if "triton" in c.name()] == []
+    assert children_named(os.getpid(), "triton") == []
     assert list(Path("/dev/shm").glob(f"triward-{os.getpid()}-*")) == []
 
 
@@ -310,11 +308,7 @@ def _load(server: TritonServer, models: Sequence[str]) -> None:
 
 def _take_away(server: TritonServer, rack: Path, names: ModelNames) -> None:
     folders = [names.ensemble, *reversed(step_folders(rack, names))]
-    stubs = [
-        process for process in psutil.Process(server.pid).children()
-        if not has_ended(process)
-        and any(f"/{model}/" in argument for argument in process.cmdline() for model in folders)
-    ]  # fmt: skip
+    stubs = [p for model in folders for p in model_processes(server.pid, f"/{model}/")]
     family = [each for stub in stubs for each in (stub, *stub.children(recursive=True))]
     for model in folders:
         server.http.unload(model)

@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import tritonclient.grpc as triton
 
-from tests.asking import ASK, accepted, keep_asking, ready, wait_until
+from tests.asking import ASK, accepted, keep_asking, model_processes, ready, wait_until
 from tests.commands import Command, assert_gone
 from tests.conftest import Exit, Served, brief
 from tests.conversations import Messages
@@ -33,7 +32,7 @@ from triward_server.serving.launch import TritonServer
 from triward_server.serving.repository import pinned, served_models, serves_on_gpu, versions
 from triward_server.serving.switch import switch_version
 from triward_server.serving.triton_http import HttpError, Series, TritonHttp
-from triward_server.serving.watchdog import Watchdog, _name, check_once
+from triward_server.serving.watchdog import Watchdog, check_once
 from triward_server.testing.echo import fault, make_echo
 from triward_server.testing.oracle import Oracle, fp32_budget
 
@@ -405,6 +404,4 @@ def test_told_to_stop_every_model_finishes(
 
 def _processes(server: TritonServer, names: ModelNames) -> set[int]:
     """Of one model's steps."""
-    children = psutil.Process(server.pid).children(recursive=True)
-    stubs = [p for p in children if p.name().startswith("triton_python_b")]
-    return {p.pid for p in stubs if _name(p).rsplit("_", 2)[0] in names.steps}
+    return {p.pid for step in names.steps for p in model_processes(server.pid, f"/{step}/")}

@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.asking import ASK, keep_asking, wait_until
+from tests.asking import ASK, keep_asking, model_processes, wait_until
 from tests.conftest import Exit, Served, add_model, brief
 from triward import RewardClient, ServerUnavailable
 from triward_server.cli import app
@@ -107,7 +106,7 @@ def test_a_checkpoint_is_swapped_under_load(running: TritonServer, upgraded: Pat
                 score = asking.score(ASK)  # raises, and fails the test, if it fails
                 answers.append((before if before == served[0] else None, score))
 
-    processes = set(_model_processes(running))
+    processes = {p.pid for p in model_processes(running.pid)}
     dog = Watchdog(
         running.http, running.endpoints.metrics_port, upgraded, running.pid, hang_timeout=60
     )
@@ -135,13 +134,8 @@ def test_a_checkpoint_is_swapped_under_load(running: TritonServer, upgraded: Pat
     for score in of[None]:
         assert score in (pytest.approx(old, rel=1e-5), pytest.approx(new, rel=1e-5))
     assert pinned(upgraded) == "1"
-    now = set(_model_processes(running))
+    now = {p.pid for p in model_processes(running.pid)}
     assert processes <= now and len(now - processes) == 3, "version 1 was not loaded again"
-
-
-def _model_processes(server: TritonServer) -> list[int]:
-    children = psutil.Process(server.pid).children(recursive=True)
-    return [p.pid for p in children if p.name().startswith("triton_python_b")]
 
 
 def test_a_switch_ends_when_the_old_version_gets_no_more_requests(

@@ -208,7 +208,8 @@ class TestRefusals:
 @pytest.fixture(scope="module")
 def run() -> Callable[..., Any]:
     def invoke(*arguments: str) -> Any:
-        environment = {"COLUMNS": "110", "TERM": "dumb"}
+        # rich takes a dumb terminal, which FORCE_COLOR makes of a pipe, for 80 columns wide.
+        environment = {"COLUMNS": "110", "TERM": "dumb", "FORCE_COLOR": None, "TTY_COMPATIBLE": "0"}
         result = CliRunner(env=environment).invoke(app, ["plan", *arguments])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception

@@ -129,7 +129,8 @@ class TestCompare:
         page = compared(servers, Draft("q", TEXTS), list(chosen.values()))
         with RewardClient(DEAD) as dead, pytest.raises(ServerUnavailable) as caught:
             dead.score_responses([{"role": "user", "content": "q"}], TEXTS)
-        assert f'role="alert">{gone}, reward at {DEAD}: {caught.value}</p>' in unescape(page)
+        alerts = re.findall('role="alert">(.*?)</p>', unescape(page))
+        assert alerts == [f"{gone}, reward at {DEAD}: {caught.value}"]
         left = "B" if gone == "A" else "A"
         assert self.scores(page, left) == [4, 1, 7] and self.scores(page, gone) == []
         assert "Both were asked at once" not in page
