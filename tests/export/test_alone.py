@@ -16,6 +16,7 @@ import typer
 from tests.conftest import Exit
 from triward_server import schema
 from triward_server.errors import ConfigError
+from triward_server.export import draft as moves
 from triward_server.export.draft import alone, written_whole
 from triward_server.schema import REWARD, ModelNames
 
@@ -92,16 +93,52 @@ def test_where_nothing_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyP
         alone(tmp_path / "models").__enter__()
 
 
-def write(folder: Path, names: ModelNames, mark: str, vision: bool) -> None:
+def write(folder: Path, names: ModelNames, mark: str, vision: bool, version: str = "1") -> None:
     """A model that says who wrote it."""
-    every = [*names.steps, names.ensemble, schema.DRAINING, *[names.vision] * vision]
-    for model in every:
-        (folder / model).mkdir(parents=True, exist_ok=True)
-        (folder / model / "config.pbtxt").write_text(mark)
+    for model in (*names.steps, names.ensemble, schema.DRAINING, *[names.vision] * vision):
+        (folder / model / version).mkdir(parents=True, exist_ok=True)
+        (folder / model / version / "mark").write_text(mark)
+        (folder / model / "config.pbtxt").touch()
 
 
 def read(output: Path) -> dict[str, str]:
-    return {path.parent.name: path.read_text() for path in output.glob("*/config.pbtxt")}
+    """Who wrote which version of which model."""
+    return {str(path.relative_to(output).parent): path.read_text() for path in output.glob("*/*/*")}
+
+
+class Kills:
+    """Copies of a disk before each change: each is what a kill would leave there."""
+
+    def __init__(self, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._disk = disk
+        self.copies: list[Path] = []
+        self._rename, self._rmtree = Path.rename, shutil.rmtree
+        monkeypatch.setattr(Path, "rename", lambda path, target: self._move(path, target))
+        monkeypatch.setattr(shutil, "rmtree", self._remove)
+
+    def outcomes(self) -> list[dict[str, str]]:
+        """What the next export makes of each, which leaves nothing else behind."""
+        found = []
+        for copy in self.copies:
+            with alone(copy / "models"):
+                found.append(read(copy / "models"))
+            assert [path.name for path in copy.iterdir()] == ["models"]
+        return found
+
+    def _copy(self) -> None:
+        copy = self._disk.with_name(f"killed-{len(self.copies)}")
+        self.copies.append(shutil.copytree(self._disk, copy))
+
+    def _move(self, path: Path, target: Path) -> Path:
+        self._copy()
+        return self._rename(path, target)
+
+    def _remove(self, folder: Path, **how: bool) -> None:
+        self._copy()
+        for part in [each for each in sorted(Path(folder).glob("*")) if each.is_dir()][:1]:
+            self._rmtree(part)
+            self._copy()
+        self._rmtree(folder, **how)
 
 
 @pytest.mark.parametrize("names", [REWARD, JUDGE], ids=lambda names: names.ensemble)
@@ -113,44 +150,43 @@ def test_whenever_it_is_killed_a_model_is_whole(
     before: bool | None,
     after: bool,
 ) -> None:
-    """Its disk is copied before each change; every copy is what a kill would leave there.
-
-    `before` and `after`: whether the model there and the new one have a vision tower; None: none.
-    """
-    disk, copies = tmp_path / "disk", []
-    output = disk / "models"
+    """`before` and `after`: whether the old and the new model have a vision tower; None: none."""
+    output = tmp_path / "disk" / "models"
     output.mkdir(parents=True)
     if before is not None:
         write(output, names, "old", before)
     old = read(output)
-    change, remove = Path.rename, shutil.rmtree
-
-    def copy() -> None:
-        copies.append(shutil.copytree(disk, tmp_path / f"killed-{len(copies)}"))
-
-    def rename(self: Path, target: Path) -> Path:
-        copy()
-        return change(self, target)
-
-    def rmtree(folder: Path, **how: bool) -> None:
-        copy()
-        for part in [each for each in sorted(Path(folder).glob("*")) if each.is_dir()][:1]:
-            remove(part)
-            copy()
-        remove(folder, **how)
-
     with alone(output) as work:
-        monkeypatch.setattr(Path, "rename", rename)
-        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        kills = Kills(output.parent, monkeypatch)
         with written_whole(output, names, None, work) as draft:
             write(draft, names, "new", after)
     monkeypatch.undo()
     new = read(output)
-    assert set(new.values()) - {"old"} == {"new"} and names.ensemble in new
-    outcomes = []
-    for killed in copies:
-        with alone(killed / "models"):
-            outcomes.append(read(killed / "models"))
-        assert [path.name for path in killed.iterdir()] == ["models"]
+    assert set(new.values()) - {"old"} == {"new"} and f"{names.ensemble}/1" in new
+    outcomes = kills.outcomes()
+    assert [each for each in outcomes if each not in (old, new)] == []
+    assert old in outcomes and new in outcomes
+
+
+@pytest.mark.parametrize("names", [REWARD, JUDGE], ids=lambda names: names.ensemble)
+@pytest.mark.parametrize("vision", [True, False])
+def test_whenever_it_is_killed_a_version_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: ModelNames, vision: bool
+) -> None:
+    output = tmp_path / "disk" / "models"
+    write(output, names, "old", vision)
+    old = read(output)
+    monkeypatch.setattr(moves, "served_models", lambda _: [names])
+    monkeypatch.setattr(moves, "comparable", Path.read_text)
+    with alone(output) as work, monkeypatch.context() as patched:
+        kills = Kills(output.parent, patched)
+        with written_whole(output, names, "2", work) as draft:
+            write(draft, names, "new", vision, "2")
+    new = read(output)
+    added = {f"{model}/2" for model in (*names.steps, names.ensemble, *[names.vision] * vision)}
+    assert new == old | dict.fromkeys(added, "new")
+    for left in map(read, (copy / "models" for copy in kills.copies)):
+        assert f"{names.ensemble}/2" not in left or left == new, "the public one comes last"
+    outcomes = kills.outcomes()
     assert [each for each in outcomes if each not in (old, new)] == []
     assert old in outcomes and new in outcomes

@@ -23,7 +23,8 @@ from .options import OnnxBackend, Options, Weights
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 SOURCE_VERSION = "1"  # of the adapters in `source`
-_OLD, _NEW = "old", "new"  # folders on their way out of the output and into it
+_OLD, _NEW = "old", "new"  # a model on its way out of the output and into it
+_ADDED = "added"  # a version on its way into a model that is there
 _LOST_AND_FOUND = "lost+found"  # ext4's, in the root of each file system
 
 
@@ -176,12 +177,12 @@ def written_whole(
     if not output.exists():
         draft.rename(output)
     elif version and not is_empty(output) and names in served_models(output):
-        _add_version(draft, output, names, version)
+        _add_version(draft, output, names, work)
     else:
         _put_model(draft, output, names, work)
 
 
-def _add_version(draft: Path, output: Path, names: ModelNames, version: str) -> None:
+def _add_version(draft: Path, output: Path, names: ModelNames, work: Path) -> None:
     """Move a version's folders to a model that is there."""
     *steps, _ = folders(names, draft)
     for model in steps:
@@ -194,8 +195,8 @@ def _add_version(draft: Path, output: Path, names: ModelNames, version: str) -> 
                 "use the same options, or another repository"
             )
     with ExitStack() as undo:
-        for model in folders(names, draft):
-            _move(draft / model / version, output / model / version, undo)
+        _move(draft, work / _ADDED, undo)  # if this export is killed, `_complete` goes on from here
+        _put_versions(work / _ADDED, output, undo)
         undo.pop_all()
 
 
@@ -221,12 +222,20 @@ def _put_folders(new: Path, output: Path, undo: ExitStack) -> None:
         _move(folder, output / folder.name, undo)
 
 
+def _put_versions(added: Path, output: Path, undo: ExitStack) -> None:
+    """Move a version of each model; the public one's, with whose name the others begin, last."""
+    for model in sorted(added.iterdir(), reverse=True):
+        if model.name != schema.DRAINING:
+            for version in filter(Path.is_dir, model.iterdir()):
+                _move(version, output / model.name / version.name, undo)
+
+
 def _complete(work: Path, output: Path) -> None:
     """End what a killed export began to move, forwards if its own folders were on their way."""
-    for folder in (work / _NEW, work / _OLD):
-        if folder.is_dir():
+    for name, put in ((_NEW, _put_folders), (_OLD, _put_folders), (_ADDED, _put_versions)):
+        if (work / name).is_dir():
             with ExitStack() as undo:
-                _put_folders(folder, output, undo)
+                put(work / name, output, undo)
                 undo.pop_all()
             return
 
