@@ -47,9 +47,7 @@ LOCAL = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
 
 
 # Whoever uses one of them is slow: Ray's own processes, and Chromium.
-SLOW_FIXTURES = {"ray", "driver", "browser"}
-
-
+SLOW_FIXTURES = {*groups.STARTS_RAY, "browser"}
 TAIL = 60  # lines of each log that a failing test shows
 FOLDER = pytest.StashKey[Path]()  # the session's temporary one
 COMMANDS = pytest.StashKey[list[Command]]()  # a test's
@@ -63,7 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}:
+        slow = SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}
+        if slow or item.get_closest_marker("alone"):
             item.add_marker("slow")
 
 

@@ -29,7 +29,7 @@ from tests import loadgen
 from tests.conftest import LOCAL, encode
 from triward_server.serving.launch import TritonServer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 FORWARD, PREPROCESS = "reward_forward", "reward_preprocess"
 QUEUE = 16  # requests that may wait for each model
