@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from tests import groups
 from tests.asking import children_named, model_processes, wait_until
-from tests.commands import BIN, Command, has_ended
+from tests.commands import BIN, Command, has_ended, logs_since
 from tests.conversations import Messages, conversations
 from tests.fonts import FREE_FONT
 from triward import RewardClient
@@ -76,11 +76,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     if report.failed:
         folder = item.config.stash.get(FOLDER, Path(os.devnull))
-        for log in sorted(folder.rglob("*.log")):
-            if log.stat().st_mtime >= item.stash[BEGUN]:
-                report.sections.append(
-                    (f"the end of {log}", _tail(log.read_text("utf-8", "replace")))
-                )
+        for log, text in logs_since(folder, item.stash[BEGUN]):
+            report.sections.append((f"the end of {log}", _tail(text)))
         for command in item.stash.get(COMMANDS, []):
             report.sections.append((f"the end of {command}", _tail(command.so_far())))
     return report
