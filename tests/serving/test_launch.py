@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from triward_server.serving import gpu, installation, launch
 from triward_server.serving.ending import why_it_ended
 from triward_server.serving.installation import find_triton
 from triward_server.serving.launch import Endpoints, TritonServer
+from triward_server.serving.progress import Progress
 from triward_server.serving.triton_http import HttpError, Loaded, TritonHttp
 
 
@@ -492,8 +494,11 @@ def test_a_crash_that_comes_again_is_told(
 
 
 @pytest.mark.slow
-def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Path) -> None:
+def test_a_start_that_stands_still_is_tried_again(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton 24.10 gives up a process that is silent for a second, and then waits for it."""
+    monkeypatch.setattr(launch, "Progress", partial(Progress, patience=8.0))
     done, others = threading.Event(), {*psutil.Process().children(recursive=True)}
 
     def is_loading(process: psutil.Process) -> bool:
