@@ -37,9 +37,11 @@ recording: $(READY)
 test: $(READY)
 	$(PYTEST) $(SPREAD)
 
-# And what is marked `slow`: in one process, since some of it measures what the machine can do.
+# And what is marked `slow`; in the end, in one process, what is marked `alone`: it measures what the
+# machine can do, or waits for something that may last seconds.
 test-all: test $(TRAINERS)/.ready $(HELM)/.ready
-	$(PYTEST) -m 'slow and not soak'
+	$(PYTEST) $(SPREAD) -m 'slow and not alone and not soak'
+	$(PYTEST) -m 'alone and not soak'
 
 # The client's tests on every Python from 3.10 to 3.13 that is on this machine.
 interpreters:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import psutil
 import tritonclient.grpc as triton
 
-from tests.commands import Command
+from tests.commands import Command, named
 from triward import RewardClient, TriwardError
 
 ASK: list[dict[str, Any]] = [
@@ -67,19 +66,8 @@ def wait_until(
 
 
 def children_named(pid: int, name: str, part: str = "") -> list[psutil.Process]:
-    """A process's descendants, any of which may end while they are looked at.
-
-    Args:
-        pid: of the process.
-        name: what their names begin with.
-        part: what their arguments contain.
-    """
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if process.name().startswith(name) and part in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+    """Those of a process's descendants of which `named` says so."""
+    return named(psutil.Process(pid).children(recursive=True), name, part)
 
 
 def model_processes(server: int, part: str = "") -> list[psutil.Process]:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,10 +65,32 @@ class Command:
 
     def kill(self) -> None:
         if self.process.poll() is None:  # the test failed
-            for member in self.family():
-                member.kill()
+            kill_all(self.family())
             for region in regions(self.process.pid):
                 region.unlink(missing_ok=True)
+
+
+def named(family: Iterable[psutil.Process], name: str = "", part: str = "") -> list[psutil.Process]:
+    """Those of some processes, any of which may end while they are looked at.
+
+    Args:
+        family: the processes.
+        name: what their names begin with.
+        part: what their arguments contain.
+    """
+    found = []
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith(name) and part in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def kill_all(family: Iterable[psutil.Process]) -> None:
+    """Kill those that are still there."""
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -88,3 +111,12 @@ def assert_gone(family: list[psutil.Process]) -> None:
 def regions(launcher: int) -> list[Path]:
     """A launcher's regions; other servers may run on this machine."""
     return list(Path("/dev/shm").glob(f"triward-{launcher}-*"))
+
+
+def logs_since(folder: Path, moment: float) -> Iterator[tuple[Path, str]]:
+    """What was written since, with its path; folders and files may go while they are looked at."""
+    for place, _, names in os.walk(folder):
+        for log in (Path(place) / name for name in sorted(names) if name.endswith(".log")):
+            with suppress(FileNotFoundError):
+                if log.stat().st_mtime >= moment:
+                    yield log, log.read_text("utf-8", "replace")

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from tests import groups
 from tests.asking import children_named, model_processes, wait_until
-from tests.commands import BIN, Command, has_ended
+from tests.commands import BIN, Command, has_ended, logs_since
 from tests.conversations import Messages, conversations
 from tests.fonts import FREE_FONT
 from triward import RewardClient
@@ -47,9 +47,7 @@ LOCAL = Endpoints("127.0.0.1", grpc_port=0, http_port=0, metrics_port=0)
 
 
 # Whoever uses one of them is slow: Ray's own processes, and Chromium.
-SLOW_FIXTURES = {"ray", "driver", "browser"}
-
-
+SLOW_FIXTURES = {*groups.STARTS_RAY, "browser"}
 TAIL = 60  # lines of each log that a failing test shows
 FOLDER = pytest.StashKey[Path]()  # the session's temporary one
 COMMANDS = pytest.StashKey[list[Command]]()  # a test's
@@ -63,7 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}:
+        slow = SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}
+        if slow or item.get_closest_marker("alone"):
             item.add_marker("slow")
 
 
@@ -77,11 +76,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     if report.failed:
         folder = item.config.stash.get(FOLDER, Path(os.devnull))
-        for log in sorted(folder.rglob("*.log")):
-            if log.stat().st_mtime >= item.stash[BEGUN]:
-                report.sections.append(
-                    (f"the end of {log}", _tail(log.read_text("utf-8", "replace")))
-                )
+        for log, text in logs_since(folder, item.stash[BEGUN]):
+            report.sections.append((f"the end of {log}", _tail(text)))
         for command in item.stash.get(COMMANDS, []):
             report.sections.append((f"the end of {command}", _tail(command.so_far())))
     return report

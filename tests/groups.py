@@ -1,8 +1,9 @@
 """Groups of tests for the workers of pytest-xdist, and their order (`make test`).
 
 Each worker has its own session fixtures. So all tests of the real server form one group, which one
-worker runs: the server starts once, and so does the model card's code. Every other file is a group.
-Long groups come first, so that short ones fill the end.
+worker runs: the server starts once, and so does the model card's code. Tests that start Ray form
+another, since memory is for one Ray at a time. Every other file is a group. Long groups come first,
+so that short ones fill the end.
 
 `--dist loadgroup` would do with marks, but pytest-xdist 3.8 passes its groups on in a test's name,
 which pytest 9.2 no longer lets it change; they arrive as if there were no marks.
@@ -17,9 +18,10 @@ from typing import Any
 
 import pytest
 
-SERVER = "the real server"
-# Session fixtures, from what takes longest: a start of Triton with torch, exports, torch alone.
-COSTLY = ("server", "build", "checkpoint")
+SERVER, RAY = "the real server", "Ray"
+STARTS_RAY = {"ray", "driver", "side"}  # fixtures
+# Session fixtures, from what takes longest: exports, torch alone.
+COSTLY = ("build", "checkpoint")
 FILE = "groups"  # the key in a worker's input for where it writes its tests' groups
 
 
@@ -32,19 +34,23 @@ def takes(item: pytest.Item, fixture: str) -> bool:
 
 
 def group(item: pytest.Item) -> str:
+    if STARTS_RAY & {*getattr(item, "fixturenames", ())}:
+        return RAY
     return SERVER if takes(item, "server") else str(item.path)
 
 
 def rank(item: pytest.Item) -> int:
-    """The place of the costliest fixture of a test."""
-    return next((n for n, name in enumerate(COSTLY) if takes(item, name)), len(COSTLY))
+    """0 and 1 for the two groups of many files, then the place of the costliest fixture."""
+    if group(item) in (SERVER, RAY):
+        return (SERVER, RAY).index(group(item))
+    return 2 + next((n for n, name in enumerate(COSTLY) if takes(item, name)), len(COSTLY))
 
 
 def arrange(items: list[pytest.Item]) -> None:
     """Sort tests by groups; a group's own order stays as it is."""
     ranks: dict[str, int] = {}
     for item in items:
-        ranks[group(item)] = min(rank(item), ranks.get(group(item), len(COSTLY)))
+        ranks[group(item)] = min(rank(item), ranks.get(group(item), rank(item)))
     items.sort(key=lambda item: (ranks[group(item)], group(item)))
 
 

@@ -13,7 +13,7 @@ from typing import IO
 
 import psutil
 
-from tests.commands import BIN, assert_gone
+from tests.commands import BIN, assert_gone, named
 from tests.ports import fixed
 
 ADMIN_KEY = "soak"
@@ -85,10 +85,8 @@ class Supervised:
 
     def member(self, name: str) -> psutil.Process:
         """Tritonserver, or the first process of a model."""
-        return next(
-            p for p in self.family()
-            if p.name() == name or any(f"/{name}/" in argument for argument in p.cmdline()[1:2])
-        )  # fmt: skip
+        family = self.family()
+        return next(iter(named(family, name) or named(family, "triton", f"/{name}/")))
 
     def kill(self, name: str) -> None:
         """Kill a process, and wait until `serve` has ended over it and the next one scores."""

@@ -178,6 +178,9 @@ class Address:
             ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS),
+            # Else clients of one process share connections, and a new one fails at once where
+            # another of them waits before it tries again.
+            ("grpc.use_local_subchannel_pool", 1),
         ]
         if self.tls and self.tls.server_name:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))

@@ -53,6 +53,11 @@ def failing(kind, url, error=ServerUnavailable, method="score", **settings):
     return str(caught.value), time.monotonic() - began
 
 
+async def result(value):
+    """What a blocking or an asyncio client's method returns."""
+    return await value if asyncio.iscoroutine(value) else value
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -121,11 +126,25 @@ def test_a_server_that_was_there_is_waited_for(kind):
         (await returned).__exit__()
         await result(client.close())
 
-    async def result(value):
-        return await value if asyncio.iscoroutine(value) else value
-
     client = (RewardClient if kind == "blocking" else AsyncRewardClient)(f"127.0.0.1:{port}")
     asyncio.run(asking(client))
+
+
+@both
+def test_a_new_client_does_not_wait_as_others_do(kind):
+    """Another client of this process has found no server, and pauses before it looks again."""
+    port = free_port()
+
+    async def asking(waiting, fresh):
+        assert await result(waiting.is_ready()) is False
+        with FakeServer(port):
+            assert await result(fresh.is_ready()) is True
+            assert await result(fresh.score(CONVERSATION)) == 4.0
+        for client in (waiting, fresh):
+            await result(client.close())
+
+    make = RewardClient if kind == "blocking" else AsyncRewardClient
+    asyncio.run(asking(*(make(f"127.0.0.1:{port}", max_attempts=1) for _ in range(2))))
 
 
 def test_addresses_as_people_write_them():

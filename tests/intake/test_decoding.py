@@ -19,7 +19,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from tests import hostile
-from tests.commands import Command
+from tests.commands import Command, named
 from tests.conftest import encode
 from tests.conversations import picture
 from tests.hostile import Hostile
@@ -281,7 +281,7 @@ class TestServed:
             assert ask(client, good) == pytest.approx(expected, rel=1e-5)
         assert running.process.poll() is None
         family = running.family()
-        assert {"triward-zygote", "triward-worker"} <= {process.name() for process in family}
+        assert named(family, "triward-zygote") and named(family, "triward-worker")
         running.process.send_signal(signal.SIGTERM)
         assert running.wait() == 0
         assert psutil.wait_procs(family, timeout=60)[1] == []

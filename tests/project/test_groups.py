@@ -1,14 +1,19 @@
-"""Workers of pytest-xdist: who shares a server runs in one of them, and long groups come first."""
+"""Workers of pytest-xdist: who shares a server or Ray is in one of them; long groups come first."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
+from types import SimpleNamespace
 
-from tests.conftest import ROOT
+import pytest
+import tomllib
+
+from tests.conftest import ROOT, pytest_collection_modifyitems
 
 CONFTEST = """
 import os
@@ -27,6 +32,12 @@ def checkpoint(): pass
 @pytest.fixture(scope="session")
 def client(server): pass
 
+@pytest.fixture
+def ray(): pass
+
+@pytest.fixture
+def side(): pass
+
 @pytest.fixture(autouse=True)
 def record(request):
     with Path(os.environ["PYTEST_XDIST_WORKER"]).open("a") as file:
@@ -42,6 +53,8 @@ TESTS = {
     "test_d": "def test_read(checkpoint): pass\ndef test_more(): pass",
     # A double of that name: it has nothing to share.
     "test_e": "import pytest\n@pytest.fixture\ndef server(): pass\ndef test_fake(server): pass",
+    "test_f": "def test_light(): pass\ndef test_ray(ray): pass",
+    "test_g": "def test_trainer(side): pass",
 }
 
 
@@ -72,10 +85,33 @@ def test_a_group_stays_together(tmp_path: Path) -> None:
         ["test_a.py::test_quick"],
         ["test_b.py::test_light", "test_b.py::test_quick"],
         ["test_e.py::test_fake"],
+        ["test_f.py::test_ray", "test_g.py::test_trainer"],
+        ["test_f.py::test_light"],
     ]
     assert sorted(chain(*workers.values())) == sorted(chain(*groups))
     for group in groups:
         [tests] = [tests for tests in workers.values() if group[0] in tests]
         first = tests.index(group[0])
         assert tests[first : first + len(group)] == group, "in the order of its files"
-    assert {workers["gw0"][0], workers["gw1"][0]} == {groups[0][0], groups[1][0]}, "long ones first"
+    assert {workers["gw0"][0], workers["gw1"][0]} == {groups[0][0], groups[5][0]}, "long ones first"
+
+
+def test_every_test_is_in_one_run() -> None:
+    """Of `make test`, the two more of `make test-all`, and `make soak`."""
+    commands = (ROOT / "Makefile").read_text().split("\ntest-all:")[1].split("\nlint:")[0]
+    default = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    of_test = re.findall(r"-m '(.*)'$", default["addopts"])
+    runs = [*of_test, *re.findall(r"\$\(PYTEST\).* -m '?([\w ]+)'?$", commands, re.MULTILINE)]
+    assert len(runs) == 4
+    # Whatever is `alone` is slow, by tests/conftest.py.
+    for slow, alone, soak in product((False, True), repeat=3):
+        marks = {"slow": slow or alone, "alone": alone, "soak": soak}
+        assert sum(eval(run, {}, marks) for run in runs) == 1, marks
+
+
+@pytest.mark.parametrize(("mark", "marks"), [("alone", ["slow"]), ("soak", [])])
+def test_what_is_alone_is_slow(mark: str, marks: list[str]) -> None:
+    added: list[str] = []
+    item = SimpleNamespace(get_closest_marker=mark.__eq__, add_marker=added.append)
+    pytest_collection_modifyitems([item])  # type: ignore[list-item]
+    assert added == marks

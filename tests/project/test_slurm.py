@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.asking import wait_until
-from tests.commands import BIN, Command, has_ended
+from tests.commands import BIN, Command, has_ended, named
 from tests.conftest import ROOT
 from tests.ports import fixed
 
@@ -156,7 +156,7 @@ def test_a_server_that_ends_ends_the_job(job: Callable[..., Command], tmp_path: 
     running = job("--stay")
     wait_until((tmp_path / "submitted" / "scored").exists, timeout=120)
     family = running.family()
-    [triton] = [each for each in family if each.name() == "tritonserver"]
+    [triton] = named(family, "tritonserver")
     triton.kill()
     assert running.wait() == 1, running.output
     assert "a reward server ended before the trainer" in running.output

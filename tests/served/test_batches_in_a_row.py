@@ -15,7 +15,7 @@ from tests.conftest import LOCAL
 from triward import RewardClient
 from triward_server.serving.launch import TritonServer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 ROUNDS, REQUESTS = 10, 8
 PAUSE = (0.4, 0.6)  # seconds; Triton looks again after half a second

@@ -151,7 +151,7 @@ def two_versions(
     return repository
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("requests", [3_000, pytest.param(100_000, marks=pytest.mark.soak)])
 def test_everything_at_once(
     requests: int, two_versions: Path, checkpoint: Path, tmp_path: Path

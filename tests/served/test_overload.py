@@ -26,10 +26,11 @@ from PIL import Image
 from tritonclient.grpc import service_pb2_grpc
 
 from tests import loadgen
+from tests.asking import model_processes
 from tests.conftest import LOCAL, encode
 from triward_server.serving.launch import TritonServer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 FORWARD, PREPROCESS = "reward_forward", "reward_preprocess"
 QUEUE = 16  # requests that may wait for each model
@@ -99,10 +100,11 @@ def caller(target: TritonServer) -> Iterator[Caller]:
     with grpc.insecure_channel(target.endpoints.grpc, loadgen.NO_LIMIT) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         port = target.endpoints.metrics_port
-        children = psutil.Process(target.pid).children(recursive=True)
-        stubs = [p for p in children if p.name().startswith("triton")]
-        models = {name: p for p in stubs for name in (FORWARD, PREPROCESS)
-                  if any(f"/{name}/" in argument for argument in p.cmdline())}  # fmt: skip
+        models = {
+            name: process
+            for name in (FORWARD, PREPROCESS)
+            for process in model_processes(target.pid, f"/{name}/")
+        }
         yield Caller(stub.ModelInfer, partial(loadgen.counter, port), models)
 
 

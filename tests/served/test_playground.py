@@ -17,6 +17,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from tests import chromium
+from tests.asking import wait_until
 from tests.chromium import sideways
 from tests.commands import BIN, Command, assert_gone
 from tests.conftest import ROOT, Served
@@ -281,8 +282,8 @@ def test_a_run_comes_back(visit: Open, exact: Served) -> None:
     check_first(shown, first)
     shown.runs().first.click()
     expect(shown.page.get_by_label("Prompt")).to_have_value("Something else?")
-    shown.runs().first.focus()  # the table is one stop of Tab; arrows move in it
-    shown.page.keyboard.press("ArrowDown")
+    # The table is one stop of Tab; arrows move in it. While it is drawn anew, they do not.
+    wait_until(lambda: arrow_down(shown))
     shown.page.keyboard.press("Enter")
     check_first(shown, first)
     expect(shown.page.locator(".tw-preview img")).to_be_visible()
@@ -290,6 +291,13 @@ def test_a_run_comes_back(visit: Open, exact: Served) -> None:
     expect(shown.runs()).to_have_count(3)
     assert shown.chart("Ranked, best first") == first, "the image came back, too"
     shown.check()
+
+
+def arrow_down(shown: Visit) -> bool:
+    """Press it in the first run; whether that leads to the last."""
+    shown.runs().first.focus()
+    shown.page.keyboard.press("ArrowDown")
+    return bool(shown.runs().last.evaluate("cell => cell === document.activeElement"))
 
 
 def check_first(shown: Visit, ranked: list[tuple[str, str]]) -> None:

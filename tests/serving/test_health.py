@@ -19,7 +19,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from tests.asking import ASK, accepted, keep_asking, long_prompt, ready, wait_until
-from tests.commands import BIN, Command, assert_gone, regions
+from tests.commands import BIN, Command, assert_gone, named, regions
 from triward import RewardClient, ServerError, ServerUnavailable, TriwardError
 from triward_server.backend.metrics import WORKING
 from triward_server.cli import _WATCH_INTERVAL
@@ -96,7 +96,7 @@ def test_a_process_dies_or_stops_under_load(
     if not real:  # or callers are so many that Triton 24.10 aborts over the process it lost
         fault(repository, "delay", "0.05")
     family = running.family()
-    [victim, *_] = [p for p in family if name in (p.name(), Path(p.cmdline()[1]).parts[-3:][0])]
+    [victim, *_] = named(family, name) or named(family, "triton", f"/{name}/")
     with ThreadPoolExecutor(4) as pool, ExitStack() as end:
         end.callback(running.kill)  # should the test fail, callers would wait for it
         callers = [
@@ -169,7 +169,7 @@ def test_tritonserver_killed_in_mid_batch(serve: Callable[..., Command], faulty:
         calls = [pool.submit(client.score_responses, ASK[:1], ["a"] * 64) for _ in range(4)]
         with triton.InferenceServerClient(url) as raw:
             wait_until(lambda: accepted(raw) >= len(calls))
-        next(p for p in family if p.name() == "tritonserver").kill()
+        named(family, "tritonserver")[0].kill()
         for call in calls:
             assert isinstance(call.exception(timeout=60), ServerUnavailable)
     assert "stopped by itself (signal SIGKILL)" in ended(running, time.monotonic())

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.asking import ASK, long_prompt, ready
-from tests.commands import BIN, Command, assert_gone
+from tests.commands import BIN, Command, assert_gone, named
 from tests.conftest import Exit, brief, encode
 from tests.conversations import picture
 from triward import RewardClient
@@ -215,7 +215,7 @@ def test_one_that_is_killed_is_named(echoes: Path, serve: Callable[..., Command]
     with RewardClient(url, timeout=60) as client:
         assert client.score(ASK)
     family = running.family()
-    [victim] = [process for process in family if SECOND in process.cmdline()]
+    [victim] = named(family, "triton", SECOND)
     victim.kill()
     assert running.wait() == 1
     reason = running.output.splitlines()[-1]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.asking import ASK
-from tests.commands import BIN, Command, assert_gone, regions
+from tests.commands import BIN, Command, assert_gone, named, regions
 from tests.conftest import LOCAL, ROOT, brief
 from triward import RewardClient, ServerUnavailable
 from triward_server import __version__
@@ -37,6 +38,7 @@ from triward_server.serving import gpu, installation, launch
 from triward_server.serving.ending import why_it_ended
 from triward_server.serving.installation import find_triton
 from triward_server.serving.launch import Endpoints, TritonServer
+from triward_server.serving.progress import Progress
 from triward_server.serving.triton_http import HttpError, Loaded, TritonHttp
 
 
@@ -58,7 +60,7 @@ def test_serve_until_told_to_stop(numbers: list[int], serve: Callable[..., Comma
     with RewardClient(grpc) as client:
         assert np.isfinite(client.score(ASK))
     family = running.family()
-    assert sum("stub" in p.name() or "python_b" in p.name() for p in family) == 4
+    assert len(named(family, "triton_python_b")) == 4
     assert len(regions(running.process.pid)) == 4, "they are where this test looks for them"
     for number in numbers:  # a terminal's Ctrl-C reaches the whole group
         os.killpg(running.process.pid, number)
@@ -116,7 +118,7 @@ def test_a_signal_for_tritonserver_itself_is_explained(serve: Callable[..., Comm
     running = serve()
     running.wait_for(r"ready\s+grpc")
     family = running.family()
-    next(p for p in family if p.name() == "tritonserver").send_signal(signal.SIGTERM)
+    named(family, "tritonserver")[0].send_signal(signal.SIGTERM)
     assert running.wait() == 1
     told = f"send it to triward-server (process {running.process.pid}), which drains"
     assert told in running.output
@@ -140,7 +142,7 @@ def test_death_of_the_server_is_reported(serve: Callable[..., Command]) -> None:
     running = serve()
     running.wait_for(r"ready\s+grpc")
     family = running.family()
-    next(p for p in family if p.name() == "tritonserver").kill()
+    named(family, "tritonserver")[0].kill()
     assert running.wait() == 1
     assert "triward-server: tritonserver stopped by itself (signal SIGKILL)" in running.output
     assert_gone(family)
@@ -492,8 +494,11 @@ def test_a_crash_that_comes_again_is_told(
 
 
 @pytest.mark.slow
-def test_a_start_that_stands_still_is_tried_again(repository: Path, tmp_path: Path) -> None:
+def test_a_start_that_stands_still_is_tried_again(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton 24.10 gives up a process that is silent for a second, and then waits for it."""
+    monkeypatch.setattr(launch, "Progress", partial(Progress, patience=8.0))
     done, others = threading.Event(), {*psutil.Process().children(recursive=True)}
 
     def is_loading(process: psutil.Process) -> bool:

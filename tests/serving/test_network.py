@@ -18,7 +18,7 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from tests.asking import conversation
-from tests.commands import BIN, Command, assert_gone
+from tests.commands import BIN, Command, assert_gone, named
 from tests.conftest import LOCAL
 from tests.ports import fixed
 from triward import RewardClient
@@ -83,7 +83,7 @@ def test_http_is_for_this_machine_and_the_rest_for_whom_it_was_asked(
     http_port = int(running.wait_for(r"http\s+http://127\.0\.0\.1:(\d+)$")[1])
     metrics_port = int(running.wait_for(r"metrics\s+http://0\.0\.0\.0:(\d+)/metrics$")[1])
     family = running.family()
-    tritonserver = next(p for p in family if p.name() == "tritonserver")
+    tritonserver = named(family, "tritonserver")[0]
     listening = {
         (c.laddr.ip, c.laddr.port)
         for c in tritonserver.net_connections("inet")

@@ -17,7 +17,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from tests.asking import ASK, accepted, keep_asking, model_processes, ready, wait_until
-from tests.commands import Command, assert_gone
+from tests.commands import Command, assert_gone, named
 from tests.conftest import Exit, Served, brief
 from tests.conversations import Messages
 from tests.loadgen import counter
@@ -302,7 +302,7 @@ class TestHealth:
         server = serve(repository=echoes)
         server.wait_for(r"ready\s+grpc")
         family = server.family()
-        [victim] = [p for p in family if Path(p.cmdline()[1]).parts[-3:][0] == name]
+        [victim] = named(family, "triton", f"/{name}/")
         victim.kill()
         assert server.wait() == 1
         reason = server.output.splitlines()[-1]

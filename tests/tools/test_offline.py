@@ -18,6 +18,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pil
 
+from tests.commands import kill_all, named
 from tests.fakeserver import Fault
 from triward import RewardClient, ServerError, ServerUnavailable
 from triward.integrations.rows import RowScorer
@@ -356,7 +357,7 @@ def driver(server, command):
     def actors(running):
         members = running.family()
         family.extend(members)
-        return [member for member in members if "MapWorker" in member.name()]
+        return named(members, "ray::", "MapWorker")
 
     def kill(running):
         """As when the driver's machine is lost; returns when no actor scores any more."""
@@ -369,9 +370,7 @@ def driver(server, command):
 
     run.actors, run.kill = actors, kill
     yield run
-    for member in family:
-        if member.is_running():
-            member.kill()
+    kill_all(family)
     psutil.wait_procs(family, timeout=60)
     shutil.rmtree(temporary)
 

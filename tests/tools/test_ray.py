@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.commands import Command
+from tests.commands import Command, kill_all
 from tests.fakeserver import Fault
 from triward import RewardClient
 from triward_tools.selection import (
@@ -92,9 +92,7 @@ def ray(server):
             running.kill()
 
     yield run
-    for member in family:
-        if member.is_running():
-            member.kill()
+    kill_all(family)
     psutil.wait_procs(family, timeout=60)
     shutil.rmtree(temporary)
 

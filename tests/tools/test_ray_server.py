@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.asking import wait_until
+from tests.commands import named
 from tests.conftest import ROOT
 from triward import RewardClient, ServerUnavailable
 from triward_tools.ray_server import ServerActor
@@ -36,7 +37,7 @@ def family(server):
 
 
 def kill_triton(server):
-    [triton] = [each for each in family(server) if each.name() == "tritonserver"]
+    [triton] = named(family(server), "tritonserver")
     triton.kill()
 
 

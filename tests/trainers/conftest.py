@@ -18,7 +18,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from tests.asking import accepted, wait_until
-from tests.commands import Command, has_ended
+from tests.commands import Command, has_ended, kill_all
 from tests.conftest import ROOT, brief
 from triward import RewardClient
 from triward_server.serving.launch import TritonServer
@@ -114,9 +114,7 @@ def side(command: Callable[..., Command], tmp_path: Path) -> Iterator[Callable[.
     yield run
     for each in sides:
         each.running.kill()
-        for member in each.family:
-            if member.is_running():
-                member.kill()
+        kill_all(each.family)
         psutil.wait_procs(each.family, timeout=60)
     shutil.rmtree(temporary)
 
