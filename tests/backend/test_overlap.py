@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.executing import Executing, Request
+from tests.asking import wait_until
 from tests.engine.test_engine import CPU, features
 from tests.engine.test_passes import Device, Queue, requests
 from triward_server.backend.metrics import WORKING, Metrics
@@ -71,9 +72,7 @@ class Prepared:
 
 def answered(batch: list[Request]) -> list[Any]:
     """Wait until each request has its answer, and return these."""
-    end = threading.Event()
-    while any(not request.answers for request in batch):
-        assert not end.wait(0.001)
+    wait_until(lambda: all(request.answers for request in batch), timeout=SECONDS)
     assert all(len(request.answers) == 1 for request in batch)
     return [request.answers[0] for request in batch]
 
