@@ -24,7 +24,7 @@ from triward_server.engine.scoring import Scorer
 from triward_server.errors import ConfigError
 
 SMALL = replace(CPU, max_batch_tokens=60)
-SECONDS = 60  # until a test gives up
+SECONDS = 20  # until a test gives up
 
 
 @pytest.fixture
