@@ -172,13 +172,15 @@ def triton(
 @contextmanager
 def serving(checkpoint: Path, *flags: str) -> Iterator[RewardClient]:
     """Yield a client of `triton`."""
+    with triton(checkpoint, *flags) as server, connected(server) as client:
+        yield client
+
+
+def connected(server: TritonServer) -> RewardClient:
+    """Return a client of a server, to be closed."""
     from triward import RewardClient
 
-    with (
-        triton(checkpoint, *flags) as server,
-        RewardClient(server.endpoints.grpc, timeout=600) as client,
-    ):
-        yield client
+    return RewardClient(server.endpoints.grpc, timeout=600)
 
 
 def served(client: RewardClient, workload: Workload) -> list[float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from .errors import ConfigError
@@ -109,6 +109,7 @@ class ForwardConfig(RequestLimits):
         max_batch_tflop: a bound on how long a pass takes.
         max_batch_bytes: of intermediate results, beside both caches.
         deterministic: a score is bitwise the same in any company, in any order, with any cache.
+        overlap_batches: not with a vision step, which is asked inside of `execute` alone.
         compile: before the model is ready. It needs a C compiler; without one loading fails.
         vision: `torch`, the model itself; or `onnx`, the model that `schema.VISION` names, and no
             weights of the vision tower are loaded here.
@@ -150,10 +151,19 @@ class ForwardConfig(RequestLimits):
     threads: Annotated[
         Count, Field(description="CPU threads of the forward model; 0: torch's choice.")
     ] = 0
+    overlap_batches: Annotated[
+        bool, Field(description="Read the next batch while one is computed (docs/engine.md).")
+    ] = False
     vision: Annotated[
         Literal["torch", "onnx"],
         Field(description="torch; onnx: the vision tower is a model of its own."),
     ] = "torch"
+
+    @model_validator(mode="after")
+    def _fits(self) -> ForwardConfig:
+        if self.overlap_batches and self.vision == "onnx":
+            raise ValueError("overlap_batches needs the vision tower in the model, not as onnx")
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.executing import Executing
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.card import fastest_attention
 from benchmarks.measure import in_turns, row, scores, timed, work
 from benchmarks.workloads import Messages, Workload
 from triward_server.engine.float8 import multiply, quantise, quantise_weight
 from triward_server.engine.scoring import Scorer
+from triward_server.schema import Features
+
+if TYPE_CHECKING:  # not on a bare machine
+    from triward import RewardClient
+    from triward_server.serving.launch import TritonServer
 
 # Of one workload, what the card's code is timed with at most: one by one, and in a padded batch.
 CARD_LOOP, CARD_BATCH = 4, 8
 _PROFILED = 3  # passes
+_IN_A_ROW = 5  # batches that the server's code executes, one behind the other
+_TIMES = 16  # each request of a workload, to a server that is to be busy
+_PASSES = ("triward_vision_seconds_total", "triward_language_model_seconds_total")
 _CUDA: Any = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
 
 
@@ -144,13 +155,16 @@ def ours(
 def profiled(
     scorer: Scorer, bench: Bench, workload: Workload, median_s: float
 ) -> tuple[dict[str, Any], str]:
-    """Return the share of a pass in which the device idles, and a table of what it does.
+    """Return the share of a batch in which the device idles, and a table of what it does.
+
+    Twice: the scorer alone, checks and digests included; and batches in a row as the forward model
+    executes them, from one batch's tensors to the next one's (what Triton adds, `served` shows).
 
     Args:
         scorer: what is profiled.
         bench: the scorer's.
-        workload: one pass.
-        median_s: how long a pass takes without a profiler, which slows the host down.
+        workload: one batch.
+        median_s: how long a batch takes without a profiler, which slows the host down.
     """
     batch = bench.features(workload)
     cuda = bench.device.type == "cuda"
@@ -162,12 +176,52 @@ def profiled(
     by = "self_device_time_total" if cuda else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=80)
     busy_s = busy_time(kernels) / 1e6 / _PROFILED
+    executed_s = executed(scorer, batch)
     found = {
         "kernels_a_pass": len(kernels) // _PROFILED,
         "busy_s": busy_s,
         "idle_share": 1 - busy_s / median_s if kernels else None,
+        "executed_s": executed_s,
+        "executed_idle_share": 1 - busy_s / executed_s if kernels else None,
     }
     return found, table
+
+
+def executed(scorer: Scorer, batch: Sequence[Features]) -> float:
+    """Seconds of a batch among several that the forward model's code executes in a row."""
+    backend = Executing(scorer)
+    batches = [backend.batch(batch) for _ in range(_IN_A_ROW)]
+    return timed(lambda: [backend.execute(each) for each in batches]) / _IN_A_ROW
+
+
+def no_pass_share(server: TritonServer, client: RewardClient, batch: Sequence[Features]) -> float:
+    """Return the share of the time in which no pass is on the device of a server that is busy.
+
+    Args:
+        server: Triton.
+        client: of it.
+        batch: what many callers send several times, each time with another first token and other
+            pixels, so that nothing is shared.
+    """
+    from benchmarks.tokens import by_tokens
+
+    sent = [_changed(item, number) for number in range(_TIMES) for item in batch]
+    before = _seconds_of_passes(server)
+    seconds = timed(partial(by_tokens, client, sent))
+    return 1 - (_seconds_of_passes(server) - before) / seconds
+
+
+def _changed(item: Features, number: int) -> Features:
+    prompt = item.prompt_ids.copy()
+    prompt[0] = number
+    return replace(item, prompt_ids=prompt, media=tuple(m + np.uint8(number) for m in item.media))
+
+
+def _seconds_of_passes(server: TritonServer) -> float:
+    from triward_server.serving.triton_http import read_metrics
+
+    page = read_metrics("127.0.0.1", server.endpoints.metrics_port, 10)
+    return sum(series.value for series in page if series.name in _PASSES)
 
 
 def intervals(events: Iterable[Any]) -> list[tuple[float, float]]:

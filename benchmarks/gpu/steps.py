@@ -18,7 +18,17 @@ from torch._dynamo.utils import counters
 from benchmarks.gpu import speed
 from benchmarks.gpu.bench import GATE, Bench, judge
 from benchmarks.gpu.kernels import check_kernels
-from benchmarks.measure import in_turns, machine, row, scores, served, serving, timed, work
+from benchmarks.measure import (
+    connected,
+    in_turns,
+    machine,
+    row,
+    scores,
+    served,
+    timed,
+    triton,
+    work,
+)
 from triward_server.config import PreprocessConfig
 from triward_server.export.random_checkpoint import Size
 from triward_server.intake.preprocess import Preprocessor
@@ -238,24 +248,34 @@ class Steps:
         }
 
     def served(self) -> dict[str, Any]:
-        """Time the same workloads through a real Triton, where there is one."""
+        """Time the same workloads through a real Triton, where there is one.
+
+        And the share of the time in which no pass is on the device while callers keep the server
+        busy: what lies between two passes, and between two of Triton's batches.
+        """
         if not (_tritonserver() and find_spec("tritonclient")):
             return {"skipped": "no tritonserver and tritonclient here"}
+        self.bench.forget("eager", "compiled", "exact", "card", "_model")
+        return {**self._served(), "overlapping": self._served("--overlap-batches")}
+
+    def _served(self, *more: str) -> dict[str, Any]:
         bench = self.bench
-        bench.forget("eager", "compiled", "exact", "card", "_model")
         compile_ = "compile" if bench.config.device.startswith("cuda") else "no-compile"
         flags = (
             f"--device={bench.config.device}", f"--dtype={bench.config.dtype}", f"--{compile_}",
-            "--embedding-cache-bytes=0", "--prefix-cache-bytes=0",
+            "--embedding-cache-bytes=0", "--prefix-cache-bytes=0", *more,
         )  # fmt: skip
         found: dict[str, Any] = {}
-        with serving(bench.checkpoint, *flags) as client:
+        with triton(bench.checkpoint, *flags) as server, connected(server) as client:
             for name in TIMED:
                 workload = bench.workloads[name]
                 run = partial(served, client, workload)
                 run()
                 times = in_turns({"served": run}, self._repeats)["served"]
                 found[name] = row(times, len(workload.conversations()))
+                found[name]["no_pass_share"] = speed.no_pass_share(
+                    server, client, bench.features(workload)
+                )
         return found
 
 

@@ -25,6 +25,7 @@ from benchmarks.gpu.bench import Bench, judge
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.speed import busy_time, intervals
+from benchmarks.gpu.steps import TIMED, Steps
 from benchmarks.measure import PredictedWork, work
 from tests.conftest import ROOT
 from triward_server.engine.attention import varlen
@@ -67,6 +68,10 @@ def test_rehearsal(tmp_path: Path) -> None:
     }  # fmt: skip
     assert results["compiled"]["group-64"]["paths"]["Scorer, compiled"]["conversations_per_s"] > 0
     assert 0 < results["compiled"]["graphs_after"] == results["compiled"]["graphs"] <= 12
+    for name in ("group-8", "singles", "group-64"):
+        device = results["compiled"][name]["device"]
+        # On a CPU there are no kernels whose time could be missing.
+        assert device["executed_s"] > 0 and device["executed_idle_share"] is None
     assert results["determinism"]["bitwise_equal"] and results["resizing"]["max_levels"] <= 2
     # What only a GPU or a Triton can tell is named.
     for name in ("small", "memory", "synchronisations", "served"):
@@ -150,6 +155,16 @@ def test_how_long_a_device_is_busy() -> None:
         )
     ]
     assert intervals(events) == [(1, 3)]
+
+
+@pytest.mark.slow
+def test_how_long_a_busy_server_has_no_pass_on_its_device(tmp_path: Path) -> None:
+    """The step that no rehearsal runs: it needs a Triton."""
+    tiny = Bench("tiny", "cpu", "float32", tmp_path, compile_=False)
+    found = Steps(tiny, lambda size: tiny, 1, None).served()
+    for rows in (found, found["overlapping"]):
+        for name in TIMED:
+            assert 0 < rows[name]["no_pass_share"] < 1 and rows[name]["median_s"] > 0
 
 
 def test_a_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

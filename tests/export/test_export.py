@@ -45,6 +45,7 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         "--max-batch-patches=9999", "--threads=1", "--max-responses=8", "--max-text-bytes=1000",
         "--max-batch-tflop=2.5", "--max-batch-bytes=777777", "--compile",
         "--embedding-cache-bytes=12345", "--prefix-cache-bytes=6789", "--deterministic",
+        "--overlap-batches",
         "--max-media=5", "--max-media-bytes=2000", "--max-image-pixels=3000",
         "--max-video-frames=44", "--max-video-pixels=5000",
         "--max-parts=7", "--max-request-bytes=4000", "--max-decode-seconds=1.5",
@@ -58,7 +59,7 @@ def test_flags_reach_the_configuration(checkpoint: Path, export: Export, tmp_pat
         "embedding_cache_bytes": "12345", "prefix_cache_bytes": "6789", "deterministic": "True",
         "max_batch_bytes": "777777", "compile": "True", "max_responses": "8",
         "max_tokens": "900", "max_request_tokens": "901", "vision": "torch",
-        "contract_version": "1",
+        "contract_version": "1", "overlap_batches": "True",
     }  # fmt: skip
     assert parameters(output, "reward_preprocess") == {
         "device": "cpu", "resize": "pillow", "hd_num": "0",

@@ -25,7 +25,7 @@ ROOMS = {
     "engine": "naming geometry positions tree digests packing arena layers products attention "
     "float8 decoder towers vision clip_tower planning prefixes prefix_cache architectures "
     "processors backbone passes weights checkpoint streaming scoring",
-    "backend": "metrics draining onnx_inputs onnx_runner onnx_vision codec triton_io",
+    "backend": "metrics draining onnx_inputs onnx_runner onnx_vision codec overlap triton_io",
     "serving": "canary log repository integrity triton_http installation signals child endpoints "
     "gpu progress ending launch instances watchdog switch",
     "export": "placement options sentencepiece lora prepared internlm2 reference ixc_tokens "

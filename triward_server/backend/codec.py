@@ -60,7 +60,7 @@ def _split_media(
     prompt: Array, pixels: Array, grids: Array, geometry: Geometry
 ) -> tuple[UInt8Array, ...]:
     """Split the media into items; a placeholder says whether its item is a video."""
-    kinds = prompt[np.isin(prompt, geometry.media_token_ids)]
+    kinds = prompt[geometry.is_media(prompt)]
     shapes: list[tuple[int, ...]] = []
     used = 0
     for index, row in enumerate(grids.tolist()):

@@ -9,6 +9,7 @@ Each update is a call into Triton of some 20 us, so they are made once a batch o
 
 from __future__ import annotations
 
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -75,6 +76,7 @@ class Metrics:
         codes: Iterable[str],
     ) -> None:
         self._pb = pb_utils
+        self._lock, self._under_way = threading.Lock(), 0
         self._labels, self._own = dict(labels), {**labels, "instance": instance}
         self._families: list[Any] = []  # a metric dies with its family
         kind = pb_utils.MetricFamily
@@ -119,12 +121,17 @@ class Metrics:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Show that the block is under way."""
+        """Show that the block is under way; several may be, also on several threads."""
+        with self._lock:
+            self._under_way += 1
         self.progress()
         try:
             yield
         finally:
-            self._working.set(0)
+            with self._lock:
+                self._under_way -= 1
+                if not self._under_way:
+                    self._working.set(0)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

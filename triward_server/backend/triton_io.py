@@ -13,7 +13,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,8 +25,9 @@ import torch
 from .. import schema
 from ..config import ForwardConfig, PreprocessConfig, from_parameters, on_instance
 from ..contract import check_caller, check_repository
+from ..device import select
 from ..engine.passes import Pass
-from ..engine.scoring import Scorer
+from ..engine.scoring import Prepared, Scorer
 from ..errors import (
     DeviceFault,
     InvalidRequest,
@@ -41,6 +43,7 @@ from ..schema import Array, Features, Scores, TensorSpec
 from .codec import arrays_to_features, features_to_arrays
 from .metrics import PREPROCESS_COUNTERS, ForwardMetrics, Metrics
 from .onnx_vision import remote_tower
+from .overlap import Overlap
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +110,23 @@ class PreprocessBackend:
         return _response(self._pb, features_to_arrays(features, self._preprocessor.patch_size))
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """A batch that is ready for its device.
+
+    Attributes:
+        parsed: each request's features, or what is wrong with it.
+        callers: the requests that have features.
+        prepared: of these.
+        begun: when Triton handed it over.
+    """
+
+    parsed: Sequence[Features | Exception]
+    callers: Sequence[Any]
+    prepared: Prepared
+    begun: float
+
+
 class ForwardBackend:
     """`reward_forward`: `Features` as tensors in, scores out.
 
@@ -126,35 +146,59 @@ class ForwardBackend:
             encoder = remote_tower(_checkpoint(args), pb_utils, vision, args["model_version"])
         self._heap = Heap(KEPT_BYTES)
         self._scorer = Scorer(_checkpoint(args), self._config, encoder)
-        self._scorer.warm_up()
+        self._overlap = None
+        if self._config.overlap_batches:
+            # The current device, and what libraries keep for it, are a thread's own.
+            begin = partial(select, self._config.device)
+            self._overlap = Overlap(self._compute, self._answer, self._work, begin)
+            self._overlap.call(self._scorer.warm_up)
+        else:
+            self._scorer.warm_up()
         self._metrics = ForwardMetrics(pb_utils, _labels(args), _instance(args), _codes(pb_utils))
         gc.freeze()  # what is loaded stays; later collections need not walk it
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer a dynamic batch with one call of the scorer."""
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        """Answer a dynamic batch with one call of the scorer; None: the answers are sent later."""
         self._heap.tidy()
         self._metrics.took(len(requests))
+        if self._overlap:
+            self._overlap.execute(requests, self._read)
+            return None
         with self._metrics.working():
-            return self._execute(requests)
+            results = self._compute(self._read(requests))
+            return [self._answer(result) for result in results]
 
     def finalize(self) -> None:
         """Leave nothing that outlives Triton."""
+        if self._overlap:
+            self._overlap.close()
         self._metrics.close()
 
-    def _execute(self, requests: Sequence[Any]) -> list[Any]:
+    def _work(self) -> AbstractContextManager[None]:
+        return self._metrics.working()
+
+    def _read(self, requests: Sequence[Any]) -> _Batch:
         begun = time.monotonic()
         parsed = [_capture(partial(self._parse, request)) for request in requests]
         pairs = zip(requests, parsed, strict=True)
         callers = [request for request, item in pairs if isinstance(item, Features)]
         features = [item for item in parsed if isinstance(item, Features)]
-        gone: Callable[[int], bool] = lambda index: _has_given_up(callers[index], begun)  # noqa: E731
-        scored = _alive(partial(self._scorer.score, features, gone, self._observe))
-        self._count(callers, scored)
+        return _Batch(parsed, callers, self._scorer.prepare(features), begun)
+
+    def _compute(
+        self, batch: _Batch, launched: Callable[[], None] = lambda: None
+    ) -> list[Scores | Exception]:
+        def gone(index: int) -> bool:
+            return _has_given_up(batch.callers[index], batch.begun)
+
+        score = partial(self._scorer.score_prepared, batch.prepared, gone, self._observe, launched)
+        scored = _alive(score)
+        self._count(batch.callers, scored)
         answers = iter(scored)
-        results = [next(answers) if isinstance(item, Features) else item for item in parsed]
-        return [
-            _answer(self._pb, self._metrics, partial(self._respond, result)) for result in results
-        ]
+        return [next(answers) if isinstance(item, Features) else item for item in batch.parsed]
+
+    def _answer(self, result: Scores | Exception) -> Any:
+        return _answer(self._pb, self._metrics, partial(self._respond, result))
 
     def _parse(self, request: Any) -> Features:
         check_caller(request.parameters())

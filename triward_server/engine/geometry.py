@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
 from ..config import ForwardConfig
 from ..errors import InvalidRequest
-from ..schema import Features, Grid, Int32Array, UInt8Array
+from ..schema import Array, Features, Grid, Int32Array, UInt8Array
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ class Geometry:
         """The placeholders: an image's and a video's; a text model has none."""
         ids = (self.image_token_id, self.video_token_id)
         return tuple(id_ for id_ in ids if id_ is not None)
+
+    def is_media(self, ids: Array) -> Array:
+        """Tell which of some ids are placeholders: integers [N] -> bool [N]."""
+        found = np.zeros(len(ids), np.bool_)
+        for placeholder in self.media_token_ids:  # np.isin takes twelve times as long for two
+            found |= ids == placeholder
+        return found
 
     def grid(self, pixels: UInt8Array) -> Grid:
         """Return the patches of an image [H, W, 3] or a video [T, H, W, 3]."""
@@ -174,7 +181,7 @@ def _check_sides(features: Features, grids: list[Grid], geometry: Geometry) -> N
 def _check_placeholders(
     features: Features, ids: Int32Array, grids: list[Grid], geometry: Geometry
 ) -> None:
-    placeholders = np.flatnonzero(np.isin(ids, geometry.media_token_ids))
+    placeholders = np.flatnonzero(geometry.is_media(ids))
     if placeholders.size and placeholders[-1] >= len(features.prompt_ids):
         raise InvalidRequest(
             f"input_ids[{placeholders[-1]}]", "a media placeholder stands behind the prompt"

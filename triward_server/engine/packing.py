@@ -248,7 +248,7 @@ def _branches(
     grids = [each.grid for each in shown]
     tokens = [each.first_token + np.arange(each.tokens) for each in shown]
     keys = item.prompt_ids.astype(np.int64)
-    keys[np.isin(keys, geometry.media_token_ids)] = -1 - np.concatenate([*tokens, _NONE])
+    keys[geometry.is_media(keys)] = -1 - np.concatenate([*tokens, _NONE])
     positions, start = mrope_positions(item.prompt_ids, grids, seconds, geometry)
     for index, ids in enumerate(item.response_ids):
         row = np.concatenate([keys, ids])

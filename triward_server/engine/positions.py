@@ -32,7 +32,7 @@ def mrope_positions(
     """
     if geometry.tile is not None:  # a token is a position, whatever it shows
         return text_positions(0, len(ids)), len(ids)
-    placeholders = np.flatnonzero(np.isin(ids, geometry.media_token_ids))
+    placeholders = np.flatnonzero(geometry.is_media(ids))
     runs: list[Int32Array] = []
     row = position = used = 0
     for grid, pace in zip(grids, seconds, strict=True):

@@ -59,6 +59,21 @@ _GIVEN_UP = "the caller has cancelled, or its timeout has passed"
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A batch as far as it gets without the device and the prefix cache.
+
+    Attributes:
+        batch: its requests.
+        errors: what is wrong with some of them, by index.
+        ordered: the conversations of the others.
+    """
+
+    batch: Sequence[Features]
+    errors: dict[int, TriwardError]
+    ordered: SortedBatch
+
+
+@dataclass(frozen=True)
 class _Flight:
     """A micro-batch, and its pass or why that could not be launched."""
 
@@ -126,25 +141,10 @@ class Scorer:
         """Cost of a token, a pair and a patch in this model."""
         return self._model.cost
 
-    def score(
-        self,
-        batch: Sequence[Features],
-        is_cancelled: Callable[[int], bool] = lambda index: False,
-        observe: Observer = lambda done: None,
-    ) -> list[Scores | TriwardError]:
-        """Score every conversation of every request.
+    def prepare(self, batch: Sequence[Features]) -> Prepared:
+        """Check requests, find equal media and sort the conversations.
 
-        Args:
-            batch: requests, of one or many callers.
-            is_cancelled: whether the caller of a request has given up; asked between
-                micro-batches.
-            observe: called after every forward pass.
-
-        Returns:
-            For each request its scores, in the order of its responses, or what is wrong with it.
-
-        Raises:
-            DeviceFault: the process must end; nothing runs on its device any more.
+        One thread may prepare a batch while another one scores the batch before it.
         """
         errors: dict[int, TriwardError] = {}
         for index, features in enumerate(batch):
@@ -153,8 +153,42 @@ class Scorer:
             except TriwardError as error:
                 errors[index] = error
         valid = {index: item for index, item in enumerate(batch) if index not in errors}
+        return Prepared(batch, errors, self._sort(valid, self.geometry))
+
+    def score(
+        self,
+        batch: Sequence[Features],
+        is_cancelled: Callable[[int], bool] = lambda index: False,
+        observe: Observer = lambda done: None,
+    ) -> list[Scores | TriwardError]:
+        """Prepare a batch and score it."""
+        return self.score_prepared(self.prepare(batch), is_cancelled, observe)
+
+    def score_prepared(
+        self,
+        prepared: Prepared,
+        is_cancelled: Callable[[int], bool] = lambda index: False,
+        observe: Observer = lambda done: None,
+        launched: Callable[[], None] = lambda: None,
+    ) -> list[Scores | TriwardError]:
+        """Score every conversation of every request.
+
+        Args:
+            prepared: requests, of one or many callers.
+            is_cancelled: whether the caller of a request has given up; asked between
+                micro-batches.
+            observe: called after every forward pass.
+            launched: called when the last pass of the plan is in the device's queue.
+
+        Returns:
+            For each request its scores, in the order of its responses, or what is wrong with it.
+
+        Raises:
+            DeviceFault: the process must end; nothing runs on its device any more.
+        """
+        batch, errors = prepared.batch, dict(prepared.errors)
         rewards = [np.full(len(item.response_ids), np.nan, np.float32) for item in batch]
-        ordered = self._sort(valid, self.geometry)
+        ordered = self._prefixes.begin(prepared.ordered)
 
         def micro_batches() -> Iterator[list[int]]:
             for chosen in plan(ordered, self._model.cost, self._config):
@@ -162,6 +196,7 @@ class Scorer:
                 for caller in filter(is_cancelled, callers):
                     errors[caller] = Cancelled(_GIVEN_UP)
                 yield [i for i in chosen if ordered.branches[i].request not in errors]
+            launched()
 
         for i, score in self._run(ordered, filter(None, micro_batches()), observe):
             branch = ordered.branches[i]
@@ -198,8 +233,7 @@ class Scorer:
             if self._model.device.type == "cpu" and flops > _CPU_TFLOP * 1e12:
                 continue
             batch = warm_up_requests(tokens, geometry, images)
-            ordered = self._sort(dict(enumerate(batch)), geometry)
-            self._warm_up_with(ordered)
+            self._warm_up_with(self._sort(dict(enumerate(batch)), geometry))
         # One row, which compiled code treats apart.
         single = Features(np.empty(0, np.int32), (np.zeros(1, np.int32),))
         self._warm_up_with(self._sort({0: single}, geometry))
@@ -209,11 +243,11 @@ class Scorer:
 
     def _sort(self, batch: dict[int, Features], geometry: Geometry) -> SortedBatch:
         deterministic = self._config.deterministic
-        numbers = self._prefixes.numbers
-        return self._prefixes.begin(packing.sort_batch(batch, geometry, deterministic, numbers))
+        return packing.sort_batch(batch, geometry, deterministic, self._prefixes.numbers)
 
-    def _warm_up_with(self, ordered: SortedBatch) -> None:
+    def _warm_up_with(self, batch: SortedBatch) -> None:
         """Run a batch's micro-batches whole: one that fails is not halved here."""
+        ordered = self._prefixes.begin(batch)
         for chosen in plan(ordered, self._model.cost, self._config):
             tokens = len(packing.pack(ordered, chosen).input_ids)
             try:
