@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.gpu import speed
 from benchmarks.gpu.bench import GATE, Bench, judge
-from benchmarks.gpu.kernels import check_kernels
+from benchmarks.gpu.kernels import check_kernels, time_pages
 from benchmarks.measure import in_turns, machine, row, scores, served, serving, timed, work
 from triward_server.config import PreprocessConfig
 from triward_server.export.random_checkpoint import Size
@@ -60,8 +60,10 @@ class Steps:
         }
 
     def kernels(self) -> dict[str, Any]:
-        """Attention against float64."""
-        return check_kernels(self.bench.device, self.bench.dtype)
+        """Attention against float64; keys in pages beside gathered ones."""
+        device, dtype = self.bench.device, self.bench.dtype
+        found = check_kernels(device, dtype)
+        return found | {"pages": time_pages(device, dtype, 4 * self._repeats)}
 
     def tiny(self) -> dict[str, Any]:
         """Check a model of a million weights against float32, in every mode."""
