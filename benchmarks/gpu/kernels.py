@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.measure import in_turns, row
 from triward_server.engine.arena import Arena
-from triward_server.engine.attention import make_layout, repeats_keys, varlen
+from triward_server.engine.attention import Layout, make_layout, varlen
+from triward_server.engine.kernels import repeats_keys, takes_pages
 
 # Relative to the result's own size. bfloat16 rounds a result by 2^-9, and its weights as well.
 BOUNDS = {torch.bfloat16: 8e-3, torch.float32: 1e-5}
+WAYS = ("gathered", "pages")
 
 
 @dataclass(frozen=True)
@@ -50,46 +55,97 @@ CASES = {
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare every case with float64, and each sequence alone with itself in company."""
-    results: dict[str, Any] = {"repeats_keys": repeats_keys()}
+    """Compare every case with float64, and each sequence alone with itself in company.
+
+    Keys are gathered; where the kernel takes pages, and they are fewer rows, they are compared too.
+    """
+    results: dict[str, Any] = {"repeats_keys": repeats_keys(), "takes_pages": takes_pages(device)}
     worst = 0.0
     for name, case in CASES.items():
-        error, same = check_case(case, device, dtype)
-        results[name] = {"relative_rms": error, "deterministic_alone_is_bitwise": same}
-        worst = max(worst, error)
+        results[name] = check_case(case, device, dtype)
+        errors = (results[name].get(way, 0.0) for way in ("relative_rms", "relative_rms_by_pages"))
+        worst = max(worst, *errors)
     return results | {"bound": BOUNDS[dtype], "passed": bool(worst <= BOUNDS[dtype])}
 
 
-def check_case(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> tuple[float, bool]:
+def check_case(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Relative distance from float64, and whether deterministic mode forgets the company."""
+    query, key, value = _tensors(case, device, dtype)
+    rows = _key_rows(case)
+    exact = torch.cat([_exact(query, key, value, case, i, rows[i]) for i in range(len(rows))])
+    gathered, paged = (_layout(case, device, dtype, by_pages=way) for way in (False, True))
+    found = {"relative_rms": _error(varlen(query, key, value, gathered), exact)}
+    if paged.pages is not None:
+        found["relative_rms_by_pages"] = _error(varlen(query, key, value, paged), exact)
+    alone = _layout(replace(case, queries=case.queries[:1]), device, dtype, deterministic=True)
+    together = varlen(query, key, value, _layout(case, device, dtype, deterministic=True))
+    first = slice(case.queries[0])
+    same = torch.equal(together[first], varlen(query[first], key, value, alone))
+    return {**found, "deterministic_alone_is_bitwise": same}
+
+
+def time_pages(
+    device: torch.device, dtype: torch.dtype, repeats: int, prompt: int = 1000, responses: int = 64
+) -> dict[str, Any]:
+    """Time one layer's attention of a prompt and responses of 200 tokens, both ways.
+
+    As all layers but the last compute it, and as the last one does, where a response has one query.
+    """
+    if not takes_pages(device):
+        return {"skipped": "the varlen kernel takes no pages here"}
+    found: dict[str, Any] = {}
+    for name, own in (("all tokens", 200), ("last tokens", 1)):
+        case = AttentionCase((prompt, *(own,) * responses), 28, 4, 128, True, prompt)
+        tensors = _tensors(case, device, dtype)
+        ways = {way: _layout(case, device, dtype, by_pages=way == "pages") for way in WAYS}
+        runs: dict[str, Callable[[], object]] = {
+            way: partial(varlen, *tensors, layout) for way, layout in ways.items()
+        }
+        for run in runs.values():
+            run()
+        times = in_turns(runs, repeats)
+        pages = ways["pages"].pages
+        found[name] = {
+            "rows_gathered": sum(ways["gathered"].key_lengths),
+            "rows_of_pages": None if pages is None else pages.rows.numel(),
+            "paths": {way: row(taken, responses) for way, taken in times.items()},
+        }
+    return found
+
+
+def _tensors(
+    case: AttentionCase, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw queries, keys and values of all rows."""
     random = torch.Generator("cpu").manual_seed(0)
-    total = sum(case.queries)
     query, key, value = (
-        torch.randn(total, heads, case.head_dim, generator=random).to(device, dtype)
+        torch.randn(sum(case.queries), heads, case.head_dim, generator=random).to(device, dtype)
         for heads in (case.heads, case.kv_heads, case.kv_heads)
     )
-    rows = _key_rows(case)
+    return query, key, value
+
+
+def _layout(
+    case: AttentionCase,
+    device: torch.device,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+    by_pages: bool = False,
+) -> Layout:
+    arena, rows = Arena(device), _key_rows(case)
     lengths = [len(r) for r in rows]
+    layout = make_layout(
+        case.queries, case.causal, arena, dtype, lengths, np.concatenate(rows), deterministic,
+        by_pages=by_pages,
+    )  # fmt: skip
+    arena.send()
+    return layout
 
-    def attend(only: slice, deterministic: bool) -> Tensor:
-        chosen = range(len(rows))[only]
-        own = torch.cat([torch.arange(total).split(case.queries)[i] for i in chosen])
-        arena = Arena(device)
-        layout = make_layout(
-            [case.queries[i] for i in chosen], case.causal, arena, dtype,
-            [lengths[i] for i in chosen], np.concatenate([rows[i] for i in chosen]), deterministic,
-        )  # fmt: skip
-        arena.send()
-        return varlen(query[own.to(device)], key, value, layout)
 
-    out = attend(slice(None), False)
-    exact = torch.cat([_exact(query, key, value, case, i, rows[i]) for i in range(len(rows))])
-    error = float((out.double() - exact).norm() / exact.norm())
+def _error(out: Tensor, exact: Tensor) -> float:
     if not torch.isfinite(out).all():
-        error = float("inf")
-    together = attend(slice(None), True).split(case.queries)
-    first = attend(slice(0, 1), True)
-    return error, torch.equal(together[0], first)
+        return float("inf")
+    return float((out.double() - exact).norm() / exact.norm())
 
 
 def _key_rows(case: AttentionCase) -> list[Any]:

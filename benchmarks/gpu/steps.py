@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.gpu import speed
 from benchmarks.gpu.bench import GATE, Bench, judge
-from benchmarks.gpu.kernels import check_kernels
+from benchmarks.gpu.kernels import check_kernels, time_pages
 from benchmarks.measure import (
     connected,
     in_turns,
@@ -70,8 +70,10 @@ class Steps:
         }
 
     def kernels(self) -> dict[str, Any]:
-        """Attention against float64."""
-        return check_kernels(self.bench.device, self.bench.dtype)
+        """Attention against float64; keys in pages beside gathered ones."""
+        device, dtype = self.bench.device, self.bench.dtype
+        found = check_kernels(device, dtype)
+        return found | {"pages": time_pages(device, dtype, 4 * self._repeats)}
 
     def tiny(self) -> dict[str, Any]:
         """Check a model of a million weights against float32, in every mode."""

@@ -28,6 +28,8 @@ from benchmarks.gpu.speed import busy_time, intervals
 from benchmarks.gpu.steps import TIMED, Steps
 from benchmarks.measure import PredictedWork, work
 from tests.conftest import ROOT
+from tests.engine.test_pages import take_pages
+from triward_server.engine import pages
 from triward_server.engine.attention import varlen
 from triward_server.engine.geometry import Geometry
 from triward_server.engine.planning import Cost
@@ -139,6 +141,35 @@ def test_kernels_pass_and_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "varlen", top_left)
     found = kernels.check_kernels(CPU, torch.float32)
     assert not found["passed"] and found["decoder, shared prefix"]["relative_rms"] > 0.1
+
+
+def test_pages_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel takes them; the check notices one that is not the sequence's."""
+    assert kernels.time_pages(CPU, torch.float32, 2) == {
+        "skipped": "the varlen kernel takes no pages here"
+    }
+    take_pages(monkeypatch)
+    shared = replace(kernels.CASES["decoder, shared prefix"], heads=4, kv_heads=2)
+    monkeypatch.setattr(kernels, "CASES", {"shared": shared, "apart": replace(shared, shared=0)})
+    monkeypatch.setattr(kernels, "takes_pages", lambda device: True)
+    found = kernels.check_kernels(CPU, torch.float32)
+    assert found["passed"] and "relative_rms_by_pages" in found["shared"]
+    assert "relative_rms_by_pages" not in found["apart"], "nothing is there twice"
+    times = kernels.time_pages(CPU, torch.float32, 1, prompt=520, responses=2)
+    assert times["all tokens"]["rows_gathered"] == 520 + 2 * 720
+    assert times["all tokens"]["rows_of_pages"] == 256 * 5
+    assert times["last tokens"]["paths"].keys() == {"gathered", "pages"}
+    find_pages = pages.find_pages
+
+    def stale(*args: Any) -> Any:
+        rows, table = find_pages(*args)
+        rows[-1] = rows[0]
+        return rows, table
+
+    monkeypatch.setattr(pages, "find_pages", stale)
+    found = kernels.check_kernels(CPU, torch.float32)
+    assert not found["passed"] and found["shared"]["relative_rms_by_pages"] > 0.01
+    assert found["shared"]["relative_rms"] < kernels.BOUNDS[torch.float32]
 
 
 def test_how_long_a_device_is_busy() -> None:

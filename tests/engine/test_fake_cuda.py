@@ -102,6 +102,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(backbone, "upload", uploaded)
     monkeypatch.setattr(layers, "read_runs", on_the_host(layers.read_runs))
     monkeypatch.setattr(attention, "_runs_of_media", on_the_host(attention._runs_of_media))
+    monkeypatch.setattr(attention, "takes_pages", lambda device: False)
     monkeypatch.setattr(Arena, "add", lambda arena, array: uploaded(torch.from_numpy(array), CUDA))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
@@ -174,6 +175,26 @@ def test_a_pass_at_real_shapes(
     assert queries == {(patches, 16, 80), (rows, 28, 128), (len(responses), 28, 128)}, calls.shapes
     assert ((patches, 16, 80), (patches, 16, 80)) in calls.shapes
     assert ((rows, 28, 128), (keys, 4, 128)) in calls.shapes
+
+
+def test_a_pass_by_pages(
+    blueprint: Blueprint, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One gather of the pages' rows for keys and one for values, and nothing waits."""
+    monkeypatch.setattr(attention, "takes_pages", lambda device: True)
+    model = model_of(blueprint)
+    responses = (250,) * 8 + (120, 31) * 28
+    calls, scores = run(model, conversations(model.geometry, *responses))
+    assert scores.shape == (64,) and scores.device == CUDA
+    assert not [n for n in calls.names if n.split(".")[1] in WAITS]
+    assert calls.names[VARLEN] == 32 + 28
+    # Four pages of the prompt's are full. It has a fifth; a response has one or two of its own.
+    rows, own = 60 + 27 * 37 + sum(responses), 8 * 2 + 56
+    assert calls.shapes == {
+        ((4 * 27 * 37, 16, 80), (4 * 27 * 37, 16, 80)),
+        ((rows, 28, 128), (5 + own, 256, 4, 128)),
+        ((64, 28, 128), (4 + own, 256, 4, 128)),
+    }
 
 
 def test_a_pass_in_float8(blueprint: Blueprint, fake: FakeTensorMode) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from triward_server.config import ForwardConfig
-from triward_server.engine import attention
+from triward_server.engine import attention, kernels
 from triward_server.engine.arena import Arena
 from triward_server.engine.checkpoint import check_tensors, empty_model
 from triward_server.engine.scoring import Scorer
@@ -46,7 +46,7 @@ def refusing(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> An
     ("kernel", "works"), [(grouped, True), (ignorant, False), (refusing, False)]
 )
 def test_grouped_heads_are_tried(kernel: Any, works: bool) -> None:
-    assert attention.groups_heads(kernel, torch.device("cpu")) is works
+    assert kernels.groups_heads(kernel, torch.device("cpu")) is works
 
 
 def test_grouped_heads_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,11 +58,11 @@ def test_grouped_heads_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return grouped(query, key, value)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    assert attention.repeats_keys(), "without a GPU there is nothing to try"
+    assert kernels.repeats_keys(), "without a GPU there is nothing to try"
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention.torch, "device", lambda name: cpu)
-    assert not any(attention.repeats_keys() for _ in range(3))
+    monkeypatch.setattr(kernels.torch, "device", lambda name: cpu)
+    assert not any(kernels.repeats_keys() for _ in range(3))
     assert calls == [2, 4]
 
 
@@ -71,7 +71,7 @@ def test_a_probe_that_faults_is_no_answer() -> None:
         raise torch.AcceleratorError("CUDA error: an illegal instruction was encountered")
 
     with pytest.raises(torch.AcceleratorError):
-        attention.groups_heads(kernel, torch.device("cpu"))
+        kernels.groups_heads(kernel, torch.device("cpu"))
 
 
 @pytest.fixture

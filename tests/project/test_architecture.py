@@ -22,9 +22,9 @@ ROOMS = {
     "intake": "workers tiles image_codec video_codec codec_worker conversation decoding media "
     "video resizing family qwen sheet ixc families token_bound tokenization "
     "preprocess",
-    "engine": "naming geometry positions tree digests packing arena layers products attention "
-    "float8 decoder towers vision clip_tower planning prefixes prefix_cache architectures "
-    "processors backbone passes weights checkpoint streaming scoring",
+    "engine": "naming geometry positions tree digests packing arena layers products pages kernels "
+    "attention float8 decoder towers vision clip_tower planning prefixes prefix_cache "
+    "architectures processors backbone passes weights checkpoint streaming scoring",
     "backend": "metrics draining onnx_inputs onnx_runner onnx_vision codec overlap triton_io",
     "serving": "canary log repository integrity triton_http installation signals child endpoints "
     "gpu progress ending launch instances watchdog switch",

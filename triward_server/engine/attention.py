@@ -1,7 +1,8 @@
 """`varlen(q, k, v, layout)`: attention over sequences packed in one row, without padding.
 
 A sequence's queries lie one behind the other in the row; its keys are gathered from wherever they
-lie, so that sequences can share them. One index serves all layers of a forward pass.
+lie, so that sequences can share them. One index serves all layers of a forward pass. Where the
+kernel reads keys from pages (`pages`), those that sequences share are gathered once.
 
 Two kernels, chosen openly when a layout is built (`kernel_for`): torch's varlen flash attention
 for 16-bit CUDA tensors, and scaled_dot_product_attention over each run of equally long sequences
@@ -12,10 +13,8 @@ and key; where a model does (Gemma 2), attention is written out too.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -25,10 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ..errors import is_device_fault
 from ..schema import Int32Array, Int64Array
 from . import products
 from .arena import Arena
+from .kernels import by_table, parameters, repeats_keys, takes_pages
+from .pages import Pages, lay_out
 
 Kernel = Literal["sdpa", "varlen"]
 
@@ -62,6 +62,8 @@ class Layout:
             depends on its company; the blocks are the sequences then.
         media: for each block int64 [R, 2] on the CPU, first and last + 1 of its runs of media, or
             None where it has none; None: no layer asks.
+        pages: the rows of `key_rows` as the varlen kernel reads them from pages; None: it gets them
+            gathered.
     """
 
     query_lengths: tuple[int, ...]
@@ -74,6 +76,7 @@ class Layout:
     blocks: tuple[int, ...]
     deterministic: bool
     media: tuple[Tensor | None, ...] | None = None
+    pages: Pages | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def make_layout(
     key_rows: NDArray[np.int64] | None = None,
     deterministic: bool = False,
     media_rows: Int64Array | None = None,
+    by_pages: bool = True,
 ) -> Layout:
     """Describe sequences of `lengths` queries that lie one behind the other.
 
@@ -122,12 +126,18 @@ def make_layout(
         key_rows: their rows, see `Layout`.
         deterministic: see `Layout`.
         media_rows: rows of media, ascending, where layers treat them apart.
+        by_pages: whether keys may lie in pages, where the kernel takes these and they are fewer
+            rows. Not in deterministic mode, where every pass takes the same way.
     """
     keys = lengths if key_lengths is None else key_lengths
     total = sum(lengths)
     block = _CPU_BLOCK if arena.device.type == "cpu" else total
     even = [min(block, total - row) for row in range(0, total, block)]
     cut = tuple(lengths if deterministic else even)
+    kernel = kernel_for(arena.device, dtype)
+    pages = None
+    if key_rows is not None and kernel == "varlen" and by_pages and not deterministic:
+        pages = lay_out(key_rows, keys, arena) if takes_pages(arena.device) else None
     return Layout(
         query_lengths=tuple(lengths),
         key_lengths=tuple(keys),
@@ -135,10 +145,11 @@ def make_layout(
         cu_query=arena.add(_cumulative(lengths)),
         cu_key=arena.add(_cumulative(keys)),
         causal=causal,
-        kernel=kernel_for(arena.device, dtype),
+        kernel=kernel,
         blocks=cut,
         deterministic=deterministic,
         media=None if media_rows is None else tuple(_runs_of_media(media_rows, cut)),
+        pages=pages,
     )
 
 
@@ -321,17 +332,21 @@ def _varlen_kernel(
     # Imported late: the module exists from torch 2.10 on and is of no use without CUDA.
     from torch.nn.attention.varlen import varlen_attn
 
-    if layout.key_rows is not None:
-        key, value = key[layout.key_rows], value[layout.key_rows]
-    groups, takes = query.shape[1] // key.shape[1], _parameters(varlen_attn)
     options: dict[str, Any] = {}
+    if layout.pages is not None:
+        key, value = key[layout.pages.rows], value[layout.pages.rows]
+        options = by_table(layout.pages)
+    elif layout.key_rows is not None:
+        key, value = key[layout.key_rows], value[layout.key_rows]
+    groups, takes = query.shape[1] // key.shape[-2], parameters(varlen_attn)
     if groups > 1 and repeats_keys():
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        key, value = (t.repeat_interleave(groups, dim=-2) for t in (key, value))
     elif groups > 1 and "enable_gqa" in takes:
         options["enable_gqa"] = True
-    if "num_splits" in takes and (layout.deterministic or not layout.causal):
-        # One split does not depend on company. It also keeps torch from handing attention without
-        # a mask to cuDNN, which builds and keeps a graph for every new total of rows.
+    if "num_splits" in takes and (layout.pages or layout.deterministic or not layout.causal):
+        # One split does not depend on company, and pages need it (`kernels`). It also keeps torch
+        # from handing attention without a mask to cuDNN, which builds and keeps a graph for every
+        # new total of rows.
         options["num_splits"] = 1
     back = -1 if rules.window is None else rules.window - 1
     window = (back, 0) if layout.causal else (-1, -1)  # causal is aligned bottom-right
@@ -342,49 +357,6 @@ def _varlen_kernel(
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
-
-
-def repeats_keys() -> bool:
-    """Return True if torch's kernel needs as many key heads as query heads.
-
-    torch >= 2.12 says that it does not. Before, whatever the kernel takes is undocumented, so it is
-    tried, once a process.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    if "enable_gqa" in _parameters(varlen_attn):
-        return False
-    return not (torch.cuda.is_available() and groups_heads(varlen_attn, torch.device("cuda")))
-
-
-@cache
-def groups_heads(kernel: Callable[..., Any], device: torch.device) -> bool:
-    """Try whether a varlen kernel lets several query heads share a key head.
-
-    Args:
-        kernel: torch's `varlen_attn`, or what stands in for it.
-        device: where it runs.
-    """
-    lengths = [5, 3]
-    query = torch.linspace(-2, 2, 8 * 4 * 64, device=device).sin().view(8, 4, 64).bfloat16()
-    key, value = query[:, :2].flip(0).contiguous(), query[:, 1:3].flip(1).contiguous()
-    ends = torch.from_numpy(_cumulative(lengths)).to(device)
-    rest = (ends, ends, max(lengths), max(lengths))
-    try:
-        grouped = kernel(query, key, value, *rest, window_size=(-1, 0))
-    except (RuntimeError, ValueError, TypeError) as error:
-        if is_device_fault(error):
-            raise
-        return False
-    repeated = (t.repeat_interleave(2, dim=1) for t in (key, value))
-    expected = kernel(query, *repeated, *rest, window_size=(-1, 0))
-    return bool(torch.allclose(grouped.float(), expected.float(), rtol=1e-2, atol=1e-2))
-
-
-@cache
-def _parameters(kernel: Callable[..., Any]) -> frozenset[str]:
-    """Return the names of a kernel's parameters; asking costs more than the call of a layer."""
-    return frozenset(inspect.signature(kernel).parameters)
 
 
 def _cumulative(lengths: Sequence[int]) -> Int32Array:

@@ -289,4 +289,5 @@ class RewardModel(nn.Module):
             None if in_order else key_rows,
             deterministic=self.deterministic,
             media_rows=media_rows,
+            by_pages=self.language_model.decoder.softcap is None,  # else no kernel reads them
         )

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import ForwardConfig
-from .attention import CAPPED_BYTES, repeats_keys
+from .attention import CAPPED_BYTES
 from .decoder import DecoderConfig, media_weights_per_layer, weights_per_layer
+from .kernels import repeats_keys
 from .layers import row_bytes
 from .packing import SortedBatch
 from .towers import TowerConfig
@@ -123,7 +124,8 @@ def costs(decoder: DecoderConfig, vision: TowerConfig | None, itemsize: int) -> 
     media_layer, media_seen = media_weights_per_layer(decoder)
     width = decoder.heads * decoder.head_dim
     keys = 2 * decoder.kv_heads * decoder.head_dim
-    # Gathered, and where the kernel wants it, repeated for every query head.
+    # Gathered, and where the kernel wants it, repeated for every query head. Pages are used where
+    # they are fewer rows.
     gathered = keys + (2 * width if repeats_keys() else 0)
     per_patch, patch_bytes = (0, 0) if vision is None else vision.patch_costs(itemsize)
     return Cost(
