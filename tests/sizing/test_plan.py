@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.commands import BIN
 from tests.conftest import ROOT
 from triward_server.cli import app
 from triward_server.config import ForwardConfig
@@ -208,8 +211,7 @@ class TestRefusals:
 @pytest.fixture(scope="module")
 def run() -> Callable[..., Any]:
     def invoke(*arguments: str) -> Any:
-        # rich takes a dumb terminal, which FORCE_COLOR makes of a pipe, for 80 columns wide.
-        environment = {"COLUMNS": "110", "TERM": "dumb", "FORCE_COLOR": None, "TTY_COMPATIBLE": "0"}
+        environment = {"COLUMNS": "110", "TERM": "dumb"}
         result = CliRunner(env=environment).invoke(app, ["plan", *arguments])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -222,12 +224,15 @@ ASKED = ("--requests-per-second=20", "--prompt-tokens=300", "--responses=8", "--
 
 
 class TestCommand:
-    def test_the_pages_example_is_what_it_prints(self, run: Callable[..., Any]) -> None:
+    def test_the_pages_example_is_what_it_prints(self) -> None:
         page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
         section = page.split("\n## Sizing replicas\n")[1]
         command, printed = section.split("\n```text\n$ ")[1].split("\n```\n")[0].split("\n", 1)
-        arguments = command.removeprefix("triward-server plan ").split()
-        lines = [line.rstrip() for line in run(*arguments).stdout.splitlines()]
+        words = command.split()
+        # In a process of its own: rich reads the width from the environment it was imported in.
+        environment = {"COLUMNS": "110", "PATH": os.environ["PATH"]}
+        shown = subprocess.check_output([BIN / words[0], *words[1:]], env=environment, text=True)
+        lines = [line.rstrip() for line in shown.splitlines()]
         assert printed.splitlines() == lines
 
     def test_an_unmeasured_gpu_says_so(self, run: Callable[..., Any]) -> None:
