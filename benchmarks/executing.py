@@ -116,9 +116,10 @@ class Executing(ForwardBackend):
         self._pb, self._config, self._scorer = _Triton, scorer._config, scorer
         self._heap = Heap(KEPT_BYTES)
         self._metrics = ForwardMetrics(_Triton, _LABELS, "reward_forward_0_0", _STATUS)
-        begin = partial(select, scorer._config.device)
-        overlap = Overlap(self._compute, self._answer, self._work, begin)
-        self._overlap = overlap if overlaps else None
+        self._overlap = None
+        if overlaps:
+            begin = partial(select, scorer._config.device)
+            self._overlap = Overlap(self._compute, self._answer, self._work, begin)
 
     def batch(self, features: Sequence[Features]) -> list[Request]:
         """Make requests as Triton has them."""

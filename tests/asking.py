@@ -65,11 +65,6 @@ def wait_until(
         time.sleep(0.01)
 
 
-def children_named(pid: int, name: str, part: str = "") -> list[psutil.Process]:
-    """Those of a process's descendants of which `named` says so."""
-    return named(psutil.Process(pid).children(recursive=True), name, part)
-
-
 def model_processes(server: int, part: str = "") -> list[psutil.Process]:
-    """Processes of the models of a `tritonserver`, and what they forked."""
-    return children_named(server, "triton_python_b", part)
+    """Processes of the models of a `tritonserver` that have `part` among their arguments."""
+    return named(psutil.Process(server).children(recursive=True), "triton_python_b", part)

@@ -21,13 +21,14 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import psutil
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from tests import groups
-from tests.asking import children_named, model_processes, wait_until
-from tests.commands import BIN, Command, has_ended, logs_since
+from tests.asking import model_processes, wait_until
+from tests.commands import BIN, Command, has_ended, logs_since, named
 from tests.conversations import Messages, conversations
 from tests.fonts import FREE_FONT
 from triward import RewardClient
@@ -100,7 +101,7 @@ def nothing_left_behind(
     policy = os.sched_getscheduler(0)
     yield
     assert os.sched_getscheduler(0) == policy
-    assert children_named(os.getpid(), "triton") == []
+    assert named(psutil.Process().children(recursive=True), "triton") == []
     assert list(Path("/dev/shm").glob(f"triward-{os.getpid()}-*")) == []
 
 
