@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset, Features, Image, List, Value
 
 from tests.conftest import encode
@@ -215,13 +215,16 @@ def test_the_trainer_v1(
 
 
 def advantages(found: dict[str, Any]) -> list[float]:
-    """GRPO's, as verl has it: what is left alone of a group keeps its reward as it is."""
+    """GRPO's, as verl has it: what is left alone of a group keeps its reward as it is.
+
+    In float32, as there: a mean that is rounded counts where a group's rewards lie close together.
+    """
     groups: dict[int, list[float]] = {}
     for index, reward in zip(found["indices"], found["rewards"], strict=True):
         groups.setdefault(index, []).append(reward)
     return [
-        reward if len(group := groups[index]) == 1
-        else (reward - mean(group)) / (stdev(group) + 1e-6)
+        reward if len(group := torch.tensor(groups[index])) == 1
+        else ((reward - group.mean()) / (group.std() + 1e-6)).item()
         for index, reward in zip(found["indices"], found["rewards"], strict=True)
     ]  # fmt: skip
 
