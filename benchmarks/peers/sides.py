@@ -59,12 +59,13 @@ def our_engine(checkpoint: Path, dtype: Dtype) -> Ask:
 
 @contextmanager
 def our_server(checkpoint: Path, dtype: Dtype) -> Iterator[Ask]:
-    """Serve with Triton, and ask over gRPC."""
+    """Serve with Triton, and ask over gRPC; its queue has no bounds, as vLLM's has none."""
 
     def score(client: RewardClient, group: PromptGroup) -> list[float]:
         return client.score_responses(group.prompt, group.responses)
 
-    with serving(checkpoint, f"--dtype={dtype}", "--device=cpu") as client:
+    flags = f"--dtype={dtype}", "--device=cpu", "--no-bound-forward-queue"
+    with serving(checkpoint, *flags) as client:
         yield partial(_at_once, partial(score, client))
 
 
