@@ -122,7 +122,7 @@ class TestFigures:
 
     def test_the_readmes(self) -> None:
         text = README.split("\n## Speed\n")[1].split("\n## ")[0]
-        rows = self.measured(text, "2026-11-22-cpu-small.json")
+        rows = self.measured(text, "2026-11-27-cpu-small.json")
         assert len(rows) == 4
         for title, (cells, workload) in rows.items():
             speedup = workload["paths"]["served, over gRPC"]["speedup"]
@@ -131,8 +131,8 @@ class TestFigures:
     @pytest.mark.parametrize(
         ("section", "file", "count"),
         [
-            ("Multimodal, on a CPU", "2026-11-22-cpu-small.json", 7),
-            ("Text, on a CPU", "2026-11-22-cpu-small-qwen3.json", 4),
+            ("Multimodal, on a CPU", "2026-11-27-cpu-small.json", 7),
+            ("Text, on a CPU", "2026-11-27-cpu-small-qwen3.json", 4),
         ],
     )
     def test_the_pages(self, section: str, file: str, count: int) -> None:
