@@ -59,7 +59,7 @@ def our_engine(checkpoint: Path, dtype: Dtype) -> Ask:
 
 @contextmanager
 def our_server(checkpoint: Path, dtype: Dtype) -> Iterator[Ask]:
-    """Serve with Triton, and ask over gRPC; its queue has no bounds, as vLLM's has none."""
+    """Serve with Triton, its forward queue as unbounded as vLLM's, and ask over gRPC."""
 
     def score(client: RewardClient, group: PromptGroup) -> list[float]:
         return client.score_responses(group.prompt, group.responses)

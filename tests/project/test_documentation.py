@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -144,6 +145,22 @@ class TestFigures:
             found = re.findall(r"([\d.]+)×", " ".join(cells[1:-1]))
             assert cells[0] == f"1 ({first['conversations_per_s']:.2f}/s)", title
             assert found == [f"{path['speedup']:.2f}" for path in others], title
+
+    def test_vllm_beside_triward(self) -> None:
+        text = (DOCS / "benchmarks.md").read_text(encoding="utf-8").split("\n## Beside vLLM")[1]
+        lines = text.split("\n## ")[0].replace("**", "").splitlines()
+        table = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in lines if "–" in line
+        ]
+        expected: dict[str, list[str]] = {}
+        for dtype in ("float32", "bfloat16"):
+            found = json.loads((RESULTS / f"2026-11-27-peers-{dtype}.json").read_text())["rows"]
+            for step, values in found.items():
+                for column in ("offline", "served"):
+                    ratios = values["columns"][column]["peer_time_over_ours"]
+                    cell = f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+                    expected.setdefault(step, []).append(cell)
+        assert {step: cells for step, *cells in table} == expected
 
 
 class TestGitHub:
