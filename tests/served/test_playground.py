@@ -327,6 +327,8 @@ def test_what_cannot_be_scored_is_said(visit: Open, exact: Served, tmp_path: Pat
         shown.button("Add a response").press("Enter")  # its place moves while rows come
     expect(limit).to_contain_text("got 17")
     expect(shown.page.locator(".tw-response:visible")).to_have_count(16)
+    # Gradio's stream of answers may lose one of quick clicks: none is asked of the server.
+    assert not [url for url in shown.asked if "/queue/" in url]
     shown.button("Score").click()
     assert shown.refused() == "prompt: is empty"
     shown.check()

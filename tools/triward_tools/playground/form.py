@@ -72,9 +72,7 @@ def draft(media: str | None, prompt: str, responses: Sequence[str]) -> Draft:
     if not prompt.strip():
         raise InvalidRequest("prompt: is empty")
     if not LEAST <= len(responses) <= MOST:
-        raise InvalidRequest(
-            f"responses: the playground takes {LEAST} to {MOST}, got {len(responses)}"
-        )
+        raise InvalidRequest(_outside(len(responses)))
     for number, response in enumerate(responses, start=1):
         if not response.strip():
             raise InvalidRequest(f"response {number}: is empty; write it, or remove its row")
@@ -93,7 +91,7 @@ class Form:
         self.media = gr.File(label="Image or video (optional)", height=140, elem_classes="tw-drop")
         self._preview = gr.HTML(visible=False, elem_classes=["tw-preview", "tw-flat"])
         self.prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12)
-        self.count = gr.State(LEAST)
+        self.count = gr.Number(LEAST, precision=0, visible=False)
         self.rows = [
             gr.Textbox(
                 label=f"Response {n}", lines=2, max_lines=12, visible=n <= LEAST,
@@ -104,16 +102,16 @@ class Form:
         with gr.Row():
             more = gr.Button("Add a response", size="sm", min_width=120)
             fewer = gr.Button("Remove the last", size="sm", min_width=120)
-        self._limit = gr.HTML(visible=False, elem_classes="tw-flat")
+        limit = gr.HTML(elem_classes=["tw-limit", "tw-flat"])
         self.inputs = [self.media, self.prompt, self.count, *self.rows]
         self.outputs = self.inputs
-        changed = [self.count, self._limit, *self.rows]
-        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        # One after the other, so that of quick clicks none is lost.
-        clicks = {**options, "trigger_mode": "multiple", "concurrency_id": "rows"}
-        more.click(lambda count: _rows(count + 1), self.count, changed, **clicks)
-        fewer.click(lambda count: _rows(count - 1), self.count, changed, **clicks)
-        self.media.change(_preview, self.media, self._preview, **options)
+        changed = [self.count, limit, *self.rows]
+        # In the browser: of quick clicks, a stream of the server's answers may lose one.
+        more.click(None, self.count, changed, js=_step(1))
+        fewer.click(None, self.count, changed, js=_step(-1))
+        self.media.change(
+            _preview, self.media, self._preview, show_progress="hidden", api_visibility="private"
+        )
 
     @staticmethod
     def read(media: str | None, prompt: str, count: int, *rows: str) -> Draft:
@@ -134,14 +132,24 @@ class Form:
         return [media, filled.prompt, count, *rows]
 
 
-def _rows(wanted: int) -> list[Any]:
-    """Return the number of rows shown, a sentence, and each row; hidden ones are emptied."""
-    count = min(max(wanted, LEAST), MOST)
-    limit = f"responses: the playground takes {LEAST} to {MOST}, got {wanted}"
-    hidden = gr.update(value="", visible=False)
-    rows = [gr.update(visible=True) if i < count else hidden for i in range(MOST)]
-    said = gr.update(value=refused(limit), visible=wanted != count)
-    return [count, said, *rows]
+def _outside(count: object) -> str:
+    return f"responses: the playground takes {LEAST} to {MOST}, got {count}"
+
+
+def _step(by: int) -> str:
+    """Return JavaScript that adds or removes a row, which it empties.
+
+    Its function returns the number of rows shown, a sentence, and an update of that row; others
+    are undefined, which leaves them as they are.
+    """
+    return f"""(count) => {{
+        const wanted = count + {by}, shown = Math.min(Math.max(wanted, {LEAST}), {MOST});
+        const rows = Array({MOST}).fill(undefined);
+        if (shown > count) rows[count] = {{__type__: 'update', visible: true}};
+        if (shown < count) rows[shown] = {{__type__: 'update', visible: false, value: ''}};
+        const sentence = shown === wanted ? '' : `{refused(_outside("${wanted}"))}`;
+        return [shown, sentence, ...rows];
+    }}"""
 
 
 def _preview(path: str | None) -> Any:
