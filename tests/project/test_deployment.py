@@ -193,6 +193,7 @@ class TestDockerfile:
         paths = {"/opt/triward": venv, "/dist": tmp_path / "dist"}
         paths |= {path: tmp_path / path[1:] for path in ("/models", "/cache")}
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment.pop("PYTHONPATH", None)  # pip would find our package there, and install none
 
         def run(arguments: str, **variables: str) -> None:
             command = re.sub(r"--mount=\S+", "", arguments)
