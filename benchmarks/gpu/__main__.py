@@ -33,7 +33,7 @@ from triward_server.export.random_checkpoint import Size
 
 CHECKPOINTS = Path(tempfile.gettempdir(), "triward-checkpoints")
 # Steps whose figures mean nothing where our scores are not the card's.
-TIMINGS = ("eager", "compiled", "determinism", "served")
+TIMINGS = ("eager", "compiled", "determinism", "served", "bounded")
 
 
 def main(

@@ -76,7 +76,7 @@ def test_rehearsal(tmp_path: Path) -> None:
         assert device["executed_s"] > 0 and device["executed_idle_share"] is None
     assert results["determinism"]["bitwise_equal"] and results["resizing"]["max_levels"] <= 2
     # What only a GPU or a Triton can tell is named.
-    for name in ("small", "memory", "synchronisations", "served"):
+    for name in ("small", "memory", "synchronisations", "served", "bounded"):
         assert results[name].keys() == {"skipped"}
     assert "aten::" in output.with_suffix(".profile.txt").read_text()
 
