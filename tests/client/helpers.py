@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -117,6 +119,12 @@ def fake_process(*arguments):
             yield process, f"127.0.0.1:{process.stdout.readline().split()[1]}"
         finally:
             process.kill()
+
+
+def pause(process):
+    """Stop a child process, and wait until none of its threads runs: some may for a while."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
 
 
 def encrypted(pki, name, mutual=False):

@@ -7,7 +7,6 @@ import copy
 import gc
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.certificates import write_certificates
-from tests.client.helpers import ask, conversation, encrypted, fake_process
+from tests.client.helpers import ask, conversation, encrypted, fake_process, pause
 from tests.fakeserver import FakeServer, Fault, read_log
 from triward import (
     AsyncRewardClient,
@@ -158,7 +157,7 @@ def test_a_call_to_a_server_that_stops_without_a_word_moves_on(monkeypatch):
         client.score_many(apart(["r"] * 8), concurrency=1)  # both are connected
         answered = alive.calls
         assert 0 < answered < 8
-        process.send_signal(signal.SIGSTOP)
+        pause(process)
         began = time.monotonic()
         assert client.score_many(apart(["r"] * 8), concurrency=8) == [1.0] * 8
         assert time.monotonic() - began < 40, "the timeout would have ended it at 60 s"
